@@ -1,0 +1,267 @@
+"""Every check of the repository, one session each. CI runs the sessions that are on by default and nothing else.
+
+    nox -l                     the menu
+    nox -s unit-3.11           one session
+    nox -s e2e -- -k poison    arguments after -- go to the tool
+"""
+
+import difflib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"
+nox.options.reuse_existing_virtualenvs = True
+
+ROOT = Path(__file__).parent
+PACKAGES = ("protocol", "client", "worker", "broker")
+SUPPORTED = ("3.11", "3.12", "3.13")
+SOURCES = [f"packages/{name}/src/penstock_{name}" for name in PACKAGES]
+EDITABLE = [argument for name in PACKAGES for argument in ("-e", f"packages/{name}")]
+# The uv beside the nox that runs this, for what is not done in a session's own environment.
+UV = (sys.executable, "-m", "uv")
+DIST = ROOT / "dist"
+PROTO = "packages/protocol/proto"
+GENERATED = "packages/protocol/src"
+
+# lock file -> (what is installed from this tree, dependency groups). `lock` comes first: the others follow its
+# versions, except those that say they stand alone.
+LOCKS: dict[str, tuple[list[str], list[str]]] = {
+    "lock": (["protocol[grpc]", "client[grpc]", "worker", "broker"], ["dev"]),
+    "runtime": (["protocol[grpc]", "client[grpc]", "worker", "broker"], []),
+    "broker": (["protocol[grpc]", "broker"], []),
+    "worker": (["protocol[grpc]", "client", "worker"], []),
+    "client": (["protocol", "client"], []),
+    "build": ([], ["build"]),
+    "tools": ([], ["tools"]),
+    "proto": ([], ["proto"]),
+    "foreign": ([], ["foreign"]),
+}
+STAND_ALONE = ("lock", "proto", "foreign")
+
+def show_pyenv_interpreters() -> None:
+    """Make every Python that pyenv holds visible, not only the one it has activated."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = sorted(path.name for version in SUPPORTED for path in (root / "versions").glob(f"{version}.*"))
+    if found and "PYENV_VERSION" not in os.environ:
+        os.environ["PYENV_ROOT"] = str(root)
+        os.environ["PYENV_VERSION"] = ":".join(found)
+
+
+show_pyenv_interpreters()
+
+
+def install_locked(session: nox.Session, lock: str) -> None:
+    session.install("--require-hashes", "-r", f"requirements/{lock}.txt")
+
+
+def install_everything(session: nox.Session) -> None:
+    """All locked dependencies and tools, and the four packages as they stand in the tree."""
+    install_locked(session, "lock")
+    session.install("--no-deps", "--no-build-isolation", *EDITABLE)
+
+
+def build_wheels(session: nox.Session) -> None:
+    shutil.rmtree(DIST, ignore_errors=True)
+    for name in PACKAGES:
+        with session.chdir(ROOT / "packages" / name):
+            session.run("python", "-m", "hatchling", "build", "-t", "wheel", "-d", str(DIST), silent=True)
+    session.log("built: %s", ", ".join(sorted(wheel.name for wheel in DIST.glob("*.whl"))))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: lint and format."""
+    install_everything(session)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(default=False)
+def format(session: nox.Session) -> None:
+    """Rewrite the code as `lint` wants it."""
+    install_everything(session)
+    session.run("ruff", "check", "--fix", ".")
+    session.run("ruff", "format", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict over packages and tests."""
+    install_everything(session)
+    session.run("mypy", *SOURCES, "noxfile.py", "tools", "tests")
+    for name in PACKAGES:  # each on its own: their test modules may share names
+        tests = f"packages/{name}/tests"
+        session.run("mypy", tests, env={"MYPYPATH": tests})
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """import-linter: who may import whom."""
+    install_everything(session)
+    session.run("lint-imports")
+
+
+@nox.session
+def deps(session: nox.Session) -> None:
+    """deptry: each package declares what it imports; the lock files fit the declarations."""
+    install_everything(session)
+    for name in PACKAGES:
+        with session.chdir(ROOT / "packages" / name):
+            session.run("deptry", "src")
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in (ROOT / "requirements").glob("*.txt"):
+            shutil.copy(path, scratch)
+        write_locks(session, Path(scratch))
+        require_same(session, Path(scratch), ROOT / "requirements", "*.txt", "nox -s lock")
+
+
+@nox.session
+def proto(session: nox.Session) -> None:
+    """Regenerating the messages gives the committed bytes (`-- write` replaces them); buf lint."""
+    install_locked(session, "proto")
+    files = sorted(str(path.relative_to(ROOT / PROTO)) for path in (ROOT / PROTO).rglob("*.proto"))
+    with tempfile.TemporaryDirectory() as scratch:
+        output = str(ROOT / GENERATED) if "write" in session.posargs else scratch
+        session.run(
+            *("python", "-m", "grpc_tools.protoc", f"--proto_path={PROTO}"),
+            *(f"--python_out={output}", f"--pyi_out={output}", f"--grpc_python_out={output}"),
+            *files,
+        )
+        if output == scratch:
+            require_same(session, Path(scratch), ROOT / GENERATED, "*_pb2*.py*", "nox -s proto -- write")
+    session.run("buf", "lint")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """docs/configuration.md is what the settings say (`-- write` replaces it)."""
+    install_everything(session)
+    check = [] if "write" in session.posargs else ["--check"]
+    session.run("python", "-m", "penstock_broker.config.document", "docs/configuration.md", *check)
+
+
+@nox.session(python=["3.11", "3.13"])
+def unit(session: nox.Session) -> None:
+    """Unit tests of all packages: seconds, no network beyond loopback."""
+    install_everything(session)
+    session.run("pytest", *(session.posargs or ["packages", "tests/repository"]))
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheels; install the client's alone and send through Kafka; carry out the image recipes."""
+    install_everything(session)
+    build_wheels(session)
+    session.run("pytest", "tests/install", *session.posargs, env={"PENSTOCK_WHEELS": str(DIST)})
+
+
+@nox.session
+def e2e(session: nox.Session) -> None:
+    """Brokers, workers and a real Kafka as processes, killed and restarted."""
+    install_everything(session)
+    session.run("pytest", "tests/e2e", *session.posargs, env={"PENSTOCK_FOREIGN_PYTHON": foreign_python(session)})
+
+
+@nox.session(default=False)
+def matrix(session: nox.Session) -> None:
+    """tox: the built wheels on every supported Python, with the oldest and the latest dependencies."""
+    install_everything(session)
+    build_wheels(session)
+    session.run("tox", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure; prints figures, judges nothing. `-- NAME` runs one script of benchmarks/."""
+    install_everything(session)
+    names = session.posargs[:1] or sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
+    for name in names:
+        session.run("python", f"benchmarks/{name}.py", *session.posargs[1:])
+
+
+@nox.session(default=False)
+def kafka(session: nox.Session) -> None:
+    """The tests' Kafka, for development; Ctrl-C stops it."""
+    install_everything(session)
+    session.run("python", "-m", "tests.kafka_server", *session.posargs)
+
+
+@nox.session(default=False, python=False)
+def setup(session: nox.Session) -> None:
+    """Make .venv with the packages and all tools, for an editor and for running things by hand."""
+    session.run(*UV, "venv", "--allow-existing", "--python", sys.executable, ".venv")
+    pip = (*UV, "pip", "install", "--python", ".venv/bin/python")
+    session.run(*pip, "--require-hashes", "-r", "requirements/lock.txt")
+    session.run(*pip, "--no-deps", "--no-build-isolation", *EDITABLE)
+    session.log("ready: . .venv/bin/activate")
+
+
+@nox.session(default=False)
+def lock(session: nox.Session) -> None:
+    """Bring requirements/ in line with the declarations; `-- --upgrade` takes the newest versions."""
+    install_everything(session)
+    write_locks(session, ROOT / "requirements", *session.posargs)
+
+
+def foreign_python(session: nox.Session) -> str:
+    """An interpreter with the published stubs of the taskbroker, apart from the rest (see pyproject.toml)."""
+    home = ROOT / ".nox" / "foreign"
+    python = str(home / "bin" / "python")
+    if not home.exists():
+        session.run(*UV, "venv", "--quiet", "--python", sys.executable, str(home), external=True)
+    pip = (*UV, "pip", "install", "--quiet", "--python", python)
+    session.run(*pip, "--require-hashes", "-r", "requirements/foreign.txt", external=True)
+    return python
+
+
+def write_locks(session: nox.Session, directory: Path, *options: str) -> None:
+    """Write every lock into `directory`, keeping the versions found there unless told to upgrade."""
+    for name, (packages, groups) in LOCKS.items():
+        follow = [] if name in STAND_ALONE else ["-c", str(directory / "lock.txt")]
+        compile_lock(session, directory / f"{name}.txt", packages, groups, ["--generate-hashes", *follow, *options])
+    packages, groups = LOCKS["runtime"]
+    follow = ["-c", str(directory / "lock.txt")]
+    compile_lock(session, directory / "constraints.txt", packages, groups, [*follow, *options])
+
+
+def compile_lock(
+    session: nox.Session, output: Path, packages: list[str], groups: list[str], options: list[str]
+) -> None:
+    ours = [argument for name in PACKAGES for argument in ("--no-emit-package", f"penstock-{name}")]
+    with tempfile.NamedTemporaryFile("w", suffix=".in") as wanted:
+        wanted.writelines(f"-e {ROOT}/packages/{package}\n" for package in packages)
+        wanted.flush()
+        session.run(
+            *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", SUPPORTED[0]),
+            *("--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", *ours),
+            *(argument for group in groups for argument in ("--group", group)),
+            *(*options, "-o", str(output), wanted.name),
+            silent=True,
+            log=False,
+        )
+
+
+def require_same(session: nox.Session, made: Path, kept: Path, pattern: str, remedy: str) -> None:
+    """Fail unless the files below `made` and `kept` are the same, by name and by byte."""
+    names = {str(path.relative_to(root)) for root in (made, kept) for path in root.rglob(pattern)}
+    for name in sorted(names):
+        if not (made / name).exists():
+            session.error(f"{kept / name} belongs to nothing any more. Delete it, or: {remedy}")
+        require_same_text(session, kept / name, (made / name).read_text(), remedy)
+    session.log("%d files are as committed", len(names))
+
+
+def require_same_text(session: nox.Session, kept: Path, wanted: str, remedy: str) -> None:
+    found = kept.read_text() if kept.exists() else ""
+    if found == wanted:
+        return
+    changes = difflib.unified_diff(found.splitlines(), wanted.splitlines(), "committed", "wanted", lineterm="", n=1)
+    print("\n".join(list(changes)[:40]))
+    session.error(f"{kept.relative_to(ROOT)} is out of date. Next: {remedy}")

@@ -1,0 +1,174 @@
+"""The command line: ``penstock-broker serve | config check | config show``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+import yaml
+
+from penstock_broker import __version__, logs
+from penstock_broker.config import SECTIONS, Loaded, Settings, load
+from penstock_broker.config.expected import default_text, placeholder
+from penstock_broker.config.load import SECRET
+from penstock_broker.errors import FatalError
+
+# On the command line every user of the machine would see a secret; maps belong in a file.
+NOT_OPTIONS = SECRET | {"kafka_clusters", "kafka_topics"}
+
+app = typer.Typer(
+    name="penstock-broker",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+config = typer.Typer(no_args_is_help=True, help="Check and show the configuration.")
+app.add_typer(config, name="config")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"penstock-broker {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Takes tasks from Kafka or gRPC and hands them to workers.
+
+    Every setting can be given in a YAML file (-c), as TASKBROKER_<NAME>, or as an option; each
+    overrides the one before.
+    """
+
+
+def _help(name: str) -> str:
+    text = (Settings.model_fields[name].description or "").replace("`", "")
+    default = default_text(name)
+    return f"{text} Default: {default}." if default else text
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives ``command(loaded, ...)`` an option for each setting; it is called with what they make."""
+
+    def run(config_file: Path | None, **given: Any) -> None:
+        own = {name: given.pop(name) for name in list(given) if name not in Settings.model_fields}
+        command(load(config_file, {name: value for name, value in given.items() if value is not None}), **own)
+
+    parameter = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    file = typer.Option("--config", "-c", metavar="FILE", help="A YAML file of settings.")
+    parameters = [parameter("config_file", default=None, annotation=Annotated[Path | None, file])]
+    parameters += list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    section = ""
+    for name, field in Settings.model_fields.items():
+        section = SECTIONS.get(name, section)
+        if name not in NOT_OPTIONS:
+            switch = field.annotation is bool
+            option = typer.Option(
+                help=_help(name), rich_help_panel=section, metavar=None if switch else placeholder(name)
+            )
+            kind = bool if switch else str
+            parameters.append(parameter(name, default=None, annotation=Annotated[kind | None, option]))
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+@app.command()
+@with_settings
+def serve(loaded: Loaded) -> None:
+    """Run a broker until SIGTERM.
+
+    Examples:
+
+    penstock-broker serve --ingest grpc --db-path tasks.sqlite
+
+    penstock-broker serve --kafka-cluster kafka:9092 --kafka-topic taskworker-ingest
+
+    TASKBROKER_GRPC_SHARED_SECRET=... penstock-broker serve -c broker.yaml --grpc-addr 0.0.0.0
+    """
+    settings = loaded.settings
+    logs.configure(settings.log_level, settings.log_format, secrets=settings.secrets)
+    for warning in loaded.warnings:
+        structlog.get_logger().warning(warning)
+    from penstock_broker import server  # late: the other commands need neither Kafka nor gRPC nor SQLite
+
+    raise typer.Exit(server.serve(settings))
+
+
+@config.command()
+@with_settings
+def check(loaded: Loaded) -> None:
+    """Check the configuration without starting anything; exit code 2 if there is something to correct.
+
+    Example:
+
+    penstock-broker config check -c broker.yaml
+    """
+    _warn(loaded)
+    print("The configuration is valid.")
+
+
+@config.command()
+@with_settings
+def show(
+    loaded: Loaded,
+    *,
+    origin: Annotated[bool, typer.Option("--origin", help="Say where each value comes from.")] = False,
+) -> None:
+    """Show every setting as it would be used. Secrets are masked.
+
+    Example:
+
+    penstock-broker config show --origin -c broker.yaml
+    """
+    _warn(loaded)
+    print(f"# penstock-broker {__version__}, Python {platform.python_version()}, event loop: {loop_name()}")
+    values = loaded.settings.model_dump(mode="json")
+    for name, value in values.items():
+        line = f"{name}: {_as_yaml(['***'] * len(value) if name in SECRET else value)}"
+        print(f"{line:<50}  # {loaded.origins[name]}" if origin else line)
+
+
+def loop_name() -> str:
+    """The event loop that ``serve`` runs on."""
+    if importlib.util.find_spec("uvloop") is None:
+        return "asyncio"
+    return f"uvloop {importlib.metadata.version('uvloop')}"
+
+
+def _as_yaml(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def _warn(loaded: Loaded) -> None:
+    for warning in loaded.warnings:
+        print(f"warning: {logs.escaped(warning)}", file=sys.stderr)
+
+
+def main() -> None:
+    """Runs the command line; what an operator can correct ends in a message and an exit code."""
+    try:
+        app()
+    except FatalError as error:
+        for line in error.message.splitlines():
+            print(f"penstock-broker: {logs.escaped(line)}", file=sys.stderr)
+        for line in error.hint.splitlines():
+            print(f"  {logs.escaped(line)}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,317 @@
+"""ConsumerService: bytes in, bytes out. The first three calls are taskbroker v1's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from penstock_protocol.v1 import activation_pb2, consumer_pb2, raw_pb2
+
+from penstock_broker.dispatch.waiting import Waiting, Wanted
+from penstock_broker.domain.activation import Activation, hash_id
+from penstock_broker.domain.lifecycle import Event
+from penstock_broker.domain.token import decode_token, encode_parts
+from penstock_broker.store.batch import Answer, Report
+from penstock_broker.store.inflight import Inflight
+
+TASKS_MAX = 1000
+WAIT_SECONDS_MAX = 60.0
+COVER_SECONDS_MAX = 10.0
+ERROR_CHARS_MAX = 16_384
+
+_EVENTS = {
+    consumer_pb2.TASK_OUTCOME_STATUS_COMPLETE: Event.COMPLETE,
+    consumer_pb2.TASK_OUTCOME_STATUS_IGNORED: Event.IGNORE,
+    consumer_pb2.TASK_OUTCOME_STATUS_FAILURE: Event.FAIL,
+    consumer_pb2.TASK_OUTCOME_STATUS_RETRY: Event.RETRY,
+    consumer_pb2.TASK_OUTCOME_STATUS_DEADLINE_EXCEEDED: Event.DEADLINE_EXCEEDED,
+    consumer_pb2.TASK_OUTCOME_STATUS_WORKER_DIED: Event.WORKER_DIED,
+    consumer_pb2.TASK_OUTCOME_STATUS_EXPIRED: Event.EXPIRE,
+}
+_RELEASES = {
+    consumer_pb2.RELEASE_REASON_UNKNOWN_TASK: Event.UNKNOWN_TASK,
+    consumer_pb2.RELEASE_REASON_ARGUMENTS_MISMATCH: Event.ARGUMENTS_MISMATCH,
+}
+_V1_EVENTS = {
+    activation_pb2.TASK_ACTIVATION_STATUS_COMPLETE: Event.COMPLETE,
+    activation_pb2.TASK_ACTIVATION_STATUS_FAILURE: Event.FAIL,
+    activation_pb2.TASK_ACTIVATION_STATUS_RETRY: Event.RETRY,
+}
+
+
+M = TypeVar("M", bound=Message)
+
+
+class Refused(Exception):
+    """A call that is answered with a gRPC status instead of a message."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class Consumers:
+    """What workers call."""
+
+    def __init__(self, store: Inflight, waiting: Waiting) -> None:
+        self.store = store
+        self.waiting = waiting
+        self._nonce = store.database.nonce
+        # request id -> claims it was answered with, for a worker whose answer was lost.
+        self._answered: dict[str, list[tuple[int, int]]] = {}
+
+    # -- taskbroker v1: one task a call, no tokens
+
+    async def get_task(self, request: bytes) -> bytes:
+        asked = _parse(consumer_pb2.GetTaskRequest, request)
+        rows = await self._claim_one(asked)
+        if not rows:
+            raise Refused(grpc.StatusCode.NOT_FOUND, "no pending task")
+        response = raw_pb2.RawGetTaskResponse(task=_body(rows[0]))
+        rows[0].body = None
+        return response.SerializeToString()
+
+    async def _claim_one(
+        self, asked: consumer_pb2.GetTaskRequest | consumer_pb2.FetchNextTask
+    ) -> list[Activation]:
+        # A namespace without its application matches nothing.
+        if asked.HasField("namespace") and not asked.HasField("application"):
+            return []
+        rows = self.waiting.claim(_wanted(asked), 1, tokenless=True)
+        if rows and rows[0].at_most_once:
+            await self._durable(rows)
+        return rows
+
+    async def set_task_status(self, request: bytes) -> bytes:
+        report = _parse(consumer_pb2.SetTaskStatusRequest, request)
+        settled = self._settle_by_id(report)
+        rows: list[Activation] = []
+        if report.HasField("fetch_next_task"):
+            rows = await self._claim_one(report.fetch_next_task)
+        try:
+            await self._finish([settled], [hash_id(report.id)])
+        except BaseException:
+            self.store.release(rows)
+            raise
+        response = raw_pb2.RawSetTaskStatusResponse()
+        if rows:
+            response.task = _body(rows[0])
+            rows[0].body = None
+        return response.SerializeToString()
+
+    async def set_batch_activation_status(self, request: bytes) -> bytes:
+        batch = _parse(consumer_pb2.SetBatchActivationStatusRequest, request)
+        for report in batch.updates:
+            _v1_event(report)
+        settled = [self._settle_by_id(report) for report in batch.updates]
+        await self._finish(settled, [hash_id(report.id) for report in batch.updates])
+        return consumer_pb2.SetBatchActivationStatusResponse().SerializeToString()
+
+    def _settle_by_id(self, report: consumer_pb2.SetTaskStatusRequest) -> Answer | Report:
+        return self.store.settle_by_id(
+            hash_id(report.id),
+            _v1_event(report),
+            self.store.clock.wall_ms(),
+            max_attempts=report.max_attempts if report.HasField("max_attempts") else None,
+            retry_delay_ms=_seconds(report.delay_on_retry) if report.HasField("delay_on_retry") else None,
+        )
+
+    # -- penstock.v1: batches with claim tokens
+
+    async def get_tasks(self, request: bytes) -> bytes:
+        asked = _parse(consumer_pb2.GetTasksRequest, request)
+        if asked.namespaces and not asked.HasField("application"):
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "GetTasks names a namespace but no application: set application, or leave namespaces empty",
+            )
+        rows = await self._claimed_before(asked.request_id)
+        if not rows:
+            rows = await self.waiting.wait(
+                Wanted(asked.application if asked.HasField("application") else None, tuple(asked.namespaces)),
+                min(max(asked.max_tasks, 1), TASKS_MAX),
+                min(asked.wait_ms / 1000, WAIT_SECONDS_MAX),
+            )
+            if any(row.at_most_once for row in rows):
+                await self._durable(rows)
+        response = raw_pb2.RawGetTasksResponse(lease_ms=self.store.limits.lease_ms)
+        if rows:
+            self._remember(asked.request_id, rows)
+            self._fill(response, rows)
+        else:
+            for application, namespace, pending in self.store.pending():
+                response.pending.add(application=application, namespace=namespace, pending=pending)
+        return response.SerializeToString()
+
+    def _fill(self, response: raw_pb2.RawGetTasksResponse, rows: Sequence[Activation]) -> None:
+        now, add = self.store.clock.wall_ms(), response.tasks.add
+        for row in rows:
+            task = add(
+                activation=_body(row),
+                claim_token=encode_parts(row.claim_epoch, row.seq, row.id_hash, self._nonce, row.claim),
+                deadline_ms=row.deadline_ms,
+                attempt=row.attempts + 1,
+            )
+            if row.expires_at is not None:
+                task.expires_in_ms = max(0, row.expires_at - now)
+            row.body = None
+
+    def _remember(self, request_id: str, rows: Sequence[Activation]) -> None:
+        if not request_id:
+            return
+        self._answered[request_id] = [(row.seq, row.claim) for row in rows]
+        while len(self._answered) > TASKS_MAX:
+            del self._answered[next(iter(self._answered))]
+
+    async def _claimed_before(self, request_id: str) -> list[Activation]:
+        """The claims a repeated request was answered with, as far as they are still held."""
+        answered = self._answered.get(request_id) if request_id else None
+        if answered is None:
+            return []
+        held = {seq for seq, claim in answered if self.store.holds(seq, claim)}
+        bodies = {row.seq: row.body for row in await self.store.load(sorted(held))}
+        rows = [self.store.resident[seq] for seq, claim in answered if self.store.holds(seq, claim)]
+        for row in rows:
+            row.body = bodies[row.seq]
+        return rows
+
+    async def set_task_statuses(self, request: bytes) -> bytes:
+        reports = _parse(consumer_pb2.SetTaskStatusesRequest, request)
+        now, settle = self.store.clock.wall_ms(), self.store.settle
+        settled: list[Answer | Report] = []
+        ids: list[int] = []
+        for outcome in reports.outcomes:
+            event = _EVENTS.get(outcome.status)
+            if event is None:
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"status {outcome.status} is no outcome")
+            token = decode_token(outcome.claim_token)
+            if token is None:
+                settled.append(Answer.UNKNOWN)
+                ids.append(0)
+                continue
+            delay = outcome.retry_delay_ms if outcome.HasField("retry_delay_ms") else None
+            error = _error(outcome.error) if outcome.HasField("error") else None
+            settled.append(settle(token, event, now, delay, error))
+            ids.append(token.id_hash)
+        answers = await self._finish(settled, ids)
+        return consumer_pb2.SetTaskStatusesResponse(answers=answers).SerializeToString()
+
+    async def release_tasks(self, request: bytes) -> bytes:
+        released = _parse(consumer_pb2.ReleaseTasksRequest, request)
+        now = self.store.clock.wall_ms()
+        settled: list[Answer | Report] = []
+        ids: list[int] = []
+        for task in released.tasks:
+            token = decode_token(task.claim_token)
+            event = _RELEASES.get(task.reason, Event.RELEASE)
+            error = None
+            if event is not Event.RELEASE:
+                error = json.dumps({"type": event.value, "message": task.detail[:ERROR_CHARS_MAX]})
+            settled.append(
+                Answer.UNKNOWN if token is None else self.store.settle(token, event, now, error=error)
+            )
+            ids.append(token.id_hash if token else 0)
+        answers = await self._finish(settled, ids)
+        return consumer_pb2.ReleaseTasksResponse(answers=answers).SerializeToString()
+
+    async def extend_claims(self, request: bytes) -> bytes:
+        held = _parse(consumer_pb2.ExtendClaimsRequest, request)
+        answers = []
+        for claim in held.claims:
+            token = decode_token(claim.claim_token)
+            answer = Answer.UNKNOWN if token is None else self.store.extend(token, claim.started)
+            answers.append(_CLAIM_ANSWERS[answer])
+        return consumer_pb2.ExtendClaimsResponse(answers=answers).SerializeToString()
+
+    # -- what must be true before an answer leaves
+
+    async def _durable(self, rows: Sequence[Activation]) -> None:
+        """At-most-once claims are in the rows before they are handed out."""
+        try:
+            await self.store.committed()
+        except BaseException:
+            self.store.release(rows)
+            raise
+
+    async def _finish(
+        self, settled: Sequence[Answer | Report], ids: Sequence[int]
+    ) -> list[consumer_pb2.OutcomeAnswer]:
+        """Answers, once they are durable and no other broker can run again what they acknowledge."""
+        await self.store.committed()
+        answers = [s.answer if isinstance(s, Report) else s for s in settled]
+        held = [i for i, id_hash in enumerate(ids) if self.store.is_held(id_hash)]
+        if held:
+            try:
+                async with asyncio.timeout(COVER_SECONDS_MAX):
+                    for i in held:
+                        if answers[i] <= Answer.DUPLICATE and not await self.store.covered(ids[i]):
+                            answers[i] = Answer.STALE
+            except TimeoutError:
+                raise Refused(
+                    grpc.StatusCode.UNAVAILABLE,
+                    "the outcome is stored, but Kafka has not acknowledged the offset it depends on: repeat the call",
+                ) from None
+        for answer in answers:
+            self.store.tally.answers[answer] += 1
+        return [_ANSWERS[answer] for answer in answers]
+
+
+_ANSWERS = {answer: consumer_pb2.OutcomeAnswer.ValueType(answer) for answer in Answer}
+_CLAIM_ANSWERS = {
+    Answer.APPLIED: consumer_pb2.CLAIM_ANSWER_EXTENDED,
+    Answer.STALE: consumer_pb2.CLAIM_ANSWER_STALE,
+    Answer.UNKNOWN: consumer_pb2.CLAIM_ANSWER_UNKNOWN,
+}
+
+
+def _parse(kind: type[M], request: bytes) -> M:
+    try:
+        return kind.FromString(request)
+    except DecodeError:
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {kind.DESCRIPTOR.name}") from None
+
+
+def _body(row: Activation) -> bytes:
+    """The stored bytes; a retry state that differs from theirs is appended, which protobuf merges."""
+    body = row.body or b""
+    if not row.attempts:
+        return body
+    state = activation_pb2.RetryState(attempts=row.attempts, max_attempts=row.max_attempts)
+    return body + activation_pb2.TaskActivation(retry_state=state).SerializeToString()
+
+
+def _wanted(asked: consumer_pb2.GetTaskRequest | consumer_pb2.FetchNextTask) -> Wanted:
+    return Wanted(
+        asked.application if asked.HasField("application") else None,
+        (asked.namespace,) if asked.HasField("namespace") else (),
+    )
+
+
+def _v1_event(report: consumer_pb2.SetTaskStatusRequest) -> Event:
+    event = _V1_EVENTS.get(report.status)
+    if event is None:
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"status {report.status} of task {report.id!r}: only COMPLETE, FAILURE and RETRY can be reported",
+        )
+    return event
+
+
+def _seconds(value: int) -> int:
+    """Milliseconds, bounded to ten years."""
+    return min(value, 315_360_000) * 1000
+
+
+def _error(summary: consumer_pb2.ErrorSummary) -> str:
+    return json.dumps(
+        {
+            "type": summary.type[:256],
+            "message": summary.message[:ERROR_CHARS_MAX],
+            "traceback": summary.traceback[-ERROR_CHARS_MAX:],
+        }
+    )

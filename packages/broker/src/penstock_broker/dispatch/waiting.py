@@ -1,0 +1,102 @@
+"""Workers that wait for work, and their match with rows that become ready."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from penstock_broker.domain.activation import Activation
+from penstock_broker.store.inflight import Inflight
+
+
+class Wanted(NamedTuple):
+    """What a worker serves. No application: any; no namespaces: all of the application's."""
+
+    application: str | None
+    namespaces: tuple[str, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    rows_max: int
+    future: asyncio.Future[list[Activation]]
+
+
+class Waiting:
+    """Long polls, grouped by what they want and answered first come, first served."""
+
+    def __init__(self, store: Inflight, bytes_max: int) -> None:
+        self._store = store
+        self._bytes_max = bytes_max
+        self._waiters: dict[Wanted, deque[_Waiter]] = {}
+        self._closed = False
+        # Told how many rows each match handed out.
+        self.on_claimed: Callable[[list[Activation]], None] = lambda rows: None
+        store.on_ready = self.match
+
+    def __len__(self) -> int:
+        return sum(len(waiters) for waiters in self._waiters.values())
+
+    def claim(self, wanted: Wanted, rows_max: int, tokenless: bool = False) -> list[Activation]:
+        """What is ready now."""
+        if self._closed:
+            return []
+        rows = self._store.claim(
+            wanted.application, wanted.namespaces, rows_max, self._bytes_max, tokenless=tokenless
+        )
+        self.on_claimed(rows)
+        return rows
+
+    async def wait(self, wanted: Wanted, rows_max: int, seconds: float) -> list[Activation]:
+        """What is ready now, or becomes ready within ``seconds``; empty when nothing did.
+
+        Cancelled after its match, the claims go back.
+        """
+        rows = self.claim(wanted, rows_max)
+        if rows or self._closed or seconds <= 0:
+            return rows
+        waiter = _Waiter(rows_max, asyncio.get_running_loop().create_future())
+        self._waiters.setdefault(wanted, deque()).append(waiter)
+        timer = asyncio.get_running_loop().call_later(seconds, self._give_up, waiter)
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            if waiter.future.done() and not waiter.future.cancelled():
+                self._store.release(waiter.future.result())
+            raise
+        finally:
+            timer.cancel()
+
+    @staticmethod
+    def _give_up(waiter: _Waiter) -> None:
+        if not waiter.future.done():
+            waiter.future.set_result([])
+
+    def match(self) -> None:
+        """Hand out what is ready to those who wait, shared among them."""
+        for wanted in list(self._waiters):
+            waiters = self._waiters[wanted]
+            while waiters:
+                waiter = waiters[0]
+                if waiter.future.done():
+                    waiters.popleft()
+                    continue
+                share = max(1, -(-self._store.index.rows // len(waiters)))
+                rows = self.claim(wanted, min(waiter.rows_max, share))
+                if not rows:
+                    break
+                waiters.popleft()
+                waiter.future.set_result(rows)
+            if not waiters:
+                del self._waiters[wanted]
+
+    def close(self) -> None:
+        """Answer every poll empty and claim nothing any more."""
+        self._closed = True
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                self._give_up(waiter)
+        self._waiters.clear()

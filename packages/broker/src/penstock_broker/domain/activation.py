@@ -1,0 +1,110 @@
+"""One accepted activation, as the broker keeps it in a row and in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from hashlib import blake2b
+
+
+class Status(IntEnum):
+    """Where an activation is. The numbers are stored."""
+
+    GONE = 0
+    PENDING = 1
+    DELAYED = 2
+    PROCESSING = 3
+    FORWARDING = 4
+
+
+class OnExceeded(IntEnum):
+    """What becomes of a task that ran out of attempts or expired (RetryState.on_attempts_exceeded)."""
+
+    UNSPECIFIED = 0
+    DISCARD = 1
+    DEADLETTER = 2
+
+
+class Reason(StrEnum):
+    """Why an activation left without being done. Used in headers, metrics and books."""
+
+    ATTEMPTS_EXHAUSTED = "attempts_exhausted"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    MAX_DELIVERIES = "max_deliveries"
+    START_UNKNOWN = "start_unknown"
+    UNKNOWN_TASK = "unknown_task"
+    ARGUMENTS_MISMATCH = "arguments_mismatch"
+    CANCELLED = "cancelled"
+    NOT_AN_ACTIVATION = "not_an_activation"
+    INVALID = "invalid"
+    HANDED_OVER = "handed_over"
+    OVERFLOW = "overflow"
+
+
+# The source of what came over gRPC: it has no position in a log, so nothing to cover.
+NO_SOURCE = 0
+
+
+@dataclass(slots=True, eq=False)
+class Activation:
+    """An activation with its mutable state.
+
+    Times ending in ``_at`` are epoch milliseconds of the broker's wall clock, ``_ms`` durations
+    in milliseconds. ``seq`` is 0 until the store has numbered it.
+    """
+
+    id: str
+    application: str
+    namespace: str
+    taskname: str
+    # The serialized TaskActivation exactly as it arrived; None while only the row holds it.
+    body: bytes | None
+    received_at: int
+    # PENDING: place in the order of hand-out. DELAYED: when it becomes pending.
+    ready_at: int
+    expires_at: int | None = None
+    deadline_ms: int = 0
+    max_attempts: int = 1
+    on_exceeded: OnExceeded = OnExceeded.UNSPECIFIED
+    at_most_once: bool = False
+    retry_delay_ms: int = 0
+    source: int = NO_SOURCE
+    offset: int = -1
+
+    status: Status = Status.PENDING
+    # Claims that ended with the row kept; part of every claim token.
+    claim: int = 0
+    # Boot epoch under which the current claim was made; 0 when there is none.
+    claim_epoch: int = 0
+    # Failed starts, the number the message arrived with included.
+    attempts: int = 0
+    # Deliveries whose worker died or vanished.
+    lost: int = 0
+    # The outcome that ended claim number ``claim - 1``; 0 when there was none.
+    last_outcome: int = 0
+    # When a worker first gave it back as unknown or unfit; None when none did.
+    given_back_at: int | None = None
+    # FORWARDING: why it leaves.
+    reason: str | None = None
+    # JSON of the last error or evidence, bounded.
+    error: str | None = None
+
+    seq: int = 0
+    pair: int = 0
+    id_hash: int = 0
+    # Length of the body in bytes, also while only the row holds it.
+    size: int = 0
+    # Monotonic milliseconds until which the current claim is held.
+    lease_until: int = 0
+    # Monotonic milliseconds at which the worker said it started; 0 before.
+    started: int = 0
+    # Served without a token (taskbroker v1): reports name the id.
+    tokenless: bool = False
+    # Pending, and the index may not hold it: it is paged in from the rows when its turn comes.
+    spilled: int = 0
+
+
+def hash_id(id: str) -> int:
+    """A stable signed 64-bit hash of an activation id."""
+    return int.from_bytes(blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)

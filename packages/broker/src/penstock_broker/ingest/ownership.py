@@ -1,0 +1,128 @@
+"""Whose row is it: the owners of a partition, kept in the metadata of its offset commits.
+
+A commit stores, atomically with the offset, who has read the partition, newest first. From that and
+the committed offset alone, a broker that lost a partition, or starts again, knows which of its rows
+another broker reads again. Covered rows (below an acknowledged commit of ours) are never in question.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# Kafka's default limit (offset.metadata.max.bytes) is 4,096.
+METADATA_BYTES_MAX = 4000
+_FORMAT = 1
+
+
+class Me(NamedTuple):
+    """A broker with its store. Without its rows a broker of the same name is someone else."""
+
+    broker_id: str
+    store_id: str
+
+
+class Owner(NamedTuple):
+    """``me`` reads, or read, the partition from ``start`` on; ``epoch`` is its boot epoch at the time.
+
+    What an older owner holds at or above ``start``, uncovered, is read again by this one.
+    """
+
+    start: int
+    me: Me
+    epoch: int
+
+
+def encode(owners: Sequence[Owner]) -> str:
+    """The metadata of a commit: ``owners``, newest first; the oldest are left out when there are too many."""
+    entries = [[o.start, o.me.broker_id, o.me.store_id, o.epoch] for o in owners]
+    while True:
+        text = json.dumps({"penstock": _FORMAT, "owners": entries}, separators=(",", ":"))
+        if len(text) <= METADATA_BYTES_MAX or not entries:
+            return text
+        entries.pop()
+
+
+def decode(metadata: str | None) -> tuple[Owner, ...]:
+    """The owners in a commit's metadata; none when it is not ours or not whole."""
+    if not metadata:
+        return ()
+    try:
+        data = json.loads(metadata)
+        if data["penstock"] != _FORMAT:
+            return ()
+        owners = tuple(Owner(start, Me(broker, store), epoch) for start, broker, store, epoch in data["owners"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()
+    return owners if all(map(_is_well_formed, owners)) else ()
+
+
+def _is_well_formed(owner: Owner) -> bool:
+    numbers = type(owner.start) is int and type(owner.epoch) is int and owner.start >= 0
+    return numbers and isinstance(owner.me.broker_id, str) and isinstance(owner.me.store_id, str)
+
+
+def record_owner(owners: Sequence[Owner], start: int, me: Me, epoch: int) -> tuple[Owner, ...]:
+    """``owners`` with me as the newest, reading from ``start`` on.
+
+    Each owner is kept once. Where an older entry of mine goes, its start passes to the next newer
+    entry, so that for everybody before it the boundary stays where it was.
+    """
+    if owners and owners[0].me == me:
+        return (Owner(min(start, owners[0].start), me, epoch), *owners[1:])
+    result = [Owner(start, me, epoch)]
+    for owner in owners:
+        if owner.me == me:
+            newer = result[-1]
+            result[-1] = newer._replace(start=min(newer.start, owner.start))
+        else:
+            result.append(owner)
+    return tuple(result)
+
+
+def boundary(owners: Sequence[Owner], committed: int | None, me: Me, assigned: bool) -> int | None:
+    """The offset at and above which my uncovered rows are someone else's; None: they are all mine.
+
+    ``committed``: the group's offset, None when it has none. ``assigned``: the partition is mine now.
+    """
+    newer = []
+    for owner in owners:
+        if owner.me == me:
+            break
+        newer.append(owner.start)
+    # Also when I am not among them: then no commit of mine ever passed, and all of them read what I
+    # read; or so many came after me that my entry is gone, and below the oldest left nobody reads again.
+    if newer:
+        return min(newer)
+    if owners:
+        return None if assigned else committed
+    # No owners: nobody has committed yet, or somebody else set the offset by hand.
+    if committed is not None:
+        return committed
+    return None if assigned else 0
+
+
+class Start(NamedTuple):
+    """Where to read. ``offset`` None: nothing is known, the reset policy decides.
+
+    ``continues``: the range taken so far goes on; else a new one begins. ``skipped``: offsets that
+    nobody here has read and that are jumped over, because the group's offset was moved ahead.
+    """
+
+    offset: int | None
+    continues: bool
+    skipped: int = 0
+
+
+def choose_start(owners: Sequence[Owner], committed: int | None, next: int, me: Me) -> Start:
+    """Where to read a partition that was just assigned; ``next`` as it is after ``boundary`` was applied
+    (-1: nothing was taken yet)."""
+    if committed is None:
+        return Start(next, continues=True) if next >= 0 else Start(None, continues=False)
+    mine = bool(owners) and owners[0].me == me
+    if not mine:
+        return Start(committed, continues=committed == next)
+    if committed <= next:
+        return Start(next, continues=True)
+    return Start(committed, continues=False, skipped=committed - next if next >= 0 else 0)

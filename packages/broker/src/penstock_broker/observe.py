@@ -1,0 +1,104 @@
+"""What the parts of the broker know, as metrics: counted per batch where it happens, read at the scrape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from penstock_broker.dispatch.waiting import Waiting
+from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.metrics import Metrics
+from penstock_broker.store.batch import Batch
+from penstock_broker.store.inflight import Inflight
+
+
+class Observer:
+    """Fills the metrics of one broker from its store."""
+
+    def __init__(self, metrics: Metrics, store: Inflight, waiting: Waiting) -> None:
+        self._metrics = metrics
+        self._store = store
+        self._waiting = waiting
+        # What the counters were told of the store's own totals.
+        self._told: dict[object, int] = dict(store.books)
+        self._hit = metrics.claims.labels("hit")
+        self._empty = metrics.claims.labels("empty")
+        waiting.on_claimed = self._claimed
+        metrics.before_scrape(self._refresh)
+
+    def _claimed(self, rows: Sequence[Activation]) -> None:
+        if not rows:
+            self._empty.inc()
+            return
+        now = self._store.clock.wall_ms()
+        self._hit.inc()
+        self._metrics.claimed.inc(len(rows))
+        self._metrics.queue_latency.observe_all([max(0, now - row.ready_at) / 1000 for row in rows])
+
+    def called(self, path: str, code: str, seconds: float) -> None:
+        self._metrics.rpc.labels(path, code).observe(seconds)
+
+    def written(self, batch: Batch, seconds: float) -> None:
+        self._metrics.commit_time.observe(seconds)
+        self._metrics.tick_rows.observe(len(batch.rows) + len(batch.claims) + len(batch.moves) + len(batch.gone))
+
+    def _since(self, key: object, total: int) -> int:
+        """How much a total of the store has grown since it was last told."""
+        grown = total - self._told.get(key, 0)
+        self._told[key] = total
+        return max(0, grown)
+
+    def _refresh(self) -> None:
+        """In the thread of the scrape: reads, and copies what may change meanwhile."""
+        self._tasks()
+        self._books()
+        store, metrics = self._store, self._metrics
+        for answer, count in list(store.tally.answers.items()):
+            metrics.reports.labels(answer.name.lower()).inc(self._since(("answer", answer), count))
+        metrics.duplicates.inc(self._since("duplicates", store.tally.duplicates))
+        metrics.deliveries_lost.inc(self._since("lost", store.tally.lost))
+        state, reason = store.intake_state()
+        metrics.intake(state.lower(), reason)
+        metrics.waiting.set(len(self._waiting))
+        metrics.dead_letters_resting.set(store.dead_letters_resting)
+        self._disk()
+
+    def _tasks(self) -> None:
+        store, metrics = self._store, self._metrics
+        by_state = dict.fromkeys(list(Status)[1:], 0)
+        pending: dict[tuple[str, ...], float] = {}
+        oldest: list[int] = []
+        for queue in list(store.index.pairs.values()):
+            counts = store.counts[queue.pair]
+            for status in by_state:
+                by_state[status] += counts[status]
+            if counts[Status.PENDING]:
+                pending[queue.application, queue.namespace] = counts[Status.PENDING]
+            oldest += [row.ready_at for row in list(queue.ready)[:1]]
+        for status, count in by_state.items():
+            metrics.tasks.labels(status.name.lower()).set(count)
+        metrics.pending.replace(pending)
+        age = store.clock.wall_ms() - min(oldest) if oldest else 0
+        metrics.oldest_pending.set(max(0, age) / 1000)
+
+    def _books(self) -> None:
+        store, metrics = self._store, self._metrics
+        for (pair, term), total in list(store.books.items()):
+            queue = store.index.pairs[pair]
+            names = (queue.application, queue.namespace)
+            grown = self._since((pair, term), total)
+            if term == "accepted":
+                metrics.added.labels(*names, "all").inc(grown)
+                continue
+            metrics.finished.labels(*names, term).inc(grown)
+            if term.startswith("dead:"):
+                metrics.dead_letters.labels(term.removeprefix("dead:")).inc(grown)
+        metrics.books_difference.set(store.imbalance())
+
+    def _disk(self) -> None:
+        path, metrics = self._store.database.path, self._metrics
+        disk = os.statvfs(path.parent)
+        metrics.disk_free.set(disk.f_bavail * disk.f_frsize)
+        metrics.database_size.set(path.stat().st_size)
+        wal = path.with_name(path.name + "-wal")
+        metrics.wal_size.set(wal.stat().st_size if wal.exists() else 0)

@@ -1,0 +1,211 @@
+"""The composition root: builds the broker, starts its parts in order, stops them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import structlog
+import uvloop
+
+from penstock_broker.clock import Clock, SystemClock
+from penstock_broker.config import Settings
+from penstock_broker.dispatch import rpc
+from penstock_broker.dispatch.service import Consumers, Refused
+from penstock_broker.dispatch.waiting import Waiting
+from penstock_broker.domain.lifecycle import Limits
+from penstock_broker.errors import FatalError
+from penstock_broker.ingest.direct import IntakePaused
+from penstock_broker.ingest.parts import Ingest, build_ingest
+from penstock_broker.metrics import Metrics, expose
+from penstock_broker.observe import Observer
+from penstock_broker.store.batch import Batch, Written
+from penstock_broker.store.database import Database
+from penstock_broker.store.inflight import Inflight, StoreLimits, StoreStopped
+from penstock_broker.upkeep.chores import Upkeep
+
+log = structlog.get_logger("server")
+
+# The writer's C calls give up the GIL; with the default of 5 ms each would wait that long to go on
+# while the event loop is busy. docs/adr/0003 has the measurement.
+SWITCH_INTERVAL_SECONDS = 0.0005
+# Of a response, so that it stays below what gRPC clients accept by default (4 MiB).
+RESPONSE_BYTES_MAX = 3 * 1024 * 1024
+DRAIN_CALLS_SECONDS = 3.0
+
+
+def serve(settings: Settings) -> int:
+    """Run a broker until SIGTERM or SIGINT. The exit code.
+
+    Raises FatalError when it cannot start or must not go on.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    broker = Broker(settings, SystemClock())
+    try:
+        await broker.start()
+        await broker.run_until(stopping)
+    finally:
+        await broker.stop()
+    return 0
+
+
+def store_limits(settings: Settings) -> StoreLimits:
+    return StoreLimits(
+        rows_max=settings.max_pending_count,
+        bytes_max=settings.pending_bytes_max,
+        window_rows_max=settings.window_rows_max,
+        window_bytes_max=settings.window_bytes_max,
+        batch_rows_max=settings.batch_rows_max,
+        dedup_window_ms=int(settings.dedup_window_seconds * 1000),
+        dedup_ids_max=settings.dedup_ids_max,
+        dead_letters_rest_max=settings.dead_letters_rest_max,
+        lease_ms=int(settings.lease_seconds * 1000),
+        grace_ms=int(settings.deadline_grace_seconds * 1000),
+        lifecycle=Limits(
+            max_deliveries=settings.max_deliveries,
+            unknown_task_ms=int(settings.unknown_task_seconds * 1000),
+        ),
+    )
+
+
+class Broker:
+    """One broker process. ``start``, ``run_until``, ``stop``, once each."""
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self.settings = settings
+        limits = store_limits(settings)
+        self.database = Database(settings.db_path, limits.lifecycle, clock.wall_ms())
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self.store = Inflight(self.database, clock, limits, self._handoff)
+        self.waiting = Waiting(self.store, RESPONSE_BYTES_MAX)
+        self.metrics = Metrics()
+        self.observer = Observer(self.metrics, self.store, self.waiting)
+        self.ingest: Ingest = build_ingest(settings, self.store, self.metrics)
+        self.upkeep = Upkeep(self.store)
+        self.server = rpc.build(
+            self._services(),
+            secrets=[secret.get_secret_value() for secret in settings.grpc_shared_secret],
+            healthy=self.healthy,
+            message_bytes_max=settings.message_bytes_max,
+            observe=self.observer.called,
+        )
+        self.port = 0
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._serving = False
+        self._exposition = None
+
+    def _services(self) -> dict[str, dict[str, rpc.Method]]:
+        consumers = Consumers(self.store, self.waiting)
+        services = {
+            rpc.CONSUMER: rpc.consumer_methods(consumers),
+            rpc.PRODUCER: {"SendTasks": self._send_tasks},
+        }
+        if self.settings.v1_service == "on":
+            services[rpc.TASKBROKER_V1] = rpc.taskbroker_methods(consumers)
+        return services
+
+    async def _send_tasks(self, request: bytes) -> bytes:
+        try:
+            return await self.ingest.direct.send(request)
+        except IntakePaused as paused:
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, str(paused)) from None
+
+    async def _handoff(self, write: object, batch: Batch) -> Written:
+        begun = time.perf_counter()
+        written = await asyncio.get_running_loop().run_in_executor(self._thread, self.database.write, batch)
+        self.observer.written(batch, time.perf_counter() - begun)
+        return written
+
+    def healthy(self) -> bool:
+        """The writer commits, the chores run, the database is open. Kafka is no part of it."""
+        return self._serving and all(not task.done() for task in self._tasks.values())
+
+    # -- in this order
+
+    async def start(self) -> None:
+        settings = self.settings
+        self._run("writer", self.store.run())
+        self._run("upkeep", self.upkeep.run())
+        try:
+            self.port = self.server.add_insecure_port(settings.grpc_address)
+        except RuntimeError:
+            raise FatalError(
+                f"cannot listen on {settings.grpc_address}: the port is in use, or the address is not this machine's",
+                "stop what listens there, or set grpc_port (TASKBROKER_GRPC_PORT)",
+            ) from None
+        self._exposition = expose(
+            self.metrics,
+            settings.metrics_addr,
+            settings.metrics_port,
+            must=not settings.metrics_port_is_default,
+        )
+        await self.ingest.start()
+        await self.server.start()
+        self._serving = True
+        log.info(
+            "serving",
+            grpc=f"{settings.grpc_addr}:{self.port}",
+            database=str(settings.db_path),
+            ingest=settings.ingest,
+            rows=self.store.rows,
+            epoch=self.store.epoch,
+            loop=type(asyncio.get_running_loop()).__module__,
+        )
+
+    def _run(self, name: str, work: object) -> None:
+        self._tasks[name] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
+
+    async def run_until(self, stopping: asyncio.Event) -> None:
+        """Until told to stop. Raises FatalError when a part that everything depends on has ended."""
+        stop = asyncio.create_task(stopping.wait())
+        failed = asyncio.create_task(self.ingest.failed())
+        done, _ = await asyncio.wait(
+            [stop, failed, *self._tasks.values()], return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in (stop, failed):
+            if task not in done:
+                task.cancel()
+        for task in done - {stop}:
+            error = task.exception()
+            if isinstance(error, FatalError):
+                raise error
+            log.error("a part of the broker has failed", part=task.get_name(), exc_info=error)
+            raise FatalError(
+                f"{task.get_name()} has failed: {error!r}; nothing was acknowledged that is not durable",
+                "the log has the details; start the broker again once the cause is gone",
+            )
+        log.info("stopping", seconds_max=self.settings.shutdown_seconds)
+
+    # -- in the reverse order
+
+    async def stop(self) -> None:
+        """Answer open polls empty, take no more, write what has gathered, commit offsets, let go."""
+        self._serving = False
+        self.waiting.close()
+        await self.ingest.stop_intake()
+        await self.server.stop(DRAIN_CALLS_SECONDS)
+        await self.ingest.stop()
+        if (upkeep := self._tasks.get("upkeep")) is not None:
+            upkeep.cancel()
+        self.store.stop()
+        if (writer := self._tasks.get("writer")) is not None:
+            with contextlib.suppress(Exception):  # told by run_until
+                await writer
+        if self._exposition is not None:
+            self._exposition.close()
+        self._thread.shutdown()
+        self.database.close()
+        log.info("stopped", rows=self.store.rows)

@@ -1,0 +1,1 @@
+"""The inflight store: SQLite is the truth, memory is the index."""

@@ -1,0 +1,80 @@
+"""What has left, remembered for the de-duplication window: by id, with its last claim and outcome."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterable
+
+from penstock_broker.domain.activation import Activation
+
+BUCKETS = 8
+
+
+def pack(claim: int, outcome: int) -> int:
+    """A claim number and an outcome number in one integer."""
+    return claim << 8 | outcome
+
+
+def unpack(value: int) -> tuple[int, int]:
+    return value >> 8, value & 0xFF
+
+
+def last_of(row: Activation, outcome: int) -> int:
+    """What is remembered of a row that leaves: its last reported claim and outcome, packed.
+
+    Without an outcome (time, or the log, made it leave) those of the claim before.
+    """
+    return pack(row.claim, outcome) if outcome else pack(max(0, row.claim - 1), row.last_outcome)
+
+
+class Finished:
+    """Id hashes of what left, in time buckets that are dropped whole.
+
+    Bounded by ``window_ms`` and by ``ids_max``, whichever is less.
+    """
+
+    def __init__(self, window_ms: int, ids_max: int) -> None:
+        self.window_ms = window_ms
+        self._bucket_ids_max = max(1, ids_max // BUCKETS)
+        # (wall clock of the first entry, id hash -> packed claim and outcome), newest first
+        self._buckets: deque[tuple[int, dict[int, int]]] = deque()
+
+    def __len__(self) -> int:
+        return sum(len(entries) for _, entries in self._buckets)
+
+    def get(self, id_hash: int) -> int | None:
+        for _, entries in self._buckets:
+            if (value := entries.get(id_hash)) is not None:
+                return value
+        return None
+
+    def add(self, now: int, id_hash: int, value: int) -> None:
+        self._bucket(now)[id_hash] = value
+
+    def load(self, now: int, entries: Iterable[tuple[int, bytes]]) -> None:
+        """Fill from stored (time, packed pairs), oldest first."""
+        for at, packed in entries:
+            if at > now - self.window_ms:
+                pairs = array("q", packed)
+                self._bucket(at).update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def _bucket(self, now: int) -> dict[int, int]:
+        if self._buckets:
+            since, entries = self._buckets[0]
+            if now - since < self.window_ms // BUCKETS and len(entries) < self._bucket_ids_max:
+                return entries
+        self._buckets.appendleft((now, {}))
+        return self._buckets[0][1]
+
+    def forget(self, now: int) -> int | None:
+        """Drop what is outside the window. The wall clock before which the rows can go, or None."""
+        dropped = False
+        while self._buckets and (
+            len(self._buckets) > BUCKETS + 1 or self._buckets[-1][0] < now - self.window_ms * 9 // 8
+        ):
+            self._buckets.pop()
+            dropped = True
+        if not dropped:
+            return None
+        return self._buckets[-1][0] if self._buckets else now

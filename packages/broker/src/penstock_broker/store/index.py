@@ -1,0 +1,196 @@
+"""The order of hand-out, in memory: a prefix of the rows per (application, namespace).
+
+Round robin over applications, then over their namespaces; within a pair by (ready_at, seq).
+What does not fit is spilled: it stays in the rows and is paged in when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from penstock_broker.domain.activation import Activation, Status
+
+
+class PairQueue:
+    """Pending rows of one (application, namespace)."""
+
+    __slots__ = (
+        "application", "bytes", "in_ring", "namespace", "pair", "paging", "ready", "spilled", "tail_ready_at",
+        "tail_seq", "turn",
+    )  # fmt: skip
+
+    def __init__(self, pair: int, application: str, namespace: str) -> None:
+        self.pair = pair
+        self.application = application
+        self.namespace = namespace
+        # In memory, in order.
+        self.ready: deque[Activation] = deque()
+        self.bytes = 0
+        # Pending rows of this pair that are not in memory.
+        self.spilled = 0
+        # Order key of the last row that was put into memory.
+        self.tail_ready_at = -1
+        self.tail_seq = -1
+        self.paging = False
+        self.in_ring = False
+        # When it last had its turn, for workers that serve several of an application's namespaces.
+        self.turn = 0
+
+
+class Application:
+    """The pairs of one application, those with work in the order of their turns."""
+
+    __slots__ = ("in_ring", "queues", "ring")
+
+    def __init__(self) -> None:
+        self.queues: dict[str, PairQueue] = {}
+        # May hold queues that have run empty; they are dropped when their turn comes.
+        self.ring: deque[PairQueue] = deque()
+        self.in_ring = False
+
+
+class ReadyIndex:
+    """Pending rows by pair, bounded in rows and bytes."""
+
+    def __init__(self, rows_max: int, bytes_max: int) -> None:
+        self.rows_max = rows_max
+        self.bytes_max = bytes_max
+        self.rows = 0
+        self.bytes = 0
+        self.pairs: dict[int, PairQueue] = {}
+        self._applications: dict[str, Application] = {}
+        self._ring: deque[Application] = deque()
+        self._turn = 0
+        self._bytes_left = 0
+
+    def add_pair(self, pair: int, application: str, namespace: str) -> PairQueue:
+        queue = self.pairs[pair] = PairQueue(pair, application, namespace)
+        self._applications.setdefault(application, Application()).queues[namespace] = queue
+        return queue
+
+    def pair(self, application: str, namespace: str) -> PairQueue | None:
+        app = self._applications.get(application)
+        return app.queues.get(namespace) if app else None
+
+    # -- putting rows in
+
+    def reserve(self, queue: PairQueue, row: Activation) -> bool:
+        """Whether a row that is about to be stored will enter memory; if not, it is spilled.
+
+        A pair may use as much as is still free for all: one that floods leaves room for others.
+        """
+        fits = queue.spilled == 0 and (
+            not queue.bytes
+            or (
+                queue.bytes + row.size <= self.bytes_max - self.bytes
+                and len(queue.ready) < self.rows_max - self.rows
+            )
+        )
+        if fits:
+            self.rows += 1
+            self.bytes += row.size
+            queue.bytes += row.size
+        else:
+            queue.spilled += 1
+            row.spilled = 1
+        return fits
+
+    def room(self, queue: PairQueue) -> tuple[int, int]:
+        """How many rows and bytes may be paged in for a pair now; at least one row."""
+        return (
+            max(1, self.rows_max - self.rows - len(queue.ready)),
+            max(1, self.bytes_max - self.bytes - queue.bytes),
+        )
+
+    def enter(self, queue: PairQueue, row: Activation, ready: bool = True) -> None:
+        """A stored row, its room reserved, takes its place at the end; one not ``ready`` only passes it."""
+        if (row.ready_at, row.seq) > (queue.tail_ready_at, queue.tail_seq):
+            queue.tail_ready_at, queue.tail_seq = row.ready_at, row.seq
+        if not ready:
+            return
+        queue.ready.append(row)
+        if not queue.in_ring:
+            app = self._applications[queue.application]
+            queue.in_ring = True
+            app.ring.append(queue)
+            if not app.in_ring:
+                app.in_ring = True
+                self._ring.append(app)
+
+    def page_in(self, queue: PairQueue, row: Activation) -> None:
+        """A spilled row, read in order after the tail, is about to enter memory."""
+        queue.spilled -= 1
+        self.rows += 1
+        self.bytes += row.size
+        queue.bytes += row.size
+
+    def unreserve(self, queue: PairQueue, row: Activation) -> None:
+        """A row has left memory, or will not enter it after all."""
+        self.rows -= 1
+        self.bytes -= row.size
+        queue.bytes -= row.size
+
+    # -- taking rows out
+
+    def take(
+        self, application: str | None, namespaces: tuple[str, ...], rows_max: int, bytes_max: int
+    ) -> list[Activation]:
+        """The next rows for a worker that serves these names, in turn; none once ``bytes_max`` is reached.
+
+        No application: any. No namespaces: all of the application's.
+        """
+        taken: list[Activation] = []
+        self._bytes_left = bytes_max
+        if application is None:
+            while self._ring and len(taken) < rows_max and self._bytes_left > 0:
+                app = self._ring[0]
+                self._take_in_turn(app.ring, 1 if len(self._ring) > 1 else rows_max - len(taken), taken)
+                if app.ring:
+                    self._ring.rotate(-1)
+                else:
+                    self._ring.popleft()
+                    app.in_ring = False
+        elif app := self._applications.get(application):
+            if namespaces:
+                self._take_named(app, namespaces, rows_max, taken)
+            else:
+                self._take_in_turn(app.ring, rows_max, taken)
+        return taken
+
+    def _take_in_turn(self, ring: deque[PairQueue], rows: int, taken: list[Activation]) -> None:
+        """One row from each queue in turn; from the only one, all that are wanted."""
+        until = len(taken) + rows
+        while ring and len(taken) < until and self._bytes_left > 0:
+            queue = ring[0]
+            self._pop(queue, 1 if len(ring) > 1 else until - len(taken), taken)
+            if queue.ready:
+                ring.rotate(-1)
+            else:
+                ring.popleft()
+                queue.in_ring = False
+
+    def _take_named(
+        self, app: Application, namespaces: tuple[str, ...], rows: int, taken: list[Activation]
+    ) -> None:
+        named = (app.queues.get(namespace) for namespace in namespaces)
+        turns = deque(sorted((q for q in named if q and q.ready), key=lambda q: q.turn))
+        while turns and len(taken) < rows and self._bytes_left > 0:
+            queue = turns[0]
+            self._turn += 1
+            queue.turn = self._turn
+            self._pop(queue, 1 if len(turns) > 1 else rows - len(taken), taken)
+            if queue.ready:
+                turns.rotate(-1)
+            else:
+                turns.popleft()
+
+    def _pop(self, queue: PairQueue, rows: int, taken: list[Activation]) -> None:
+        ready = queue.ready
+        while ready and rows and self._bytes_left > 0:
+            row = ready.popleft()
+            self.unreserve(queue, row)
+            # What left while it waited (expired, settled late) stays in line until its turn.
+            if row.status is Status.PENDING:
+                taken.append(row)
+                rows -= 1
+                self._bytes_left -= row.size

@@ -1,0 +1,40 @@
+"""Claims by the time their lease ends, in buckets of a quarter second."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from penstock_broker.domain.activation import Activation, Status
+
+BUCKET_MS = 250
+
+
+class Leases:
+    """A lease that is extended stays in its bucket and is looked at again when that is due."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, list[Activation]] = {}
+        self._order: list[int] = []
+
+    def add(self, row: Activation) -> None:
+        key = row.lease_until // BUCKET_MS + 1
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = []
+            heapq.heappush(self._order, key)
+        bucket.append(row)
+
+    def next_due(self) -> int | None:
+        """Monotonic ms at which a bucket must be looked at."""
+        return self._order[0] * BUCKET_MS if self._order else None
+
+    def lapsed(self, now: int) -> Iterator[Activation]:
+        """Claims whose lease has ended at ``now`` (monotonic ms)."""
+        while self._order and self._order[0] * BUCKET_MS <= now:
+            for row in self._buckets.pop(heapq.heappop(self._order)):
+                if row.status is Status.PROCESSING:
+                    if row.lease_until <= now:
+                        yield row
+                    else:
+                        self.add(row)

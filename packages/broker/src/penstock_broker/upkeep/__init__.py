@@ -1,0 +1,1 @@
+"""Everything that time moves: delays, expiry, leases, the de-duplication window."""

@@ -1,0 +1,88 @@
+"""The chores, in one table, and the loop that sleeps until the first of them is due."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from penstock_broker.store.inflight import Inflight
+
+log = structlog.get_logger("upkeep")
+
+# A broker that stood still for longer judges no lease by that time.
+STALL_MS = 1_000
+SLEEP_MS_MAX = 60_000
+FORGET_EVERY_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class Chore:
+    """``due``: monotonic ms at which to run next, or None. ``run`` is given the monotonic time."""
+
+    name: str
+    due: Callable[[], int | None]
+    run: Callable[[int], None]
+
+
+class Upkeep:
+    """Runs chores when they are due; nothing is polled."""
+
+    def __init__(self, store: Inflight) -> None:
+        self._store = store
+        self._clock = store.clock
+        self._forget_at = self._clock.mono_ms() + FORGET_EVERY_MS
+        self._sleeping_until = 0
+        self._earlier = asyncio.Event()
+        self.chores = (
+            Chore("delays and expiry", self._wake_due, lambda mono: store.wake()),
+            Chore("leases", store.leases.next_due, self._lapse),
+            Chore("de-duplication window", lambda: self._forget_at, self._forget),
+        )
+        store.on_due = self._reconsider
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            now = self._clock.mono_ms()
+            for chore in self.chores:
+                due = chore.due()
+                if due is not None and due <= now:
+                    chore.run(now)
+            self._sleeping_until = self._next_due(now)
+            await self._sleep(self._sleeping_until - self._clock.mono_ms())
+
+    async def _sleep(self, ms: int) -> None:
+        self._earlier.clear()
+        asleep_at = self._clock.mono_ms()
+        try:
+            async with asyncio.timeout(max(ms, 0) / 1000):
+                await self._earlier.wait()
+        except TimeoutError:
+            overslept = self._clock.mono_ms() - asleep_at - max(ms, 0)
+            if overslept > STALL_MS:
+                log.warning("the broker stood still; leases are moved by that time", seconds=overslept / 1000)
+                self._store.postpone_leases(overslept)
+
+    def _next_due(self, now: int) -> int:
+        dues = [due for chore in self.chores if (due := chore.due()) is not None]
+        return min([now + SLEEP_MS_MAX, *dues])
+
+    def _reconsider(self) -> None:
+        """After a tick: wake up if something became due before the time we sleep until."""
+        if self._next_due(self._sleeping_until) < self._sleeping_until:
+            self._earlier.set()
+
+    def _wake_due(self) -> int | None:
+        at = self._store.next_wake_at()
+        return None if at is None else at - self._clock.wall_ms() + self._clock.mono_ms()
+
+    def _lapse(self, mono: int) -> None:
+        if lapsed := self._store.lapse(mono):
+            log.warning("claims whose worker vanished were taken back", claims=lapsed)
+
+    def _forget(self, mono: int) -> None:
+        self._store.forget_finished()
+        self._forget_at = mono + FORGET_EVERY_MS

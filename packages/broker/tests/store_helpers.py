@@ -1,0 +1,124 @@
+"""A store on a real file, ticks run inline, time in the test's hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from penstock_broker.domain.activation import Activation, OnExceeded, Status
+from penstock_broker.domain.token import ClaimToken
+from penstock_broker.store.batch import Batch, Written
+from penstock_broker.store.database import Database
+from penstock_broker.store.inflight import Inflight, StoreLimits
+
+
+class ManualClock:
+    def __init__(self, wall: int = 1_000_000_000_000) -> None:
+        self.wall = wall
+        self.mono = 5_000
+
+    def wall_ms(self) -> int:
+        return self.wall
+
+    def mono_ms(self) -> int:
+        return self.mono
+
+    def advance(self, ms: int) -> None:
+        self.wall += ms
+        self.mono += ms
+
+
+async def inline(write: Callable[[Batch], Written], batch: Batch) -> Written:
+    return write(batch)
+
+
+def open_store(path: Path, clock: ManualClock, limits: StoreLimits | None = None) -> Inflight:
+    limits = limits or StoreLimits()
+    return Inflight(Database(path, limits.lifecycle, clock.wall_ms()), clock, limits, inline)
+
+
+def activation(
+    id: str,
+    clock: ManualClock,
+    *,
+    application: str = "shop",
+    namespace: str = "pay",
+    body: bytes | None = None,
+    delay_ms: int = 0,
+    expires_ms: int | None = None,
+    max_attempts: int = 1,
+    on_exceeded: OnExceeded = OnExceeded.DEADLETTER,
+    at_most_once: bool = False,
+    source: int = 0,
+    offset: int = -1,
+) -> Activation:
+    body = body if body is not None else b"body of " + id.encode()
+    now = clock.wall_ms()
+    return Activation(
+        id=id,
+        application=application,
+        namespace=namespace,
+        taskname="charge",
+        body=body,
+        received_at=now,
+        ready_at=now + delay_ms,
+        expires_at=None if expires_ms is None else now + expires_ms,
+        deadline_ms=10_000,
+        max_attempts=max_attempts,
+        on_exceeded=on_exceeded,
+        at_most_once=at_most_once,
+        source=source,
+        offset=offset,
+        status=Status.DELAYED if delay_ms else Status.PENDING,
+        size=len(body),
+    )
+
+
+def token_of(store: Inflight, row: Activation) -> ClaimToken:
+    return ClaimToken(row.claim_epoch, row.seq, row.id_hash, store.database.nonce, row.claim)
+
+
+async def settle_down(store: Inflight) -> None:
+    """Tick until nothing waits."""
+    while store.work_waits():
+        await store.tick()
+
+
+def check_store(store: Inflight) -> None:
+    """Memory equals the rows: the index is a prefix of them, everything else agrees to the row."""
+    assert not store.work_waits()
+    rows = {row.seq: row for row in store.database.load([key[0] for key in store.database.keys()])}
+    held = {r.seq for source in store.sources() for r in source.held_starts if r.status is Status.PENDING}
+    in_memory = set()
+    for queue in store.index.pairs.values():
+        order = sorted(
+            (r.ready_at, r.seq) for r in rows.values() if r.pair == queue.pair and r.status is Status.PENDING
+        )
+        ready = [(r.ready_at, r.seq) for r in queue.ready if r.status is Status.PENDING]
+        waiting = [(r.ready_at, r.seq) for r in rows.values() if r.seq in held and r.pair == queue.pair]
+        memory = sorted(ready + waiting)
+        assert memory == order[: len(memory)], "the index is no prefix of the rows"
+        assert queue.spilled == len(order) - len(memory), "the spilled rows are miscounted"
+        assert memory or not order, "a pair with work has nothing in memory"
+        # An at-most-once row enters the order when it is covered, which may be after its neighbours.
+        in_line = [(r.ready_at, r.seq) for r in queue.ready if r.status is Status.PENDING and not r.at_most_once]
+        assert in_line == sorted(in_line), "the index is out of order"
+        in_memory |= {seq for _, seq in memory}
+        reserved = [*queue.ready, *(r for source in store.sources() for r in source.held_starts if r.pair == queue.pair)]
+        assert queue.bytes == sum(row.size for row in reserved), "room in memory is miscounted"
+    claimed = {seq for seq, row in rows.items() if row.status is Status.PROCESSING}
+    assert store.index.bytes == sum(queue.bytes for queue in store.index.pairs.values())
+    assert set(store.resident) == in_memory | claimed
+    for seq, row in store.resident.items():
+        for name in ("status", "claim", "claim_epoch", "attempts", "lost", "id", "expires_at", "source", "offset"):
+            if name == "claim_epoch" and row.status is not Status.PROCESSING:
+                continue
+            assert getattr(row, name) == getattr(rows[seq], name), name
+    assert sorted(store.live.values()) == sorted(rows)
+    assert store.rows == len(rows)
+    assert store.bytes == sum(row.size for row in rows.values())
+    for pair, counts in store.counts.items():
+        for status in list(Status)[1:]:
+            assert counts[status] == sum(r.pair == pair and r.status is status for r in rows.values())
+    assert store.imbalance() == 0
+    assert store.books == store.database.books()

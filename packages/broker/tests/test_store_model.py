@@ -1,0 +1,244 @@
+"""After any sequence of operations, restarts included, memory equals the rows and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+
+from penstock_broker.domain.activation import Activation, OnExceeded, Status, hash_id
+from penstock_broker.domain.lifecycle import Event, Limits
+from penstock_broker.domain.token import ClaimToken
+from penstock_broker.store.batch import Answer, Report
+from penstock_broker.store.inflight import StoreLimits
+
+from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+
+LIMITS = StoreLimits(
+    window_rows_max=4,
+    window_bytes_max=6_000,
+    batch_rows_max=3,
+    lifecycle=Limits(max_deliveries=3, unknown_task_ms=20_000),
+)
+OUTCOMES = (
+    Event.COMPLETE,
+    Event.IGNORE,
+    Event.FAIL,
+    Event.RETRY,
+    Event.DEADLINE_EXCEEDED,
+    Event.WORKER_DIED,
+    Event.EXPIRE,
+    Event.RELEASE,
+    Event.UNKNOWN_TASK,
+    Event.ARGUMENTS_MISMATCH,
+)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """The store against a model that knows only what it was told: which ids ended, and which tokens."""
+
+    tokens = Bundle("tokens")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.folder = Path(tempfile.mkdtemp())
+        self.clock = ManualClock()
+        self.store = self.call(self.open())
+        self.ids = 0
+        self.offset = 0
+        # Ids whose insertion was acknowledged and that have not ended in any way we were told.
+        self.unfinished: set[str] = set()
+        # Tokens whose outcome was answered APPLIED, and when durable.
+        self.ended: set[str] = set()
+
+    def call(self, coroutine):
+        return self.loop.run_until_complete(coroutine)
+
+    async def open(self):
+        return open_store(self.folder / "store.sqlite", self.clock, LIMITS)
+
+    def teardown(self) -> None:
+        self.store.database.close()
+        self.loop.close()
+        shutil.rmtree(self.folder)
+
+    @rule(
+        count=st.integers(1, 6),
+        namespace=st.sampled_from(["pay", "mail", "flood"]),
+        application=st.sampled_from(["shop", "crm"]),
+        size=st.sampled_from([10, 1024, 1025, 3000]),
+        delay_ms=st.sampled_from([0, 0, 0, 500, 5000]),
+        expires_ms=st.sampled_from([None, None, 1000, 8000]),
+        max_attempts=st.integers(0, 3),
+        policy=st.sampled_from(list(OnExceeded)),
+        at_most_once=st.booleans(),
+        from_log=st.booleans(),
+    )
+    def insert(self, count, size, from_log, policy, **how):
+        async def go():
+            rows, taken = [], {}
+            for _ in range(count):
+                self.ids += 1
+                row = activation(
+                    f"task-{self.ids}", self.clock, body=bytes(size), on_exceeded=policy, **how
+                )
+                if from_log:
+                    source = self.store.source("tasks", 0)
+                    row.source, row.offset = source.id, self.offset
+                    self.offset += 1
+                    taken = {source.id: self.offset}
+                rows.append(row)
+            self.store.insert(rows, taken)
+
+        self.call(go())
+
+    @rule(n=st.integers(1, 4))
+    def insert_again(self, n):
+        async def go():
+            known = [f"task-{i}" for i in range(max(1, self.ids - n), self.ids + 1)]
+            known = [id for id in known if self.store.known(id)]
+            before = self.store.rows
+            self.store.insert([activation(id, self.clock) for id in known])
+            assert self.store.rows == before
+
+        self.call(go())
+
+    @rule(
+        target=tokens,
+        rows=st.integers(1, 5),
+        application=st.sampled_from([None, "shop", "crm"]),
+        namespaces=st.sampled_from([(), ("pay",), ("mail", "flood")]),
+        tokenless=st.booleans(),
+    )
+    def claim(self, rows, application, namespaces, tokenless):
+        async def go():
+            claimed = self.store.claim(application, namespaces, rows, 1 << 20, tokenless=tokenless)
+            for row in claimed:
+                assert row.body is not None
+                assert row.expires_at is None or row.expires_at > self.clock.wall
+                assert row.received_at <= self.clock.wall
+                row.body = None
+            return [token_of(self.store, row) for row in claimed]
+
+        return self.call(go())
+
+    @rule(tokens=tokens, event=st.sampled_from(OUTCOMES), delay=st.sampled_from([None, 0, 700]))
+    def settle(self, tokens, event, delay):
+        async def go():
+            for token in tokens:
+                answer = self.store.settle(token, event, self.clock.wall, delay, '{"type":"x"}')
+                await settle_down(self.store)
+                first = answer.answer if isinstance(answer, Report) else answer
+                again = self.store.settle(token, event, self.clock.wall, delay)
+                await settle_down(self.store)
+                second = again.answer if isinstance(again, Report) else again
+                assert second is not Answer.APPLIED, "one outcome per claim"
+                if first is Answer.APPLIED:
+                    assert second is Answer.DUPLICATE
+
+        self.call(go())
+
+    @rule(tokens=tokens, event=st.sampled_from([Event.COMPLETE, Event.FAIL, Event.RETRY]))
+    def settle_by_id(self, tokens, event):
+        async def go():
+            for token in tokens:
+                self.store.settle_by_id(token.id_hash, event, self.clock.wall, retry_delay_ms=300)
+
+        self.call(go())
+
+    @rule(tokens=tokens, started=st.booleans())
+    def extend(self, tokens, started):
+        async def go():
+            for token in tokens:
+                self.store.extend(token, started)
+
+        self.call(go())
+
+    @rule(ms=st.sampled_from([1, 300, 1000, 6000, 16_000]))
+    def time_passes(self, ms):
+        async def go():
+            self.clock.advance(ms)
+            self.store.lapse(self.clock.mono)
+
+        self.call(go())
+
+    @rule(behind=st.integers(0, 3))
+    def cover(self, behind):
+        async def go():
+            source = self.store.source("tasks", 0)
+            await settle_down(self.store)
+            self.store.cover(source, max(0, source.next - behind))
+
+        self.call(go())
+
+    @rule(behind=st.integers(0, 4))
+    def partition_lost(self, behind):
+        async def go():
+            source = self.store.source("tasks", 0)
+            boundary = max(source.covered, self.offset - behind)
+            dropped = self.store.drop_uncovered(source, boundary)
+            await settle_down(self.store)
+            assert dropped.done()
+            keys = list(self.store.database.keys())
+            assert not any(s == source.id and offset >= boundary for _, _, _, s, offset in keys)
+            # Whoever takes it back reads again from there.
+            self.offset = max(self.offset, boundary)
+            self.store.begin_range(source, self.offset)
+
+        self.call(go())
+
+    @rule(limit=st.integers(1, 5), acknowledged=st.booleans())
+    def forward(self, limit, acknowledged):
+        async def go():
+            taking = asyncio.ensure_future(self.store.take_outbox(limit))
+            await asyncio.sleep(0)
+            await settle_down(self.store)
+            rows = await taking
+            assert all(row.status is Status.FORWARDING and row.reason and row.body is not None for row in rows)
+            if acknowledged:
+                self.store.forwarded(rows)
+            else:
+                self.store.return_outbox(rows)
+
+        self.call(go())
+
+    @rule()
+    def tick(self):
+        async def go():
+            if self.store.work_waits():
+                await self.store.tick()
+
+        self.call(go())
+
+    @rule(settled=st.booleans())
+    def restart(self, settled):
+        """With everything written, or losing what the next tick would have written."""
+
+        async def go():
+            if settled:
+                await settle_down(self.store)
+            rows = [key[2] for key in self.store.database.keys()]
+            self.store.database.close()
+            self.store = await self.open()
+            assert sorted(key[2] for key in self.store.database.keys()) == sorted(rows)
+            self.offset = max([self.offset, *(s.next for s in self.store.sources())])
+
+        self.call(go())
+
+    @rule()
+    def settled_store_is_consistent(self):
+        async def go():
+            await settle_down(self.store)
+            check_store(self.store)
+
+        self.call(go())
+
+
+StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestStoreModel = StoreMachine.TestCase

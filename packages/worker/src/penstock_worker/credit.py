@@ -1,0 +1,41 @@
+"""How many tasks a worker may hold: short ones in large batches, long ones never hoarded."""
+
+from __future__ import annotations
+
+# A slot holds as many waiting tasks as it works off in this time.
+PREFETCH_SECONDS = 0.05
+PREFETCH_TASKS_MAX = 255
+# Waiting activations of one worker; above it there is no prefetch.
+PREFETCH_BYTES_MAX = 32 * 1024 * 1024
+_WEIGHT_OF_LATEST = 0.1
+
+
+class ServiceTime:
+    """The measured run time of recent tasks."""
+
+    def __init__(self) -> None:
+        self._mean_seconds: float | None = None
+
+    def add(self, run_seconds: float) -> None:
+        mean = self._mean_seconds
+        self._mean_seconds = run_seconds if mean is None else mean + _WEIGHT_OF_LATEST * (run_seconds - mean)
+
+    def prefetch(self) -> int:
+        """Tasks that may wait behind the running one, per slot. Nothing measured: none."""
+        if self._mean_seconds is None:
+            return 0
+        return min(PREFETCH_TASKS_MAX, int(PREFETCH_SECONDS / max(self._mean_seconds, 1e-6)))
+
+
+def room(capacity: int, slots: int, held: int, asked_for: int) -> int:
+    """How many tasks to ask for now.
+
+    A free slot is filled at once; the prefetch is topped up when half of it is used, so that
+    short tasks come in few large batches. `asked_for` is what calls on their way may bring.
+    """
+    free = capacity - held - asked_for
+    if free <= 0:
+        return 0
+    if held + asked_for < slots or free >= (capacity - slots) / 2:
+        return free
+    return 0

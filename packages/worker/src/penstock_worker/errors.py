@@ -1,0 +1,52 @@
+"""Exceptions as bounded text, fit for the wire whatever they contain."""
+
+from __future__ import annotations
+
+import traceback
+
+from penstock_worker.frames import Error
+
+TYPE_CHARACTERS_MAX = 200
+MESSAGE_CHARACTERS_MAX = 2_000
+TRACEBACK_CHARACTERS_MAX = 16_000
+TRACEBACK_FRAMES_MAX = 50
+
+
+def summarize(exception: BaseException) -> Error:
+    """Type, message and traceback of an exception, each bounded and valid UTF-8."""
+    kind = type(exception)
+    return Error(
+        bounded(f"{kind.__module__}.{kind.__qualname__}", TYPE_CHARACTERS_MAX),
+        bounded(_message(exception), MESSAGE_CHARACTERS_MAX),
+        bounded(_traceback(exception), TRACEBACK_CHARACTERS_MAX),
+    )
+
+
+def bounded(text: str, limit: int) -> str:
+    """The text within the limit, its middle left out, without characters UTF-8 does not have."""
+    if len(text) > limit:
+        gap = f" … {len(text) - limit} characters left out … "
+        half = max(0, (limit - len(gap)) // 2)
+        text = text[:half] + gap + text[len(text) - half :]
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _message(exception: BaseException) -> str:
+    try:
+        return str(exception)
+    # __str__ is the user's code, and the report must go out all the same.
+    except Exception as error:  # noqa: BLE001
+        return f"<its __str__ raised {type(error).__qualname__}>"
+
+
+def _traceback(exception: BaseException) -> str:
+    # Frames above the task's own function are ours and say nothing.
+    first = exception.__traceback__.tb_next if exception.__traceback__ else None
+    try:
+        lines = traceback.format_exception(
+            type(exception), exception, first or exception.__traceback__, limit=-TRACEBACK_FRAMES_MAX
+        )
+    # As above: formatting calls the user's __str__, and that of every exception in the chain.
+    except Exception as error:  # noqa: BLE001
+        return f"<the traceback could not be written: {type(error).__qualname__}>"
+    return "".join(lines)

@@ -1,0 +1,80 @@
+"""What a worker is told at its start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+DEFAULT_BROKERS = "127.0.0.1:50051"
+DEFAULT_GRACE_SECONDS = 30.0
+SLOTS_MAX = 1024
+SECRET_VARIABLES = ("TASKBROKER_GRPC_SHARED_SECRET", "PENSTOCK_GRPC_SHARED_SECRET")
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message names it and shows a right one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    app_path: str
+    brokers: tuple[str, ...]
+    # Child processes; each executes one task at a time.
+    slots: int
+    # Empty: all namespaces of the application.
+    namespaces: tuple[str, ...] = ()
+    # How long running tasks may go on after SIGTERM.
+    grace_seconds: float = DEFAULT_GRACE_SECONDS
+    secret: str | None = None
+    metrics_addr: str = "127.0.0.1"
+    metrics_port: int | None = None
+
+
+def parse_brokers(text: str) -> tuple[str, ...]:
+    """`"broker-0:50051,broker-1:50051"` as addresses, each once.
+
+    Raises: SettingsError naming the entry that is no address.
+    """
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    if not entries:
+        raise SettingsError(f"--rpc-host-list is empty: name at least one broker, like {DEFAULT_BROKERS}.")
+    return tuple(dict.fromkeys(_address(entry) for entry in entries))
+
+
+def _address(entry: str) -> str:
+    host, separator, port = entry.rpartition(":")
+    if "/" in entry:
+        problem = "has a scheme or a path"
+    elif not separator or not host or (":" in host and not host.startswith("[")):
+        problem = "has no port"
+    elif not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        problem = f"has the port {port!r}, which is not a number from 1 to 65535"
+    else:
+        return entry
+    raise SettingsError(
+        f"--rpc-host-list: {entry!r} {problem}. Write HOST:PORT,HOST:PORT, like"
+        " broker-0:50051,broker-1:50051."
+    )
+
+
+def secret_from(environment: Mapping[str, str]) -> str | None:
+    """The secret calls are signed with: a string, or the first of a JSON list (rotation).
+
+    Raises: SettingsError when the variable looks like a list and is none.
+    """
+    for variable in SECRET_VARIABLES:
+        text = environment.get(variable, "").strip()
+        if not text.startswith("["):
+            if text:
+                return text
+            continue
+        try:
+            secrets = json.loads(text)
+        except ValueError:
+            secrets = None
+        if not (isinstance(secrets, list) and all(isinstance(item, str) and item for item in secrets)):
+            raise SettingsError(f'{variable} is neither a secret nor a JSON list of secrets like ["a", "b"].')
+        if secrets:
+            return str(secrets[0])
+    return None

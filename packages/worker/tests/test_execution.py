@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+from time import monotonic
+
+import msgspec
+import pytest
+import worker_tasks
+
+from penstock_protocol.v1 import consumer_pb2 as pb
+from penstock_protocol.v1.activation_pb2 import TaskActivation
+from penstock_worker.execution import Execution
+from penstock_worker.frames import Assignment, Finished
+
+
+def run(taskname: str, *args: object, attempt: int = 1, expires_in: float | None = None, **kwargs: object) -> Finished:
+    activation = TaskActivation(
+        id="id-1",
+        namespace="tests",
+        taskname=taskname,
+        application="worker-tests",
+        parameters_bytes=msgspec.msgpack.encode({"args": args, "kwargs": kwargs}),
+    )
+    return run_bytes(activation.SerializeToString(), attempt, expires_in)
+
+
+def run_bytes(activation: bytes, attempt: int = 1, expires_in: float | None = None) -> Finished:
+    expires_at = None if expires_in is None else monotonic() + expires_in
+    assignment = Assignment(7, activation, b"token-1", attempt, expires_at)
+    return Execution(worker_tasks.app).run(assignment, monotonic())
+
+
+def test_a_task_completes() -> None:
+    finished = run("noop")
+    assert finished.outcome.status == pb.TASK_OUTCOME_STATUS_COMPLETE
+    assert finished.outcome.error is None
+    assert (finished.number, finished.id, finished.namespace, finished.taskname) == (7, "id-1", "tests", "noop")
+
+
+def test_a_bound_task_gets_its_context(tmp_path: Path) -> None:
+    file = tmp_path / "context"
+    assert run("bound", str(file), attempt=2).outcome.status == pb.TASK_OUTCOME_STATUS_COMPLETE
+    assert file.read_text() == "id-1 bound tests 2 token-1"
+
+
+def test_coroutines_share_one_loop(tmp_path: Path) -> None:
+    execution = Execution(worker_tasks.app)
+    loops = set()
+    for number in range(2):
+        file = tmp_path / str(number)
+        body = msgspec.msgpack.encode({"args": [str(file)], "kwargs": {}})
+        activation = TaskActivation(id="i", namespace="tests", taskname="coroutine", parameters_bytes=body)
+        assignment = Assignment(number, activation.SerializeToString(), b"t", 1, None)
+        assert execution.run(assignment, monotonic()).outcome.status == pb.TASK_OUTCOME_STATUS_COMPLETE
+        loops.add(file.read_text())
+    assert len(loops) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "type", "delay_ms"),
+    [
+        ("retry", pb.TASK_OUTCOME_STATUS_RETRY, "builtins.ConnectionError", 2500),
+        ("exclude", pb.TASK_OUTCOME_STATUS_FAILURE, "builtins.ConnectionResetError", None),
+        ("ignore", pb.TASK_OUTCOME_STATUS_IGNORED, "builtins.KeyError", None),
+        ("fail", pb.TASK_OUTCOME_STATUS_FAILURE, "builtins.ValueError", None),
+        ("exit", pb.TASK_OUTCOME_STATUS_FAILURE, "builtins.SystemExit", None),
+        ("interrupt", pb.TASK_OUTCOME_STATUS_FAILURE, "builtins.KeyboardInterrupt", None),
+    ],
+)
+def test_the_retry_policy_decides_what_an_exception_means(
+    kind: str, status: int, type: str, delay_ms: int | None
+) -> None:
+    outcome = run("raise", kind).outcome
+    assert outcome.status == status
+    assert outcome.retry_delay_ms == delay_ms
+    assert outcome.error is not None
+    assert outcome.error.type == type
+    assert "worker_tasks.py" in outcome.error.traceback
+    assert "execution.py" not in outcome.error.traceback
+
+
+def test_a_task_asks_for_its_own_retry() -> None:
+    outcome = run("retry_later").outcome
+    assert (outcome.status, outcome.retry_delay_ms) == (pb.TASK_OUTCOME_STATUS_RETRY, 7000)
+
+
+def test_an_unknown_task_is_given_back() -> None:
+    outcome = run("nobody_knows").outcome
+    assert outcome.release_reason == pb.RELEASE_REASON_UNKNOWN_TASK
+    assert outcome.error is not None
+    assert "'nobody_knows'" in outcome.error.message
+
+
+@pytest.mark.parametrize("arguments", [{"args": [1]}, {"args": [1, 2, 3]}, {"args": [1, 2], "kwargs": {"x": 1}}])
+def test_arguments_that_do_not_bind_are_given_back(arguments: dict[str, object]) -> None:
+    body = msgspec.msgpack.encode({"args": [], "kwargs": {}} | arguments)
+    activation = TaskActivation(id="i", namespace="tests", taskname="two_arguments", parameters_bytes=body)
+    outcome = run_bytes(activation.SerializeToString()).outcome
+    assert outcome.release_reason == pb.RELEASE_REASON_ARGUMENTS_MISMATCH
+
+
+def test_an_expired_task_does_not_start(tmp_path: Path) -> None:
+    file = tmp_path / "ran"
+    assert run("write", str(file), "x", expires_in=-0.001).outcome.status == pb.TASK_OUTCOME_STATUS_EXPIRED
+    assert not file.exists()
+    assert run("write", str(file), "x", expires_in=60).outcome.status == pb.TASK_OUTCOME_STATUS_COMPLETE
+
+
+def test_what_cannot_be_read_fails_for_good() -> None:
+    assert run_bytes(b"\xff\xff").outcome.status == pb.TASK_OUTCOME_STATUS_FAILURE
+    broken = TaskActivation(id="i", namespace="tests", taskname="noop", parameters_bytes=b"\xc1")
+    outcome = run_bytes(broken.SerializeToString()).outcome
+    assert outcome.status == pb.TASK_OUTCOME_STATUS_FAILURE
+    assert outcome.error is not None
+    assert "PayloadError" in outcome.error.type
