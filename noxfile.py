@@ -1,8 +1,8 @@
-"""Every check of the repository, one session each. CI runs the sessions that are on by default and nothing else.
+"""Every check of the repository, one session each. CI runs those that are on by default and nothing else.
 
-    nox -l                     the menu
-    nox -s unit-3.11           one session
-    nox -s e2e -- -k poison    arguments after -- go to the tool
+nox -l                     the menu
+nox -s unit-3.11           one session
+nox -s e2e -- -k poison    arguments after -- go to the tool
 """
 
 import difflib
@@ -30,8 +30,8 @@ DIST = ROOT / "dist"
 PROTO = "packages/protocol/proto"
 GENERATED = "packages/protocol/src"
 
-# lock file -> (what is installed from this tree, dependency groups). `lock` comes first: the others follow its
-# versions, except those that say they stand alone.
+# lock file -> (what is installed from this tree, dependency groups). `lock` comes first: the others follow
+# its versions, except those that stand alone.
 LOCKS: dict[str, tuple[list[str], list[str]]] = {
     "lock": (["protocol[grpc]", "client[grpc]", "worker", "broker"], ["dev"]),
     "runtime": (["protocol[grpc]", "client[grpc]", "worker", "broker"], []),
@@ -44,6 +44,7 @@ LOCKS: dict[str, tuple[list[str], list[str]]] = {
     "foreign": ([], ["foreign"]),
 }
 STAND_ALONE = ("lock", "proto", "foreign")
+
 
 def show_pyenv_interpreters() -> None:
     """Make every Python that pyenv holds visible, not only the one it has activated."""
@@ -166,7 +167,9 @@ def build(session: nox.Session) -> None:
 def e2e(session: nox.Session) -> None:
     """Brokers, workers and a real Kafka as processes, killed and restarted."""
     install_everything(session)
-    session.run("pytest", "tests/e2e", *session.posargs, env={"PENSTOCK_FOREIGN_PYTHON": foreign_python(session)})
+    session.run(
+        "pytest", "tests/e2e", *session.posargs, env={"PENSTOCK_FOREIGN_PYTHON": foreign_python(session)}
+    )
 
 
 @nox.session(default=False)
@@ -181,9 +184,9 @@ def matrix(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure; prints figures, judges nothing. `-- NAME` runs one script of benchmarks/."""
     install_everything(session)
-    names = session.posargs[:1] or sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
+    names = session.posargs[:1] or sorted(path.stem for path in (ROOT / "benchmarks").glob("p[0-9]*.py"))
     for name in names:
-        session.run("python", f"benchmarks/{name}.py", *session.posargs[1:])
+        session.run("python", "-m", f"benchmarks.{name}", *session.posargs[1:])
 
 
 @nox.session(default=False)
@@ -224,15 +227,22 @@ def foreign_python(session: nox.Session) -> str:
 def write_locks(session: nox.Session, directory: Path, *options: str) -> None:
     """Write every lock into `directory`, keeping the versions found there unless told to upgrade."""
     for name, (packages, groups) in LOCKS.items():
-        follow = [] if name in STAND_ALONE else ["-c", str(directory / "lock.txt")]
-        compile_lock(session, directory / f"{name}.txt", packages, groups, ["--generate-hashes", *follow, *options])
+        hashed = ["--generate-hashes", *options]
+        follow = None if name in STAND_ALONE else directory / "lock.txt"
+        compile_lock(session, directory / f"{name}.txt", follow, packages, groups, hashed)
+    # For those who install by name: the same versions, in the form that pip's -c takes.
     packages, groups = LOCKS["runtime"]
-    follow = ["-c", str(directory / "lock.txt")]
-    compile_lock(session, directory / "constraints.txt", packages, groups, [*follow, *options])
+    constraints, follow = directory / "constraints.txt", directory / "lock.txt"
+    compile_lock(session, constraints, follow, packages, groups, list(options))
 
 
 def compile_lock(
-    session: nox.Session, output: Path, packages: list[str], groups: list[str], options: list[str]
+    session: nox.Session,
+    output: Path,
+    follow: Path | None,
+    packages: list[str],
+    groups: list[str],
+    options: list[str],
 ) -> None:
     ours = [argument for name in PACKAGES for argument in ("--no-emit-package", f"penstock-{name}")]
     with tempfile.NamedTemporaryFile("w", suffix=".in") as wanted:
@@ -242,6 +252,7 @@ def compile_lock(
             *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", SUPPORTED[0]),
             *("--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", *ours),
             *(argument for group in groups for argument in ("--group", group)),
+            *(("-c", str(follow)) if follow else ()),
             *(*options, "-o", str(output), wanted.name),
             silent=True,
             log=False,
@@ -262,6 +273,8 @@ def require_same_text(session: nox.Session, kept: Path, wanted: str, remedy: str
     found = kept.read_text() if kept.exists() else ""
     if found == wanted:
         return
-    changes = difflib.unified_diff(found.splitlines(), wanted.splitlines(), "committed", "wanted", lineterm="", n=1)
+    changes = difflib.unified_diff(
+        found.splitlines(), wanted.splitlines(), "committed", "wanted", lineterm="", n=1
+    )
     print("\n".join(list(changes)[:40]))
     session.error(f"{kept.relative_to(ROOT)} is out of date. Next: {remedy}")

@@ -26,6 +26,6 @@ ENV PATH=/opt/penstock/bin:$PATH \
 WORKDIR /app
 USER 10001
 EXPOSE 51052
-HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 CMD ["python", "/opt/penstock/health.py"]
+HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 CMD ["python", "/opt/penstock/health.py", "51052"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["penstock-worker", "run", "--log-format=json", "--metrics-addr=0.0.0.0", "--metrics-port=51052"]

@@ -9,7 +9,8 @@ from penstock_broker.domain.activation import Activation, OnExceeded, Status
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
-from penstock_broker.store.inflight import Inflight, StoreLimits
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.limits import StoreLimits
 
 
 class ManualClock:
@@ -80,17 +81,17 @@ def token_of(store: Inflight, row: Activation) -> ClaimToken:
 
 async def settle_down(store: Inflight) -> None:
     """Tick until nothing waits."""
-    while store.work_waits():
-        await store.tick()
+    while store.writer.work_waits():
+        await store.writer.tick()
 
 
 def check_store(store: Inflight) -> None:
     """Memory equals the rows: the index is a prefix of them, everything else agrees to the row."""
-    assert not store.work_waits()
-    rows = {row.seq: row for row in store.database.load([key[0] for key in store.database.keys()])}
+    assert not store.writer.work_waits()
+    rows = {row.seq: row for row in store.database.load([key[0] for key in store.database.positions()])}
     held = {r.seq for source in store.sources() for r in source.held_starts if r.status is Status.PENDING}
     in_memory = set()
-    for queue in store.index.pairs.values():
+    for queue in store.memory.index.pairs.values():
         order = sorted(
             (r.ready_at, r.seq) for r in rows.values() if r.pair == queue.pair and r.status is Status.PENDING
         )
@@ -101,24 +102,40 @@ def check_store(store: Inflight) -> None:
         assert queue.spilled == len(order) - len(memory), "the spilled rows are miscounted"
         assert memory or not order, "a pair with work has nothing in memory"
         # An at-most-once row enters the order when it is covered, which may be after its neighbours.
-        in_line = [(r.ready_at, r.seq) for r in queue.ready if r.status is Status.PENDING and not r.at_most_once]
+        in_line = [
+            (r.ready_at, r.seq) for r in queue.ready if r.status is Status.PENDING and not r.at_most_once
+        ]
         assert in_line == sorted(in_line), "the index is out of order"
         in_memory |= {seq for _, seq in memory}
-        reserved = [*queue.ready, *(r for source in store.sources() for r in source.held_starts if r.pair == queue.pair)]
+        reserved = [
+            *queue.ready,
+            *(r for source in store.sources() for r in source.held_starts if r.pair == queue.pair),
+        ]
         assert queue.bytes == sum(row.size for row in reserved), "room in memory is miscounted"
+        assert queue.rows == len(reserved)
     claimed = {seq for seq, row in rows.items() if row.status is Status.PROCESSING}
-    assert store.index.bytes == sum(queue.bytes for queue in store.index.pairs.values())
-    assert set(store.resident) == in_memory | claimed
-    for seq, row in store.resident.items():
-        for name in ("status", "claim", "claim_epoch", "attempts", "lost", "id", "expires_at", "source", "offset"):
+    assert store.memory.index.bytes == sum(queue.bytes for queue in store.memory.index.pairs.values())
+    assert set(store.memory.resident) == in_memory | claimed
+    for seq, row in store.memory.resident.items():
+        for name in (
+            "status",
+            "claim",
+            "claim_epoch",
+            "attempts",
+            "lost",
+            "id",
+            "expires_at",
+            "source",
+            "offset",
+        ):
             if name == "claim_epoch" and row.status is not Status.PROCESSING:
                 continue
             assert getattr(row, name) == getattr(rows[seq], name), name
-    assert sorted(store.live.values()) == sorted(rows)
-    assert store.rows == len(rows)
-    assert store.bytes == sum(row.size for row in rows.values())
-    for pair, counts in store.counts.items():
+    assert sorted(store.memory.live.values()) == sorted(rows)
+    assert store.memory.rows == len(rows)
+    assert store.memory.bytes == sum(row.size for row in rows.values())
+    for pair, counts in store.memory.counts.items():
         for status in list(Status)[1:]:
             assert counts[status] == sum(r.pair == pair and r.status is status for r in rows.values())
     assert store.imbalance() == 0
-    assert store.books == store.database.books()
+    assert store.memory.books == store.database.books()

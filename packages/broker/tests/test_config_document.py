@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from penstock_broker.config import Settings
 from penstock_broker.config.document import document
 

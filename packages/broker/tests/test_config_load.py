@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from penstock_broker.config import Loaded, load
 from penstock_broker.errors import ConfigError
 

@@ -9,15 +9,13 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
-
-from penstock_broker.domain.activation import Activation, OnExceeded, Status, hash_id
-from penstock_broker.domain.lifecycle import Event, Limits
-from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store.batch import Answer, Report
-from penstock_broker.store.inflight import StoreLimits
-
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+
+from penstock_broker.domain.activation import OnExceeded, Status
+from penstock_broker.domain.lifecycle import Event, Limits
+from penstock_broker.store.batch import Answer, Report
+from penstock_broker.store.limits import StoreLimits
 
 LIMITS = StoreLimits(
     window_rows_max=4,
@@ -85,9 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
             rows, taken = [], {}
             for _ in range(count):
                 self.ids += 1
-                row = activation(
-                    f"task-{self.ids}", self.clock, body=bytes(size), on_exceeded=policy, **how
-                )
+                row = activation(f"task-{self.ids}", self.clock, body=bytes(size), on_exceeded=policy, **how)
                 if from_log:
                     source = self.store.source("tasks", 0)
                     row.source, row.offset = source.id, self.offset
@@ -103,9 +99,9 @@ class StoreMachine(RuleBasedStateMachine):
         async def go():
             known = [f"task-{i}" for i in range(max(1, self.ids - n), self.ids + 1)]
             known = [id for id in known if self.store.known(id)]
-            before = self.store.rows
+            before = self.store.memory.rows
             self.store.insert([activation(id, self.clock) for id in known])
-            assert self.store.rows == before
+            assert self.store.memory.rows == before
 
         self.call(go())
 
@@ -185,7 +181,7 @@ class StoreMachine(RuleBasedStateMachine):
             dropped = self.store.drop_uncovered(source, boundary)
             await settle_down(self.store)
             assert dropped.done()
-            keys = list(self.store.database.keys())
+            keys = list(self.store.database.positions())
             assert not any(s == source.id and offset >= boundary for _, _, _, s, offset in keys)
             # Whoever takes it back reads again from there.
             self.offset = max(self.offset, boundary)
@@ -196,23 +192,25 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(limit=st.integers(1, 5), acknowledged=st.booleans())
     def forward(self, limit, acknowledged):
         async def go():
-            taking = asyncio.ensure_future(self.store.take_outbox(limit))
+            taking = asyncio.ensure_future(self.store.outbox.take(limit))
             await asyncio.sleep(0)
             await settle_down(self.store)
             rows = await taking
-            assert all(row.status is Status.FORWARDING and row.reason and row.body is not None for row in rows)
+            assert all(
+                row.status is Status.FORWARDING and row.reason and row.body is not None for row in rows
+            )
             if acknowledged:
-                self.store.forwarded(rows)
+                self.store.outbox.forwarded(rows)
             else:
-                self.store.return_outbox(rows)
+                self.store.outbox.give_back(rows)
 
         self.call(go())
 
     @rule()
     def tick(self):
         async def go():
-            if self.store.work_waits():
-                await self.store.tick()
+            if self.store.writer.work_waits():
+                await self.store.writer.tick()
 
         self.call(go())
 
@@ -223,10 +221,10 @@ class StoreMachine(RuleBasedStateMachine):
         async def go():
             if settled:
                 await settle_down(self.store)
-            rows = [key[2] for key in self.store.database.keys()]
+            rows = [key[2] for key in self.store.database.positions()]
             self.store.database.close()
             self.store = await self.open()
-            assert sorted(key[2] for key in self.store.database.keys()) == sorted(rows)
+            assert sorted(key[2] for key in self.store.database.positions()) == sorted(rows)
             self.offset = max([self.offset, *(s.next for s in self.store.sources())])
 
         self.call(go())

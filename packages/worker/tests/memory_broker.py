@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 from uuid import uuid4
 
 import grpc
@@ -19,6 +20,8 @@ from penstock_protocol.v1.consumer_pb2_grpc import (
     ConsumerServiceServicer,
     add_ConsumerServiceServicer_to_server,
 )
+
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Entry:
 @dataclass
 class MemoryBroker(ConsumerServiceServicer):
     lease_ms: int = 15_000
+    # Whether an empty poll is held.
+    waits: bool = True
     address: str = ""
     pending: deque[Entry] = field(default_factory=deque)
     claims: dict[bytes, Entry] = field(default_factory=dict)
@@ -59,7 +64,7 @@ class MemoryBroker(ConsumerServiceServicer):
 
     async def start(self) -> None:
         self._server = grpc.aio.server()
-        add_ConsumerServiceServicer_to_server(self, self._server)
+        add_ConsumerServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
@@ -96,14 +101,16 @@ class MemoryBroker(ConsumerServiceServicer):
     def _notify(self) -> None:
         self._changed.set()
 
-    async def GetTasks(self, request: pb.GetTasksRequest, context: grpc.aio.ServicerContext) -> pb.GetTasksResponse:
+    async def GetTasks(  # noqa: N802
+        self, request: pb.GetTasksRequest, context: Context
+    ) -> pb.GetTasksResponse:
         self.fetches.append(request)
         self.metadata.append(tuple(context.invocation_metadata() or ()))
         self._notify()
         repeated = self._answered.get(request.request_id)
         if repeated is not None:
             return repeated
-        if not self.pending and request.wait_ms:
+        if not self.pending and request.wait_ms and self.waits:
             try:
                 async with asyncio.timeout(request.wait_ms / 1000):
                     await self.until(lambda: bool(self.pending))
@@ -126,8 +133,8 @@ class MemoryBroker(ConsumerServiceServicer):
             attempt=entry.activation.retry_state.attempts + 1,
         )
 
-    async def SetTaskStatuses(
-        self, request: pb.SetTaskStatusesRequest, context: grpc.aio.ServicerContext
+    async def SetTaskStatuses(  # noqa: N802
+        self, request: pb.SetTaskStatusesRequest, context: Context
     ) -> pb.SetTaskStatusesResponse:
         self.before_report()
         self.reports.append(len(request.outcomes))
@@ -140,8 +147,8 @@ class MemoryBroker(ConsumerServiceServicer):
         self._notify()
         return pb.SetTaskStatusesResponse(answers=answers)
 
-    async def ExtendClaims(
-        self, request: pb.ExtendClaimsRequest, context: grpc.aio.ServicerContext
+    async def ExtendClaims(  # noqa: N802
+        self, request: pb.ExtendClaimsRequest, context: Context
     ) -> pb.ExtendClaimsResponse:
         answers = []
         for claim in request.claims:
@@ -153,8 +160,8 @@ class MemoryBroker(ConsumerServiceServicer):
         self._notify()
         return pb.ExtendClaimsResponse(answers=answers)
 
-    async def ReleaseTasks(
-        self, request: pb.ReleaseTasksRequest, context: grpc.aio.ServicerContext
+    async def ReleaseTasks(  # noqa: N802
+        self, request: pb.ReleaseTasksRequest, context: Context
     ) -> pb.ReleaseTasksResponse:
         for released in request.tasks:
             entry = self.claims.pop(released.claim_token)

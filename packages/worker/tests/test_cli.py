@@ -8,26 +8,18 @@ import os
 import signal
 import socket
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 from memory_broker import MemoryBroker
-from test_worker import appears
-
-TESTS = Path(__file__).parent
+from worker_runs import appears, start
 
 
-async def start(*arguments: str, cwd: Path = TESTS) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "penstock_worker", *arguments,
-        cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-
-
-async def outcome_of(*arguments: str, cwd: Path = TESTS) -> tuple[int | None, str]:
-    process = await start(*arguments, cwd=cwd)
+async def outcome_of(*arguments: str) -> tuple[int | None, str]:
+    process = await start(*arguments)
     _, errors = await process.communicate()
     return process.returncode, errors.decode()
 
@@ -67,7 +59,9 @@ async def log_line(process: asyncio.subprocess.Process, event: str) -> dict[str,
 
 
 async def test_it_says_what_it_serves_and_warns_when_no_broker_answers(free_port: int) -> None:
-    process = await start("run", "worker_tasks:app", "--rpc-host-list", f"127.0.0.1:{free_port}", "--log-format", "json")
+    process = await start(
+        "run", "worker_tasks:app", "--rpc-host-list", f"127.0.0.1:{free_port}", "--log-format", "json"
+    )
     loaded = await log_line(process, "application loaded")
     assert "tests: noop" in str(loaded["tasks"])
     warning = await log_line(process, "broker does not answer")
@@ -95,7 +89,7 @@ async def test_children_do_not_outlive_a_killed_parent(broker: MemoryBroker, tmp
     assert stuck in {child.pid for child in children}
     process.kill()
     await process.wait()
-    gone, alive = await asyncio.to_thread(psutil.wait_procs, children, 30)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, children, 30)
     assert not alive
 
 
@@ -110,12 +104,16 @@ async def test_metrics(broker: MemoryBroker, free_port: int) -> None:
     url = f"http://127.0.0.1:{free_port}/metrics"
 
     def sample(name: str) -> float:
-        with urllib.request.urlopen(url) as response:  # noqa: S310
+        with urllib.request.urlopen(url) as response:
             lines = response.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
-    while await asyncio.to_thread(sample, 'penstock_worker_reports_total{answer="applied"}') < 11:
-        await asyncio.sleep(0.01)
+    def await_reports() -> None:
+        # The broker has answered before the worker has counted.
+        while sample('penstock_worker_reports_total{answer="applied"}') < 11:
+            time.sleep(0.01)
+
+    await asyncio.to_thread(await_reports)
     assert await asyncio.to_thread(sample, 'penstock_worker_outcomes_total{outcome="complete"}') == 10
     assert await asyncio.to_thread(sample, 'penstock_worker_outcomes_total{outcome="failure"}') == 1
     assert await asyncio.to_thread(sample, 'penstock_worker_run_seconds_count{namespace="tests"}') == 11

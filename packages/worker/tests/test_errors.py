@@ -14,7 +14,7 @@ from penstock_worker.errors import (
 def raised(error: BaseException) -> BaseException:
     try:
         raise error
-    except BaseException as caught:
+    except BaseException as caught:  # noqa: BLE001
         return caught
 
 

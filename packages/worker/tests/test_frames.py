@@ -14,6 +14,7 @@ from penstock_worker.frames import (
     Outcome,
     Progress,
     Stop,
+    ToChild,
     Withdraw,
     Withdrawn,
     encode,
@@ -37,17 +38,17 @@ to_child = st.one_of(
 
 
 @given(st.lists(to_child, max_size=6), st.integers(1, 50))
-def test_messages_survive_however_the_pipe_cuts_them(messages, size) -> None:
+def test_messages_survive_however_the_pipe_cuts_them(messages: list[ToChild], size: int) -> None:
     stream = b"".join(bytes(encode(message)) for message in messages)
     reader = FrameReader(to_child_decoder)
-    seen = []
+    seen: list[ToChild] = []
     for at in range(0, len(stream), size):
         seen.extend(reader.feed(stream[at : at + size]))
     assert seen == messages
 
 
 def test_one_frame_says_what_ended_and_what_begins() -> None:
-    finished = Finished(1, Outcome(1), "id", "namespace", "task", 0.5)
+    finished = Finished(1, Outcome(1), "namespace", 0.5)
     messages: list[FromChild] = [Progress(finished, 2, 3.5), Withdrawn([4, 5])]
     stream = b"".join(bytes(encode(message)) for message in messages)
     assert list(FrameReader(from_child_decoder).feed(stream)) == messages

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock_worker.loading import AppLoadError, load_app, split_app_path
+from penstock_worker.loading import AppLoadError, load_app
 
 MODULES = {
     "good_app": "from penstock_client import App\napp = App('good', broker='127.0.0.1:1')\n",
@@ -32,12 +32,6 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_current_directory_is_importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     assert load_app("good_app:app").name == "good"
-
-
-@pytest.mark.parametrize("path", ["shop", "shop:", ":app", "shop/tasks.py:app", "shop:a.b", "a..b:app", "shop app"])
-def test_the_form_is_explained(path: str) -> None:
-    with pytest.raises(AppLoadError, match="write MODULE:APP"):
-        split_app_path(path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock_worker.settings import SettingsError, parse_brokers, secret_from
+from penstock_worker.settings import SettingsError, parse_brokers, secret_from, split_app_path
 
 
 def test_brokers_in_order_each_once() -> None:
@@ -49,3 +49,11 @@ def test_a_broken_list_of_secrets_is_refused_without_showing_it(text: str) -> No
     with pytest.raises(SettingsError, match="TASKBROKER_GRPC_SHARED_SECRET") as raised:
         secret_from({"TASKBROKER_GRPC_SHARED_SECRET": text})
     assert text not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["shop", "shop:", ":app", "shop/tasks.py:app", "shop:a.b", "a..b:app", "shop app"]
+)
+def test_the_form_is_explained(path: str) -> None:
+    with pytest.raises(SettingsError, match="write MODULE:APP"):
+        split_app_path(path)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 from time import monotonic
 
 import grpc
 import psutil
 import pytest
-from conftest import RunWorker
 from memory_broker import MemoryBroker
+from worker_runs import appears, worker
 
 from penstock_protocol import signature
 from penstock_protocol.v1 import consumer_pb2 as pb
@@ -20,16 +21,15 @@ from penstock_protocol.v1 import consumer_pb2 as pb
 COMPLETE = pb.TASK_OUTCOME_STATUS_COMPLETE
 
 
-async def appears(path: Path) -> str:
-    """The file's text, once another process has written it; the test's timeout ends the wait."""
-    while not (path.exists() and path.read_text()):
-        await asyncio.sleep(0.005)
-    return path.read_text()
+def _children(pid: int) -> list[psutil.Process]:
+    while not (children := psutil.Process(pid).children()):
+        time.sleep(0.005)
+    return list(children)
 
 
-async def test_tasks_are_executed_and_reported_in_batches(broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path) -> None:
+async def test_tasks_are_executed_and_reported_in_batches(broker: MemoryBroker, tmp_path: Path) -> None:
     ids = {broker.put("noop") for _ in range(1000)}
-    async with run_worker(broker, slots=2):
+    async with worker(broker, slots=2):
         outcomes = await broker.settled(1000)
     assert set(outcomes) == ids
     assert all(outcome.status == COMPLETE for outcome in outcomes.values())
@@ -39,11 +39,11 @@ async def test_tasks_are_executed_and_reported_in_batches(broker: MemoryBroker, 
     assert not broker.claims
 
 
-async def test_long_tasks_are_not_hoarded(broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path) -> None:
+async def test_long_tasks_are_not_hoarded(broker: MemoryBroker, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    for number in range(6):
-        broker.put("block", str(gate) if number % 2 else str(gate))
-    async with run_worker(broker, slots=2):
+    for _ in range(6):
+        broker.put("block", str(gate))
+    async with worker(broker, slots=2):
         await appears(tmp_path / "gate.started")
         await broker.until(lambda: len(broker.claims) == 2)
         assert len(broker.pending) == 4
@@ -51,11 +51,9 @@ async def test_long_tasks_are_not_hoarded(broker: MemoryBroker, run_worker: RunW
         await broker.settled(6)
 
 
-async def test_work_stuck_behind_a_long_task_goes_to_others(
-    broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path
-) -> None:
+async def test_work_stuck_behind_a_long_task_goes_to_others(broker: MemoryBroker, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    async with run_worker(broker, slots=2):
+    async with worker(broker, slots=2):
         for _ in range(500):
             broker.put("noop")
         await broker.settled(500)
@@ -68,9 +66,9 @@ async def test_work_stuck_behind_a_long_task_goes_to_others(
         await broker.settled(801)
 
 
-async def test_requests_are_signed(broker: MemoryBroker, run_worker: RunWorker) -> None:
+async def test_requests_are_signed(broker: MemoryBroker) -> None:
     broker.put("noop")
-    async with run_worker(broker, secret="s3cret"):
+    async with worker(broker, TASKBROKER_GRPC_SHARED_SECRET="s3cret"):
         await broker.settled(1)
     path = "/penstock.v1.ConsumerService/GetTasks"
     for request, metadata in zip(broker.fetches, broker.metadata, strict=True):
@@ -78,19 +76,19 @@ async def test_requests_are_signed(broker: MemoryBroker, run_worker: RunWorker) 
         assert signature.verify(["s3cret"], path, request.SerializeToString(deterministic=True), header)
 
 
-async def test_the_request_names_application_namespaces_and_worker(broker: MemoryBroker, run_worker: RunWorker) -> None:
-    async with run_worker(broker, slots=2, namespaces=("tests", "others")):
+async def test_the_request_names_application_namespaces_and_worker(broker: MemoryBroker) -> None:
+    async with worker(broker, slots=2, options=("--namespace", "tests", "--namespace", "others")) as process:
         await broker.until(lambda: bool(broker.fetches))
     request = broker.fetches[0]
     assert request.application == "worker-tests"
     assert list(request.namespaces) == ["tests", "others"]
-    assert (request.worker.slots, request.worker.pid) == (2, os.getpid())
+    assert (request.worker.slots, request.worker.pid) == (2, process.pid)
     assert request.worker.worker_id
 
 
-async def test_failures_are_reported_with_their_story(broker: MemoryBroker, run_worker: RunWorker) -> None:
+async def test_failures_are_reported_with_their_story(broker: MemoryBroker) -> None:
     kinds = {broker.put("raise", kind): kind for kind in ("retry", "ignore", "fail", "exit")}
-    async with run_worker(broker):
+    async with worker(broker):
         outcomes = await broker.settled(4)
     by_kind = {kinds[id]: outcome for id, outcome in outcomes.items()}
     assert by_kind["retry"].status == pb.TASK_OUTCOME_STATUS_RETRY
@@ -103,10 +101,10 @@ async def test_failures_are_reported_with_their_story(broker: MemoryBroker, run_
     assert by_kind["exit"].status == pb.TASK_OUTCOME_STATUS_FAILURE
 
 
-async def test_what_cannot_run_here_is_given_back(broker: MemoryBroker, run_worker: RunWorker) -> None:
+async def test_what_cannot_run_here_is_given_back(broker: MemoryBroker) -> None:
     unknown = broker.put("nobody_knows")
     misfit = broker.put("two_arguments", 1)
-    async with run_worker(broker):
+    async with worker(broker):
         await broker.until(lambda: len(broker.released) == 2)
     released = dict(broker.released)
     assert released[unknown].reason == pb.RELEASE_REASON_UNKNOWN_TASK
@@ -116,19 +114,19 @@ async def test_what_cannot_run_here_is_given_back(broker: MemoryBroker, run_work
     assert not broker.outcomes
 
 
-async def test_an_expired_task_is_not_started(broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path) -> None:
+async def test_an_expired_task_is_not_started(broker: MemoryBroker, tmp_path: Path) -> None:
     expired = broker.put("write", str(tmp_path / "ran"), "x", expires_in_ms=0)
-    async with run_worker(broker):
+    async with worker(broker):
         outcomes = await broker.settled(1)
     assert outcomes[expired].status == pb.TASK_OUTCOME_STATUS_EXPIRED
     assert not (tmp_path / "ran").exists()
 
 
 async def test_a_task_stuck_in_c_is_killed_at_its_deadline_and_others_go_on(
-    broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path
+    broker: MemoryBroker, tmp_path: Path
 ) -> None:
     stuck = broker.put("stuck_in_c", str(tmp_path / "pid"), deadline_ms=300)
-    async with run_worker(broker, slots=2):
+    async with worker(broker, slots=2):
         pid = int(await appears(tmp_path / "pid"))
         started = monotonic()
         others = {broker.put("noop") for _ in range(20)}
@@ -145,9 +143,9 @@ async def test_a_task_stuck_in_c_is_killed_at_its_deadline_and_others_go_on(
     [("exit", "exited with code 17"), ("SIGSEGV", "signal 11 (SIGSEGV)"), ("SIGKILL", "signal 9 (SIGKILL)")],
 )
 async def test_a_child_that_dies_is_replaced_and_its_task_reported(
-    broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path, how: str, evidence: str
+    broker: MemoryBroker, tmp_path: Path, how: str, evidence: str
 ) -> None:
-    async with run_worker(broker):
+    async with worker(broker):
         # Short tasks first: what waits behind the dying one lies in the child's own queue.
         for _ in range(300):
             broker.put("noop")
@@ -164,9 +162,9 @@ async def test_a_child_that_dies_is_replaced_and_its_task_reported(
 
 
 async def test_a_finished_task_is_reported_though_its_child_dies_in_the_next(
-    broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path
+    broker: MemoryBroker, tmp_path: Path
 ) -> None:
-    async with run_worker(broker):
+    async with worker(broker):
         for _ in range(300):
             broker.put("noop")
         await broker.settled(300)
@@ -177,12 +175,43 @@ async def test_a_finished_task_is_reported_though_its_child_dies_in_the_next(
     assert len((tmp_path / "ran").read_text().splitlines()) == 50
 
 
-async def test_heartbeats_say_what_has_started(run_worker: RunWorker, tmp_path: Path) -> None:
+async def test_an_idle_child_that_is_killed_is_replaced(broker: MemoryBroker) -> None:
+    broker.put("noop")
+    async with worker(broker) as process:
+        await broker.settled(1)
+        (child,) = psutil.Process(process.pid).children()
+        child.kill()
+        await asyncio.to_thread(child.wait)
+        id = broker.put("noop")
+        outcomes = await broker.settled(2)
+    assert outcomes[id].status == COMPLETE
+
+
+async def test_an_application_that_cannot_be_loaded_again_is_tried_again(
+    broker: MemoryBroker, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broker.put("noop")
+    async with worker(broker, WORKER_TASKS_BROKEN=str(broken)) as process:
+        await broker.settled(1)
+        broken.touch()
+        broker.put("die", "exit")
+        await broker.settled(2)
+        # The next child finds the application broken, and dies of it.
+        (child,) = await asyncio.to_thread(_children, process.pid)
+        await asyncio.to_thread(psutil.wait_procs, [child])
+        broken.unlink()
+        id = broker.put("noop")
+        outcomes = await broker.settled(3)
+    assert outcomes[id].status == COMPLETE
+
+
+async def test_heartbeats_say_what_has_started(tmp_path: Path) -> None:
     broker = MemoryBroker(lease_ms=150)
     await broker.start()
     gate = tmp_path / "gate"
     broker.put("block", str(gate))
-    async with run_worker(broker):
+    async with worker(broker):
         await broker.until(lambda: broker.started_heartbeats[b"token-1"] >= 3)
         gate.touch()
         await broker.settled(1)
@@ -191,13 +220,13 @@ async def test_heartbeats_say_what_has_started(run_worker: RunWorker, tmp_path: 
 
 @pytest.mark.parametrize("answer", [pb.CLAIM_ANSWER_CANCELLED, pb.CLAIM_ANSWER_STALE])
 async def test_a_claim_that_is_lost_is_killed_and_not_reported(
-    run_worker: RunWorker, tmp_path: Path, answer: pb.ClaimAnswer
+    tmp_path: Path, answer: pb.ClaimAnswer
 ) -> None:
     broker = MemoryBroker(lease_ms=150)
     await broker.start()
     gate = tmp_path / "gate"
     lost = broker.put("block", str(gate))
-    async with run_worker(broker):
+    async with worker(broker):
         pid = int(await appears(tmp_path / "gate.started"))
         broker.revoked[lost] = answer
         next_one = broker.put("noop")
@@ -207,21 +236,23 @@ async def test_a_claim_that_is_lost_is_killed_and_not_reported(
     await broker.stop()
 
 
-async def test_surplus_of_parallel_polls_is_given_back(run_worker: RunWorker, tmp_path: Path) -> None:
+async def test_surplus_of_parallel_polls_is_given_back(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     brokers = [MemoryBroker() for _ in range(3)]
     for broker in brokers:
         await broker.start()
-    async with run_worker(*brokers):
+    async with worker(*brokers):
         # All three are empty, and are polled at the same time for the one free slot.
         await asyncio.gather(
-            *(broker.until(lambda broker=broker: any(r.wait_ms for r in broker.fetches)) for broker in brokers)
+            *(
+                broker.until(lambda broker=broker: any(r.wait_ms for r in broker.fetches))
+                for broker in brokers
+            )
         )
         for broker in brokers:
             broker.put("block", str(gate))
         await appears(tmp_path / "gate.started")
-        held = lambda: sum(len(broker.claims) for broker in brokers)
-        while held() != 1:
+        while sum(len(broker.claims) for broker in brokers) != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         gate.touch()
         await asyncio.gather(*(broker.settled(1) for broker in brokers))
@@ -231,12 +262,12 @@ async def test_surplus_of_parallel_polls_is_given_back(run_worker: RunWorker, tm
         await broker.stop()
 
 
-async def test_an_empty_broker_is_left_for_one_that_has_work(broker: MemoryBroker, run_worker: RunWorker) -> None:
+async def test_an_empty_broker_is_left_for_one_that_has_work(broker: MemoryBroker) -> None:
     empty = MemoryBroker()
     await empty.start()
     for _ in range(500):
         broker.put("noop")
-    async with run_worker(empty, broker):
+    async with worker(empty, broker):
         await broker.settled(500)
         # And yet it is visited: a task there does not wait.
         empty.put("noop")
@@ -244,9 +275,7 @@ async def test_an_empty_broker_is_left_for_one_that_has_work(broker: MemoryBroke
     await empty.stop()
 
 
-async def test_a_broker_that_never_answers_does_not_keep_the_others_waiting(
-    broker: MemoryBroker, run_worker: RunWorker
-) -> None:
+async def test_a_broker_that_never_answers_does_not_keep_the_others_waiting(broker: MemoryBroker) -> None:
     accepted = asyncio.Event()
 
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -255,21 +284,31 @@ async def test_a_broker_that_never_answers_does_not_keep_the_others_waiting(
         writer.close()
 
     silent = await asyncio.start_server(swallow, "127.0.0.1", 0)
-    deaf = MemoryBroker(address="127.0.0.1:%d" % silent.sockets[0].getsockname()[1])
+    deaf = MemoryBroker(address=f"127.0.0.1:{silent.sockets[0].getsockname()[1]}")
     for _ in range(50):
         broker.put("noop")
-    async with run_worker(deaf, broker, grace_seconds=1):
+    async with worker(deaf, broker, options=("--grace-seconds", "1")):
         await accepted.wait()
         await broker.settled(50)
     silent.close()
 
 
+async def test_a_broker_that_does_not_hold_polls_is_asked_less_and_less(broker: MemoryBroker) -> None:
+    broker.waits = False
+    async with worker(broker):
+        await broker.until(lambda: len(broker.fetches) >= 1)
+        begun = time.monotonic()
+        await broker.until(lambda: len(broker.fetches) >= 6)
+        # A slow machine can only make this longer.
+        assert time.monotonic() - begun > 0.05 + 0.1 + 0.2
+
+
 async def test_a_broker_that_is_gone_and_comes_back_gets_its_results(
-    broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path
+    broker: MemoryBroker, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
     held = broker.put("block", str(gate))
-    async with run_worker(broker):
+    async with worker(broker):
         await appears(tmp_path / "gate.started")
         await broker.stop()
         gate.touch()
@@ -282,9 +321,7 @@ async def test_a_broker_that_is_gone_and_comes_back_gets_its_results(
     assert outcomes[after].status == COMPLETE
 
 
-async def test_a_lost_answer_is_asked_for_again_with_the_same_request(
-    broker: MemoryBroker, run_worker: RunWorker
-) -> None:
+async def test_a_lost_answer_is_asked_for_again_with_the_same_request(broker: MemoryBroker) -> None:
     lost: list[str] = []
 
     def lose_first(request: pb.GetTasksRequest) -> None:
@@ -299,17 +336,17 @@ async def test_a_lost_answer_is_asked_for_again_with_the_same_request(
             await context.abort(grpc.StatusCode.UNAVAILABLE, "connection lost")
 
     broker.before_answer = lose_first
-    broker.GetTasks = unavailable  # type: ignore[method-assign]
+    broker.GetTasks = unavailable
     await broker.stop()
     await broker.start()
     id = broker.put("noop")
-    async with run_worker(broker):
+    async with worker(broker):
         outcomes = await broker.settled(1)
     assert outcomes[id].status == COMPLETE
     assert [request.request_id for request in broker.fetches].count(lost[0]) == 2
 
 
-async def test_a_report_that_was_not_answered_is_sent_again(broker: MemoryBroker, run_worker: RunWorker) -> None:
+async def test_a_report_that_was_not_answered_is_sent_again(broker: MemoryBroker) -> None:
     refusals = [1, 2, 3]
 
     def refuse() -> None:
@@ -319,46 +356,45 @@ async def test_a_report_that_was_not_answered_is_sent_again(broker: MemoryBroker
 
     broker.before_report = refuse
     id = broker.put("noop")
-    async with run_worker(broker):
+    async with worker(broker):
         outcomes = await broker.settled(1)
     assert outcomes[id].status == COMPLETE
     assert not refusals
 
 
 async def test_stopping_gives_back_what_waits_and_finishes_what_runs(
-    broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path
+    broker: MemoryBroker, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
-    async with run_worker(broker) as worker:
+    async with worker(broker) as process:
         for _ in range(300):
             broker.put("noop")
         await broker.settled(300)
         running = broker.put("block", str(gate))
         waiting = [broker.put("noop") for _ in range(10)]
         await appears(tmp_path / "gate.started")
-        worker.stop()
+        process.send_signal(signal.SIGTERM)
         await broker.until(lambda: len(broker.claims) == 1)
         gate.touch()
+        await broker.settled(301)
     outcomes = dict(broker.outcomes)
     assert outcomes[running].status == COMPLETE
     assert not broker.claims
     assert {entry.activation.id for entry in broker.pending} == set(waiting) - set(outcomes)
 
 
-async def test_stopping_cuts_an_open_poll_short_without_losing_a_claim(
-    broker: MemoryBroker, run_worker: RunWorker
-) -> None:
-    async with run_worker(broker) as worker:
+async def test_stopping_cuts_an_open_poll_short_without_losing_a_claim(broker: MemoryBroker) -> None:
+    async with worker(broker) as process:
         await broker.until(lambda: any(request.wait_ms for request in broker.fetches))
         poll = broker.fetches[-1]
-        worker.stop()
+        process.send_signal(signal.SIGTERM)
         await broker.until(lambda: broker.fetches[-1].wait_ms == 0)
     assert broker.fetches[-1].request_id == poll.request_id
 
 
-async def test_the_grace_time_ends_what_does_not(broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path) -> None:
+async def test_the_grace_time_ends_what_does_not(broker: MemoryBroker, tmp_path: Path) -> None:
     endless = broker.put("block", str(tmp_path / "gate"))
-    async with run_worker(broker, grace_seconds=0.1):
+    async with worker(broker, options=("--grace-seconds", "0.1")):
         pid = int(await appears(tmp_path / "gate.started"))
     outcomes = dict(broker.outcomes)
     assert outcomes[endless].status == pb.TASK_OUTCOME_STATUS_WORKER_DIED
@@ -366,21 +402,21 @@ async def test_the_grace_time_ends_what_does_not(broker: MemoryBroker, run_worke
     assert not psutil.pid_exists(pid)
 
 
-async def test_a_second_stop_kills(broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path) -> None:
+async def test_a_second_stop_kills(broker: MemoryBroker, tmp_path: Path) -> None:
     endless = broker.put("block", str(tmp_path / "gate"))
-    async with run_worker(broker, grace_seconds=600) as worker:
+    async with worker(broker, options=("--grace-seconds", "600")) as process:
         await appears(tmp_path / "gate.started")
-        worker.stop()
-        worker.stop()
+        process.send_signal(signal.SIGTERM)
+        # It has heard the first: it asks no more. Two at once could arrive as one.
+        await broker.until(lambda: broker.fetches[-1].wait_ms == 0)
+        process.send_signal(signal.SIGINT)
     assert dict(broker.outcomes)[endless].status == pb.TASK_OUTCOME_STATUS_WORKER_DIED
 
 
-async def test_signals_to_children_do_not_cut_tasks_short(
-    broker: MemoryBroker, run_worker: RunWorker, tmp_path: Path
-) -> None:
+async def test_signals_to_children_do_not_cut_tasks_short(broker: MemoryBroker, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     id = broker.put("block", str(gate))
-    async with run_worker(broker):
+    async with worker(broker):
         pid = int(await appears(tmp_path / "gate.started"))
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)

@@ -11,10 +11,19 @@ from pathlib import Path
 
 from penstock_client import App, Fixed, Retry, TaskContext
 
+if "WORKER_TASKS_BROKEN" in os.environ and Path(os.environ["WORKER_TASKS_BROKEN"]).exists():
+    raise RuntimeError("broken for now")
+
 app = App("worker-tests", broker="127.0.0.1:1")
 tests = app.namespace(
     "tests",
-    retry=Retry(max_attempts=3, backoff=Fixed(2.5), on=(ConnectionError,), exclude=(ConnectionResetError,), ignore=(KeyError,)),
+    retry=Retry(
+        max_attempts=3,
+        backoff=Fixed(2.5),
+        on=(ConnectionError,),
+        exclude=(ConnectionResetError,),
+        ignore=(KeyError,),
+    ),
 )
 
 
@@ -38,7 +47,7 @@ def bound(ctx: TaskContext, path: str, **kwargs: object) -> None:
 @tests.task(name="coroutine")
 async def coroutine(path: str, **kwargs: object) -> None:
     await asyncio.sleep(0)
-    Path(path).write_text(str(id(asyncio.get_running_loop())))
+    Path(path).write_text(str(id(asyncio.get_running_loop())))  # noqa: ASYNC240
 
 
 @tests.task(name="block")

@@ -78,8 +78,8 @@ class Family(Generic[M]):
 class Distribution(Collector):
     """A histogram that takes a whole batch at a time.
 
-    prometheus_client's own takes about 2 µs for each value, which is a tenth of all that a task may
-    cost; this takes a tenth of that. Filled by one thread, read by any.
+    prometheus_client's own takes 0.7 µs for each value, this 0.08: it is filled for every task. Filled by
+    one thread, read by any.
     """
 
     def __init__(self, registry: CollectorRegistry, name: str, text: str, buckets: Sequence[float]) -> None:
@@ -243,7 +243,7 @@ class Metrics:
         self._intake_state.replace({(state, reason): 1.0})
 
     def before_scrape(self, refresh: Callable[[], None]) -> None:
-        """``refresh`` is called as each scrape starts, in its thread, one at a time; it should read and set."""
+        """``refresh`` is called as a scrape starts, in its thread, one at a time; it should read and set."""
         self._before_scrape.refreshers.append(refresh)
 
     def _counter(self, name: str, text: str, *labels: str) -> Family[Counter]:

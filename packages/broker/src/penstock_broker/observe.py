@@ -20,7 +20,8 @@ class Observer:
         self._store = store
         self._waiting = waiting
         # What the counters were told of the store's own totals.
-        self._told: dict[object, int] = dict(store.books)
+        self._told: dict[object, int] = {}
+        self._told.update(store.memory.books)
         self._hit = metrics.claims.labels("hit")
         self._empty = metrics.claims.labels("empty")
         waiting.on_claimed = self._claimed
@@ -40,7 +41,9 @@ class Observer:
 
     def written(self, batch: Batch, seconds: float) -> None:
         self._metrics.commit_time.observe(seconds)
-        self._metrics.tick_rows.observe(len(batch.rows) + len(batch.claims) + len(batch.moves) + len(batch.gone))
+        self._metrics.tick_rows.observe(
+            len(batch.rows) + len(batch.claims) + len(batch.moves) + len(batch.gone)
+        )
 
     def _since(self, key: object, total: int) -> int:
         """How much a total of the store has grown since it was last told."""
@@ -53,14 +56,14 @@ class Observer:
         self._tasks()
         self._books()
         store, metrics = self._store, self._metrics
-        for answer, count in list(store.tally.answers.items()):
+        for answer, count in list(store.memory.tally.answers.items()):
             metrics.reports.labels(answer.name.lower()).inc(self._since(("answer", answer), count))
-        metrics.duplicates.inc(self._since("duplicates", store.tally.duplicates))
-        metrics.deliveries_lost.inc(self._since("lost", store.tally.lost))
+        metrics.duplicates.inc(self._since("duplicates", store.memory.tally.duplicates))
+        metrics.deliveries_lost.inc(self._since("lost", store.memory.tally.lost))
         state, reason = store.intake_state()
         metrics.intake(state.lower(), reason)
         metrics.waiting.set(len(self._waiting))
-        metrics.dead_letters_resting.set(store.dead_letters_resting)
+        metrics.dead_letters_resting.set(store.outbox.resting)
         self._disk()
 
     def _tasks(self) -> None:
@@ -68,8 +71,8 @@ class Observer:
         by_state = dict.fromkeys(list(Status)[1:], 0)
         pending: dict[tuple[str, ...], float] = {}
         oldest: list[int] = []
-        for queue in list(store.index.pairs.values()):
-            counts = store.counts[queue.pair]
+        for queue in list(store.memory.index.pairs.values()):
+            counts = store.memory.counts[queue.pair]
             for status in by_state:
                 by_state[status] += counts[status]
             if counts[Status.PENDING]:
@@ -83,8 +86,8 @@ class Observer:
 
     def _books(self) -> None:
         store, metrics = self._store, self._metrics
-        for (pair, term), total in list(store.books.items()):
-            queue = store.index.pairs[pair]
+        for (pair, term), total in list(store.memory.books.items()):
+            queue = store.memory.index.pairs[pair]
             names = (queue.application, queue.namespace)
             grown = self._since((pair, term), total)
             if term == "accepted":

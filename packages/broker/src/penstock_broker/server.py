@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -22,11 +23,12 @@ from penstock_broker.domain.lifecycle import Limits
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest.direct import IntakePaused
 from penstock_broker.ingest.parts import Ingest, build_ingest
-from penstock_broker.metrics import Metrics, expose
+from penstock_broker.metrics import Exposition, Metrics, expose
 from penstock_broker.observe import Observer
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
-from penstock_broker.store.inflight import Inflight, StoreLimits, StoreStopped
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.limits import StoreLimits
 from penstock_broker.upkeep.chores import Upkeep
 
 log = structlog.get_logger("server")
@@ -103,13 +105,13 @@ class Broker:
             observe=self.observer.called,
         )
         self.port = 0
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[object]] = {}
         self._serving = False
-        self._exposition = None
+        self._exposition: Exposition | None = None
 
     def _services(self) -> dict[str, dict[str, rpc.Method]]:
         consumers = Consumers(self.store, self.waiting)
-        services = {
+        services: dict[str, dict[str, rpc.Method]] = {
             rpc.CONSUMER: rpc.consumer_methods(consumers),
             rpc.PRODUCER: {"SendTasks": self._send_tasks},
         }
@@ -123,9 +125,10 @@ class Broker:
         except IntakePaused as paused:
             raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, str(paused)) from None
 
-    async def _handoff(self, write: object, batch: Batch) -> Written:
+    async def _handoff(self, write: Callable[[Batch], Written], batch: Batch) -> Written:
+        """Ticks are written on a thread of their own: only there may the broker wait for the disk."""
         begun = time.perf_counter()
-        written = await asyncio.get_running_loop().run_in_executor(self._thread, self.database.write, batch)
+        written = await asyncio.get_running_loop().run_in_executor(self._thread, write, batch)
         self.observer.written(batch, time.perf_counter() - begun)
         return written
 
@@ -137,13 +140,14 @@ class Broker:
 
     async def start(self) -> None:
         settings = self.settings
-        self._run("writer", self.store.run())
+        self._run("writer", self.store.writer.run())
         self._run("upkeep", self.upkeep.run())
         try:
             self.port = self.server.add_insecure_port(settings.grpc_address)
         except RuntimeError:
             raise FatalError(
-                f"cannot listen on {settings.grpc_address}: the port is in use, or the address is not this machine's",
+                f"cannot listen on {settings.grpc_address}: the port is in use,"
+                " or the address is not this machine's",
                 "stop what listens there, or set grpc_port (TASKBROKER_GRPC_PORT)",
             ) from None
         self._exposition = expose(
@@ -160,24 +164,22 @@ class Broker:
             grpc=f"{settings.grpc_addr}:{self.port}",
             database=str(settings.db_path),
             ingest=settings.ingest,
-            rows=self.store.rows,
+            rows=self.store.memory.rows,
             epoch=self.store.epoch,
             loop=type(asyncio.get_running_loop()).__module__,
         )
 
-    def _run(self, name: str, work: object) -> None:
-        self._tasks[name] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
+    def _run(self, name: str, work: Coroutine[None, None, None]) -> None:
+        self._tasks[name] = asyncio.create_task(work, name=name)
 
     async def run_until(self, stopping: asyncio.Event) -> None:
         """Until told to stop. Raises FatalError when a part that everything depends on has ended."""
-        stop = asyncio.create_task(stopping.wait())
-        failed = asyncio.create_task(self.ingest.failed())
-        done, _ = await asyncio.wait(
-            [stop, failed, *self._tasks.values()], return_when=asyncio.FIRST_COMPLETED
-        )
+        stop: asyncio.Task[object] = asyncio.create_task(stopping.wait())
+        failed: asyncio.Task[object] = asyncio.create_task(self.ingest.failed(), name="ingest")
+        parts: list[asyncio.Task[object]] = [stop, failed, *self._tasks.values()]
+        done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         for task in (stop, failed):
-            if task not in done:
-                task.cancel()
+            task.cancel()
         for task in done - {stop}:
             error = task.exception()
             if isinstance(error, FatalError):
@@ -200,7 +202,7 @@ class Broker:
         await self.ingest.stop()
         if (upkeep := self._tasks.get("upkeep")) is not None:
             upkeep.cancel()
-        self.store.stop()
+        self.store.writer.stop()
         if (writer := self._tasks.get("writer")) is not None:
             with contextlib.suppress(Exception):  # told by run_until
                 await writer
@@ -208,4 +210,4 @@ class Broker:
             self._exposition.close()
         self._thread.shutdown()
         self.database.close()
-        log.info("stopped", rows=self.store.rows)
+        log.info("stopped", rows=self.store.memory.rows)

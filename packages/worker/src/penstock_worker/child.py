@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import io
+import logging
 import os
 import signal
 import sys
@@ -119,8 +120,10 @@ def serve(app_path: str, inbox: Inbox, outbox: Outbox) -> None:
         return
     from penstock_worker.execution import Execution
 
+    # What tasks log should be seen; an application that has set up its logging keeps it.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     execution = Execution(app)
-    outbox.send(Ready(app.name, sorted((task.namespace_name, task.name) for task in app.tasks.values())))
+    outbox.send(Ready(app.name, sorted((task.namespace, task.name) for task in app.tasks.values())))
     finished: Finished | None = None
     while True:
         task = inbox.take_now()

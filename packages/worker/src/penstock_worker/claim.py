@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import DecodeError
+
+from penstock_protocol.v1.activation_pb2 import TaskActivation
+from penstock_worker.errors import bounded
 from penstock_worker.frames import Assignment
 
 if TYPE_CHECKING:
@@ -24,8 +28,6 @@ class Claim:
     ended: bool = False
     # Set when the broker took it back: what for ("stale", "unknown", "cancelled").
     revoked: str | None = None
-    # What logs call it, known once a child has parsed it.
-    title: str = "task not yet read"
 
     @property
     def number(self) -> int:
@@ -34,6 +36,15 @@ class Claim:
     @property
     def token(self) -> bytes:
         return self.assignment.claim_token
+
+    @property
+    def title(self) -> str:
+        """What logs call it. Read from the activation only then: the parent parses no others."""
+        try:
+            activation = TaskActivation.FromString(self.assignment.activation)
+        except DecodeError:
+            return "not an activation"
+        return bounded(f"{activation.taskname} {activation.id}", 300)
 
     @property
     def size_bytes(self) -> int:

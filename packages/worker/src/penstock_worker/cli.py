@@ -21,6 +21,7 @@ from penstock_worker.settings import (
     SettingsError,
     parse_brokers,
     secret_from,
+    split_app_path,
 )
 
 EXIT_APPLICATION = 1
@@ -88,6 +89,7 @@ def run(  # noqa: PLR0913 - options of a command line, named by whoever calls it
     The secret that calls are signed with is read from TASKBROKER_GRPC_SHARED_SECRET.
     """
     try:
+        split_app_path(app)
         settings = Settings(
             app_path=app,
             brokers=parse_brokers(rpc_host_list),
@@ -106,7 +108,7 @@ def run(  # noqa: PLR0913 - options of a command line, named by whoever calls it
 
 def _run(settings: Settings) -> None:
     # Here, so that `--help` does not wait for gRPC.
-    from penstock_worker.pool import ApplicationError
+    from penstock_worker.children import ApplicationError
     from penstock_worker.worker import Worker
 
     async def work() -> None:

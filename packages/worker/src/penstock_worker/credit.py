@@ -5,6 +5,9 @@ from __future__ import annotations
 # A slot holds as many waiting tasks as it works off in this time.
 PREFETCH_SECONDS = 0.05
 PREFETCH_TASKS_MAX = 255
+# A slot that has been busy with one task for this long takes nothing behind it, and what waits there
+# is taken back. Longer than a busy machine lets a process wait for its turn.
+BLOCKED_SECONDS = 0.2
 # Waiting activations of one worker; above it there is no prefetch.
 PREFETCH_BYTES_MAX = 32 * 1024 * 1024
 _WEIGHT_OF_LATEST = 0.1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import traceback
+from pathlib import Path
+from types import TracebackType
 
 from penstock_worker.frames import Error
 
@@ -10,6 +13,7 @@ TYPE_CHARACTERS_MAX = 200
 MESSAGE_CHARACTERS_MAX = 2_000
 TRACEBACK_CHARACTERS_MAX = 16_000
 TRACEBACK_FRAMES_MAX = 50
+_OUR_DIRECTORY = str(Path(__file__).parent) + os.sep
 
 
 def summarize(exception: BaseException) -> Error:
@@ -40,13 +44,21 @@ def _message(exception: BaseException) -> str:
 
 
 def _traceback(exception: BaseException) -> str:
-    # Frames above the task's own function are ours and say nothing.
-    first = exception.__traceback__.tb_next if exception.__traceback__ else None
     try:
         lines = traceback.format_exception(
-            type(exception), exception, first or exception.__traceback__, limit=-TRACEBACK_FRAMES_MAX
+            type(exception), exception, _below_ours(exception.__traceback__), limit=-TRACEBACK_FRAMES_MAX
         )
     # As above: formatting calls the user's __str__, and that of every exception in the chain.
     except Exception as error:  # noqa: BLE001
         return f"<the traceback could not be written: {type(error).__qualname__}>"
     return "".join(lines)
+
+
+def _below_ours(whole: TracebackType | None) -> TracebackType | None:
+    """Frames down to the task's own function are ours and say nothing."""
+    first = at = whole
+    while at is not None:
+        if at.tb_frame.f_code.co_filename.startswith(_OUR_DIRECTORY):
+            first = at.tb_next
+        at = at.tb_next
+    return first or whole

@@ -49,9 +49,7 @@ class Execution:
         return Finished(
             assignment.number,
             outcome,
-            bounded(activation.id, 200),
             bounded(activation.namespace, 200),
-            bounded(activation.taskname, 200),
             monotonic() - started_at,
         )
 

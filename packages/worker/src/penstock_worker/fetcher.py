@@ -21,6 +21,8 @@ from penstock_worker.link import GET_TASKS, BackOff, BrokerLink
 from penstock_worker.metrics import Metrics
 
 BATCH_TASKS_MAX = 512
+# Well below what one answer may have, since only the size of the last tasks is known.
+BATCH_BYTES = 8 * 1024 * 1024
 # Every broker is asked at least this often while there is room, so that no task waits on a quiet one.
 VISIT_SECONDS = 1.0
 LONG_POLL_SECONDS = 10.0
@@ -41,6 +43,8 @@ class Source:
     has_work: bool = True
     visited_at: float = float("-inf")
     asked_for: int = 0
+    # As many as fit into an answer, going by the last one.
+    batch_max: int = BATCH_TASKS_MAX
     call: asyncio.Task[None] | None = None
     # A request whose answer was lost: repeated, it returns the same claims.
     unanswered: pb.GetTasksRequest | None = None
@@ -81,8 +85,6 @@ class Fetcher:
         self._wake = asyncio.Event()
         self._stopping = False
         self._numbers = count(1)
-        alone = len(links) == 1
-        self._long_poll_seconds = LONG_POLL_SECONDS if alone else VISIT_SECONDS
 
     def wake(self) -> None:
         """There may be room now."""
@@ -139,16 +141,16 @@ class Fetcher:
             if source.unanswered is not None:
                 self._start(source, source.unanswered)
                 continue
-            room = min(BATCH_TASKS_MAX, self._room(sum(other.asked_for for other in self._sources)))
+            room = min(source.batch_max, self._room(sum(other.asked_for for other in self._sources)))
             if room <= 0:
                 continue
             overdue = now - source.visited_at >= VISIT_SECONDS
-            at_once = source.has_work or (overdue and len(self._sources) > 1)
-            if at_once:
+            at_once = source.has_work or overdue
+            if at_once and not source.backoff.failures:
                 source.asked_for = room
                 asyncio.get_running_loop().call_later(RESERVED_SECONDS, self._unreserve, source, room)
             source.unanswered_since = now
-            self._start(source, self._request(room, 0 if at_once else self._long_poll_seconds))
+            self._start(source, self._request(room, 0 if at_once else LONG_POLL_SECONDS))
 
     def _unreserve(self, source: Source, room: int) -> None:
         # Only the call that reserved it: a later one of the same size is as good.
@@ -183,18 +185,24 @@ class Fetcher:
 
     async def _fetch(self, source: Source, request: pb.GetTasksRequest) -> None:
         link = source.link
-        timeout_seconds = request.wait_ms / 1000 + ANSWER_SECONDS_MAX
-        body = await link.call(GET_TASKS, request, timeout_seconds)
+        wait_seconds = request.wait_ms / 1000
+        asked_at = monotonic()
+        body = await link.call(GET_TASKS, request, wait_seconds + ANSWER_SECONDS_MAX)
         answered_at = monotonic()
         response = raw_pb2.RawGetTasksResponse.FromString(body)
         source.unanswered = None
         source.asked_for = 0
-        source.backoff.succeeded()
         source.has_work = bool(response.tasks)
-        if response.lease_ms:
-            link.lease_seconds = response.lease_ms / 1000
+        if not response.tasks and answered_at - asked_at < wait_seconds / 2:
+            # It did not wait: it is stopping, or paused. Asking on and on would not help it.
+            source.backoff.failed()
+        else:
+            source.backoff.succeeded()
+        link.learn_lease(response.lease_ms / 1000)
         self._metrics.fetched(link.address, "hit" if source.has_work else "empty")
         if response.tasks:
+            mean_bytes = len(body) // len(response.tasks) + 1
+            source.batch_max = max(1, min(BATCH_TASKS_MAX, BATCH_BYTES // mean_bytes))
             self._deliver([self._claim(link, task, answered_at) for task in response.tasks])
 
     def _claim(self, link: BrokerLink, task: raw_pb2.RawClaimedTask, answered_at: float) -> Claim:
@@ -210,6 +218,8 @@ class Fetcher:
         source.backoff.failed()
         source.has_work = True
         self._metrics.fetched(source.link.address, "error")
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            source.batch_max = max(1, source.batch_max // 4)
         lost_for = monotonic() - source.unanswered_since
         # Refused, not lost: nothing was claimed. Or so old that its claims have come back by themselves.
         lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

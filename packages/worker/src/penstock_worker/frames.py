@@ -68,9 +68,7 @@ class Outcome(msgspec.Struct, array_like=True, frozen=True):
 class Finished(msgspec.Struct, array_like=True, frozen=True):
     number: int
     outcome: Outcome
-    id: str
     namespace: str
-    taskname: str
     run_seconds: float
 
 

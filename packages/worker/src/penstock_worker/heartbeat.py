@@ -31,7 +31,14 @@ async def keep_alive(link: BrokerLink, worker_id: str, revoke: Callable[[Claim, 
     """
     while True:
         interval_seconds = link.lease_seconds / 3
-        await asyncio.sleep(interval_seconds)
+        try:
+            async with asyncio.timeout(interval_seconds):
+                await link.lease_changed.wait()
+        except TimeoutError:
+            pass
+        else:
+            link.lease_changed.clear()
+            continue
         while not await _extend(link, worker_id, revoke, interval_seconds):  # noqa: ASYNC110
             await asyncio.sleep(min(RETRY_SECONDS, interval_seconds))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import dataclass
 from time import monotonic
@@ -17,6 +18,9 @@ from penstock_worker.claim import Claim
 LEASE_SECONDS_DEFAULT = 15.0
 RESPONSE_BYTES_MAX = 64 * 1024 * 1024
 BACKOFF_FIRST_SECONDS = 0.1
+# A report that fails only after this long was held by a living broker, for a reason: an outcome, for
+# example, is not answered while Kafka has not acknowledged the offset it depends on.
+HELD_SECONDS = 4.0
 # Well within a lease, so that results reach a broker that has come back in time.
 BACKOFF_MAX_SECONDS = 3.0
 
@@ -25,6 +29,7 @@ GET_TASKS = _SERVICE + "GetTasks"
 SET_TASK_STATUSES = _SERVICE + "SetTaskStatuses"
 EXTEND_CLAIMS = _SERVICE + "ExtendClaims"
 RELEASE_TASKS = _SERVICE + "ReleaseTasks"
+_REPORTS = (SET_TASK_STATUSES, RELEASE_TASKS)
 
 _OPTIONS = [
     # A half-open connection is noticed within 15 s.
@@ -44,6 +49,12 @@ _OPTIONS = [
 _REFUSALS = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 
 log = structlog.get_logger("penstock_worker")
+
+
+def was_held(error: AioRpcError, seconds: float) -> bool:
+    """Whether a report failed because a living broker waited for something, as far as can be told."""
+    codes = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return error.code() in codes and seconds >= HELD_SECONDS
 
 
 @dataclass(slots=True)
@@ -72,6 +83,7 @@ class BrokerLink:
     def __init__(self, address: str, secret: str | None) -> None:
         self.address = address
         self.lease_seconds = LEASE_SECONDS_DEFAULT
+        self.lease_changed = asyncio.Event()
         # Everything a heartbeat must name: waiting, running, or with an outcome not yet answered.
         self.claims: dict[int, Claim] = {}
         self._secret = secret
@@ -83,6 +95,11 @@ class BrokerLink:
         }
         self._reachable: bool | None = None
 
+    def learn_lease(self, lease_seconds: float) -> None:
+        if lease_seconds > 0 and lease_seconds != self.lease_seconds:
+            self.lease_seconds = lease_seconds
+            self.lease_changed.set()
+
     async def call(self, path: str, request: Message, timeout_seconds: float) -> bytes:
         """One unary call; the answer's bytes.
 
@@ -92,10 +109,12 @@ class BrokerLink:
         metadata: tuple[tuple[str, str], ...] = ()
         if self._secret is not None:
             metadata = ((signature.HEADER, signature.sign(self._secret, path, body)),)
+        called_at = monotonic()
         try:
             answer = await self._methods[path](body, timeout=timeout_seconds, metadata=metadata)
         except AioRpcError as error:
-            self._unanswered(path, error)
+            if path not in _REPORTS or not was_held(error, monotonic() - called_at):
+                self._unanswered(path, error)
             raise
         if self._reachable is not True:
             self._reachable = True
@@ -104,9 +123,6 @@ class BrokerLink:
 
     def _unanswered(self, path: str, error: AioRpcError) -> None:
         if self._reachable is False:
-            return
-        # A call that timed out may have been held by the broker for a good reason.
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and path != EXTEND_CLAIMS:
             return
         self._reachable = False
         hint = "is it running, and is the address right? Trying again until it answers"

@@ -10,25 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 from penstock_client import App, AppError
+from penstock_worker.settings import split_app_path
 
 
 class AppLoadError(Exception):
     """The application cannot be loaded; the message says why and what to do."""
-
-
-def split_app_path(path: str) -> tuple[str, str]:
-    """`"shop.tasks:app"` as module and attribute.
-
-    Raises: AppLoadError when it does not have that form.
-    """
-    module, separator, attribute = path.partition(":")
-    valid = separator and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
-    if not valid:
-        raise AppLoadError(
-            f"{path!r} does not name an application: write MODULE:APP, for example shop.tasks:app"
-            " for the variable `app` in shop/tasks.py."
-        )
-    return module, attribute
 
 
 def load_app(path: str) -> App:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import cast
 
-import grpc
 import structlog
 from grpc.aio import AioRpcError
 
@@ -17,14 +16,15 @@ from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_worker.claim import Claim
 from penstock_worker.errors import bounded
 from penstock_worker.frames import Outcome
-from penstock_worker.link import RELEASE_TASKS, SET_TASK_STATUSES, BackOff, BrokerLink
+from penstock_worker.link import RELEASE_TASKS, SET_TASK_STATUSES, BackOff, BrokerLink, was_held
 from penstock_worker.metrics import Metrics
 
 BATCH_REPORTS_MAX = 512
 BATCH_BYTES_MAX = 1024 * 1024
 # An answer may wait for a Kafka commit; other reports must not wait behind it.
 CALLS_MAX = 16
-CALL_TIMEOUT_SECONDS = 10.0
+# Longer than a broker holds an answer.
+CALL_TIMEOUT_SECONDS = 15.0
 # How long a first report waits for company while short tasks are running.
 LINGER_SECONDS = 0.004
 # Results of a broker that does not answer: beyond this number nothing is fetched from it,
@@ -110,6 +110,7 @@ class ReportQueue:
         self._on_the_way = 0
         self._calls: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._due_at = 0.0
         self._unanswered = BackOff()
         self._drained = asyncio.Event()
         self._drained.set()
@@ -135,13 +136,14 @@ class ReportQueue:
             call.cancel()
 
     def _send_later(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        due = loop.time() + max(seconds, self._unanswered.not_before - monotonic())
+        now = monotonic()
+        due_at = max(now + seconds, self._unanswered.not_before)
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._due_at <= due_at:
                 return
             self._timer.cancel()
-        self._timer = loop.call_at(due, self._send)
+        self._due_at = due_at
+        self._timer = asyncio.get_running_loop().call_later(due_at - now, self._send)
 
     def _send(self) -> None:
         self._timer = None
@@ -157,10 +159,11 @@ class ReportQueue:
                 call.add_done_callback(self._calls.discard)
 
     async def _report(self, batch: list[Report]) -> None:
+        called_at = monotonic()
         try:
             answers = await self._call(batch)
         except AioRpcError as error:
-            self._failed(batch, error)
+            self._failed(batch, error, monotonic() - called_at)
         else:
             self._unanswered.succeeded()
             self._settled(batch, answers)
@@ -182,9 +185,9 @@ class ReportQueue:
         body = await self._link.call(self._path, release, CALL_TIMEOUT_SECONDS)
         return pb.ReleaseTasksResponse.FromString(body).answers
 
-    def _failed(self, batch: list[Report], error: AioRpcError) -> None:
-        # A call that timed out was perhaps held for a reason: new reports need not wait for it.
-        if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+    def _failed(self, batch: list[Report], error: AioRpcError, seconds: float) -> None:
+        # New reports need not wait for those the broker holds.
+        if not was_held(error, seconds):
             self._unanswered.failed()
         self._metrics.report_failed(error.code().name, len(batch))
         oldest = monotonic() - WAITING_SECONDS_MAX

@@ -31,6 +31,21 @@ class Settings:
     metrics_port: int | None = None
 
 
+def split_app_path(path: str) -> tuple[str, str]:
+    """`"shop.tasks:app"` as module and attribute.
+
+    Raises: SettingsError when it does not have that form.
+    """
+    module, separator, attribute = path.partition(":")
+    valid = separator and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    if not valid:
+        raise SettingsError(
+            f"{path!r} does not name an application: write MODULE:APP, for example shop.tasks:app"
+            " for the variable `app` in shop/tasks.py."
+        )
+    return module, attribute
+
+
 def parse_brokers(text: str) -> tuple[str, ...]:
     """`"broker-0:50051,broker-1:50051"` as addresses, each once.
 

@@ -39,6 +39,7 @@ class Worker:
         self._metrics = Metrics()
         self._stop = asyncio.Event()
         self._kill = asyncio.Event()
+        self._failure: BaseException | None = None
         self._fetcher: Fetcher | None = None
         self._links = [BrokerLink(address, settings.secret) for address in settings.brokers]
         self._reporters = {link: Reporter(link, self._id, self._metrics) for link in self._links}
@@ -54,23 +55,26 @@ class Worker:
         if settings.metrics_port is not None:
             self._metrics.serve(settings.metrics_addr, settings.metrics_port)
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._failed)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        self._pool.start()
+        self._pool.children.start(settings.slots)
         try:
             ready = await self._loaded()
             if ready is not None:
                 await self._work(ready)
         finally:
             await self._close()
+        if self._failure is not None:
+            raise self._failure
 
     async def _loaded(self) -> Ready | None:
         """The application once a child has it; None: told to stop before."""
         stop = asyncio.create_task(self._stop.wait())
-        first: set[asyncio.Future[Any]] = {self._pool.loaded, stop}
+        first: set[asyncio.Future[Any]] = {self._pool.children.loaded, stop}
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
-        return self._pool.loaded.result() if self._pool.loaded.done() else None
+        return self._pool.children.loaded.result() if self._pool.children.loaded.done() else None
 
     async def _work(self, ready: Ready) -> None:
         settings = self._settings
@@ -129,7 +133,7 @@ class Worker:
         last_polls = asyncio.create_task(fetcher.stop())
         if not await self._idle_within(grace_seconds):
             log.warning("grace time is over, killing what still runs", running=self._pool.running)
-            self._pool.kill_all()
+            self._pool.children.kill_all()
             await self._pool.wait_idle()
         await last_polls
         left_seconds = max(FLUSH_SECONDS_MAX, grace_seconds - (monotonic() - stopped_at))
@@ -148,11 +152,21 @@ class Worker:
         return idle.done()
 
     async def _close(self) -> None:
-        await self._pool.close()
+        await self._pool.children.close()
         for reporter in self._reporters.values():
             reporter.close()
         for link in self._links:
             await link.close()
+
+    def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A mistake of ours, in no matter which part: stop in order rather than go on with a part missing."""
+        error = context.get("exception")
+        if error is None:
+            loop.default_exception_handler(context)
+            return
+        log.error("internal error, stopping", error=repr(error), what=context["message"])
+        self._failure = self._failure or error
+        self._stop.set()
 
     def stop(self) -> None:
         """Finish what runs within the grace time, then return from `run`; called again: kill it."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from penstock_broker.config.expected import expected
@@ -195,14 +194,12 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _described(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
     """One text for each thing that pydantic found wrong."""
-    return [
-        _describe(detail, origins)
-        for detail in error.errors(include_url=False)
-        if detail["type"] != "default_factory_not_called"  # derived from a setting that is already reported
-    ]
+    details: list[Any] = error.errors(include_url=False)
+    # What is derived from a setting in error is reported with that setting.
+    return [_describe(d, origins) for d in details if d["type"] != "default_factory_not_called"]
 
 
-def _describe(detail: ErrorDetails, origins: Mapping[str, str]) -> str:
+def _describe(detail: dict[str, Any], origins: Mapping[str, str]) -> str:
     where = [str(part) for part in detail["loc"] if part != "[key]"]
     said = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else ""
     if not where:

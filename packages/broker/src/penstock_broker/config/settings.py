@@ -92,9 +92,11 @@ class TopicSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cluster: str = Field("default", description="Its cluster, a name in `kafka_clusters`.")
-    consumer_group: Name | None = Field(None, description="Consumer group; derived from the topic if absent.")
-    produce_only: bool = Field(False, description="Only written to, as a dead letter topic is.")
+    cluster: str = Field(default="default", description="Its cluster, a name in `kafka_clusters`.")
+    consumer_group: Name | None = Field(
+        default=None, description="Consumer group; derived from the topic if absent."
+    )
+    produce_only: bool = Field(default=False, description="Only written to, as a dead letter topic is.")
 
 
 def group_of(topic: str) -> str:
@@ -171,7 +173,7 @@ class Settings(BaseSettings):
     )
 
     ingest: Literal["kafka", "grpc"] = Field(
-        "kafka",
+        default="kafka",
         description="With `grpc` no Kafka is used. `SendTasks` is served in both cases.",
     )
     kafka_clusters: dict[str, ClusterSettings] = Field(
@@ -199,7 +201,7 @@ class Settings(BaseSettings):
         json_schema_extra={"default": "penstock-<kafka_topic>"},
     )
     kafka_auto_offset_reset: Literal["earliest", "latest"] = Field(
-        "earliest",
+        default="earliest",
         description="Where to start in a partition for which the group has no offset."
         " `latest` skips what was sent before.",
     )
@@ -209,37 +211,38 @@ class Settings(BaseSettings):
         json_schema_extra={"default": "<kafka_topic>-dlq"},
     )
     kafka_deadletter_cluster: Bootstrap | None = Field(
-        None,
+        default=None,
         description="Accepted when it equals `kafka_cluster`: dead letters go to the cluster they came from.",
     )
     kafka_retry_topic: TopicName | None = Field(
-        None,
+        default=None,
         description="Topic that retries are sent to. Without one they stay in the store, which is cheaper.",
     )
     kafka_session_timeout_seconds: Annotated[float, Field(ge=6, le=300)] = Field(
-        10.0,
+        default=10.0,
         description="Seconds without a sign of life after which Kafka gives a broker's partitions away.",
     )
-    create_missing_topics: bool = Field(False, description="Create topics that do not exist.")
+    create_missing_topics: bool = Field(default=False, description="Create topics that do not exist.")
     default_topic_partitions: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        1, description="Partitions of a topic that this broker creates."
+        default=1, description="Partitions of a topic that this broker creates."
     )
 
     grpc_addr: Name = Field(
-        "127.0.0.1",
+        default="127.0.0.1",
         description="Address to listen on. Beyond loopback only with `grpc_shared_secret` or `insecure`.",
     )
-    grpc_port: Port = Field(50_051, description="Port to listen on; 0 takes a free one.")
+    grpc_port: Port = Field(default=50_051, description="Port to listen on; 0 takes a free one.")
     grpc_shared_secret: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (),
+        default=(),
         description="Secrets, any of which may sign a call: one, several with commas between, or a JSON list."
         " To rotate, add the new one, change the workers, remove the old one.",
     )
     insecure: bool = Field(
-        False, description="Listen beyond loopback without a secret: anyone who can connect can run tasks."
+        default=False,
+        description="Listen beyond loopback without a secret: anyone who can connect can run tasks.",
     )
     v1_service: Literal["on", "off"] = Field(
-        "on", description="Answer under the name `sentry_protos.taskbroker.v1.ConsumerService` too."
+        default="on", description="Answer under the name `sentry_protos.taskbroker.v1.ConsumerService` too."
     )
     broker_id: Name = Field(
         default_factory=_default_broker_id,
@@ -248,7 +251,7 @@ class Settings(BaseSettings):
     )
 
     db_name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^/\\\x00]+$")] = Field(
-        "penstock",
+        default="penstock",
         description="Name of the SQLite file, without directory and extension, if `db_path` is not given.",
     )
     db_path: Path = Field(
@@ -258,70 +261,71 @@ class Settings(BaseSettings):
     )
 
     max_pending_count: Rows = Field(
-        1_000_000, description="Activations held, in rows, at which the intake pauses."
+        default=1_000_000, description="Activations held, in rows, at which the intake pauses."
     )
     pending_bytes_max: Bytes = Field(
-        8 * GIB, description="Activations held, in bytes, at which the intake pauses."
+        default=8 * GIB, description="Activations held, in bytes, at which the intake pauses."
     )
     window_rows_max: Rows = Field(
-        100_000, description="Pending activations held in memory, in rows; the others wait in the file."
+        default=100_000,
+        description="Pending activations held in memory, in rows; the others wait in the file.",
     )
     window_bytes_max: Bytes = Field(
-        64 * MIB,
+        default=64 * MIB,
         description="Bodies of pending activations held in memory, in bytes; others are read when claimed.",
     )
     batch_rows_max: Annotated[int, Field(ge=1, le=100_000)] = Field(
-        4096, description="New activations written in one transaction, in rows."
+        default=4096, description="New activations written in one transaction, in rows."
     )
     message_bytes_max: Annotated[int, Field(ge=KIB, le=256 * MIB), BeforeValidator(_size)] = Field(
-        8 * MIB, description="Largest activation, and largest RPC message, in bytes."
+        default=8 * MIB, description="Largest activation, and largest RPC message, in bytes."
     )
     dead_letters_rest_max: Rows = Field(
-        10_000,
+        default=10_000,
         description="Dead letters kept in the store because Kafka is not used or refuses them, in rows.",
     )
 
     lease_seconds: Seconds = Field(
-        15.0,
+        default=15.0,
         description="Seconds without a heartbeat after which a worker is gone and its tasks go to another.",
     )
     deadline_default_seconds: Seconds = Field(
-        30.0, description="Seconds that a task may run if its activation names no deadline."
+        default=30.0, description="Seconds that a task may run if its activation names no deadline."
     )
     deadline_grace_seconds: Seconds = Field(
-        3.0, description="Seconds after a task's deadline until the broker takes it back itself."
+        default=3.0, description="Seconds after a task's deadline until the broker takes it back itself."
     )
     max_deliveries: Annotated[int, Field(ge=1, le=1_000)] = Field(
-        5,
+        default=5,
         description="Lost deliveries (the worker died or vanished) after which a task becomes a dead letter.",
     )
     unknown_task_seconds: Seconds = Field(
-        3600.0,
+        default=3600.0,
         description="Seconds that a task is offered which no worker knows or whose arguments do not fit.",
     )
     received_at_age_max_seconds: Seconds = Field(
-        7 * DAY,
+        default=7 * DAY,
         description="Oldest `received_at` believed, in seconds; the time of arrival replaces an older one.",
     )
     dedup_window_seconds: Seconds = Field(
-        3600.0, description="Seconds for which the ids of finished tasks are remembered."
+        default=3600.0, description="Seconds for which the ids of finished tasks are remembered."
     )
-    dedup_ids_max: Rows = Field(2_000_000, description="Ids of finished tasks remembered, in rows.")
+    dedup_ids_max: Rows = Field(default=2_000_000, description="Ids of finished tasks remembered, in rows.")
 
     shutdown_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
-        10.0, description="Seconds after SIGTERM within which the broker has stopped."
+        default=10.0, description="Seconds after SIGTERM within which the broker has stopped."
     )
-    metrics_addr: Name = Field("127.0.0.1", description="Address of the Prometheus endpoint.")
+    metrics_addr: Name = Field(default="127.0.0.1", description="Address of the Prometheus endpoint.")
     metrics_port: Port = Field(
         default_factory=_default_metrics_port,
         description="Port of the Prometheus endpoint; 0 turns it off.",
         json_schema_extra={"default": "<grpc_port> + 1000"},
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least level that is logged."
+        default="info", description="Least level that is logged."
     )
     log_format: Literal["console", "json"] = Field(
-        "console", description="`console` for people, `json` for machines: one object a line."
+        default="console", description="`console` for people, `json` for machines: one object a line."
     )
 
     @classmethod
@@ -343,7 +347,8 @@ class Settings(BaseSettings):
     @property
     def grpc_address(self) -> str:
         """Where to listen, as gRPC writes it."""
-        host = f"[{self.grpc_addr}]" if ":" in self.grpc_addr.strip("[]") else self.grpc_addr
+        host = self.grpc_addr.strip("[]")
+        host = f"[{host}]" if ":" in host else host
         return f"{host}:{self.grpc_port}"
 
     @property

@@ -1,1 +1,1 @@
-"""The gRPC services: waiting workers are matched with ready work; translate, call the store, translate back."""
+"""The gRPC services: workers that wait are matched with ready work."""

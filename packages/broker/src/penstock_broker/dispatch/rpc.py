@@ -10,11 +10,11 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from penstock_protocol.v1 import consumer_pb2, producer_pb2, taskbroker_pb2
 
 from penstock_broker.auth import authorize
 from penstock_broker.dispatch.service import Consumers, Refused
-from penstock_broker.store.inflight import StoreStopped
+from penstock_broker.store.writer import StoreStopped
+from penstock_protocol.v1 import consumer_pb2, producer_pb2, taskbroker_pb2
 
 log = structlog.get_logger("rpc")
 
@@ -133,7 +133,10 @@ def _edge(
         code, message = grpc.StatusCode.OK, ""
         try:
             if secrets and not authorize(secrets, path, request, context.invocation_metadata() or ()):
-                code, message = grpc.StatusCode.UNAUTHENTICATED, "the call is not signed with a secret of this broker"
+                code, message = (
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    "the call is not signed with a secret of this broker",
+                )
             else:
                 return await method(request)
         except Refused as refused:

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from penstock_protocol.v1 import activation_pb2, consumer_pb2, raw_pb2
 
 from penstock_broker.dispatch.waiting import Waiting, Wanted
 from penstock_broker.domain.activation import Activation, hash_id
@@ -17,6 +16,7 @@ from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import decode_token, encode_parts
 from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.inflight import Inflight
+from penstock_protocol.v1 import activation_pb2, consumer_pb2, raw_pb2
 
 TASKS_MAX = 1000
 WAIT_SECONDS_MAX = 60.0
@@ -173,12 +173,7 @@ class Consumers:
         answered = self._answered.get(request_id) if request_id else None
         if answered is None:
             return []
-        held = {seq for seq, claim in answered if self.store.holds(seq, claim)}
-        bodies = {row.seq: row.body for row in await self.store.load(sorted(held))}
-        rows = [self.store.resident[seq] for seq, claim in answered if self.store.holds(seq, claim)]
-        for row in rows:
-            row.body = bodies[row.seq]
-        return rows
+        return await self.store.claimed_again(answered)
 
     async def set_task_statuses(self, request: bytes) -> bytes:
         reports = _parse(consumer_pb2.SetTaskStatusesRequest, request)
@@ -254,14 +249,20 @@ class Consumers:
             except TimeoutError:
                 raise Refused(
                     grpc.StatusCode.UNAVAILABLE,
-                    "the outcome is stored, but Kafka has not acknowledged the offset it depends on: repeat the call",
+                    "the outcome is stored, but Kafka has not acknowledged the offset it depends on:"
+                    " repeat the call",
                 ) from None
         for answer in answers:
-            self.store.tally.answers[answer] += 1
+            self.store.memory.tally.answers[answer] += 1
         return [_ANSWERS[answer] for answer in answers]
 
 
-_ANSWERS = {answer: consumer_pb2.OutcomeAnswer.ValueType(answer) for answer in Answer}
+_ANSWERS = {
+    Answer.APPLIED: consumer_pb2.OUTCOME_ANSWER_APPLIED,
+    Answer.DUPLICATE: consumer_pb2.OUTCOME_ANSWER_DUPLICATE,
+    Answer.STALE: consumer_pb2.OUTCOME_ANSWER_STALE,
+    Answer.UNKNOWN: consumer_pb2.OUTCOME_ANSWER_UNKNOWN,
+}
 _CLAIM_ANSWERS = {
     Answer.APPLIED: consumer_pb2.CLAIM_ANSWER_EXTENDED,
     Answer.STALE: consumer_pb2.CLAIM_ANSWER_STALE,

@@ -35,7 +35,7 @@ class Waiting:
         self._closed = False
         # Told how many rows each match handed out.
         self.on_claimed: Callable[[list[Activation]], None] = lambda rows: None
-        store.on_ready = self.match
+        store.writer.on_committed.append(self._match)
 
     def __len__(self) -> int:
         return sum(len(waiters) for waiters in self._waiters.values())
@@ -75,8 +75,10 @@ class Waiting:
         if not waiter.future.done():
             waiter.future.set_result([])
 
-    def match(self) -> None:
+    def _match(self) -> None:
         """Hand out what is ready to those who wait, shared among them."""
+        if not self._store.memory.index.rows:
+            return
         for wanted in list(self._waiters):
             waiters = self._waiters[wanted]
             while waiters:
@@ -84,7 +86,7 @@ class Waiting:
                 if waiter.future.done():
                     waiters.popleft()
                     continue
-                share = max(1, -(-self._store.index.rows // len(waiters)))
+                share = max(1, -(-self._store.memory.index.rows // len(waiters)))
                 rows = self.claim(wanted, min(waiter.rows_max, share))
                 if not rows:
                     break

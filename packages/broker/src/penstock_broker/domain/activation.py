@@ -107,4 +107,6 @@ class Activation:
 
 def hash_id(id: str) -> int:
     """A stable signed 64-bit hash of an activation id."""
-    return int.from_bytes(blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(
+        blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )

@@ -70,9 +70,13 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_R, Event.IGNORE): _t("It ended in an exception that counts as done.", _G),
     (_R, Event.FAIL): _t("It failed for good: dead letter, or discarded by its policy.", _F, _G),
     (_R, Event.RETRY): _t("It failed and has attempts left, or has run out of them.", _P, _D, _F, _G),
-    (_R, Event.DEADLINE_EXCEEDED): _t("Its worker killed it at the deadline: a failed attempt.", _P, _D, _F, _G),
+    (_R, Event.DEADLINE_EXCEEDED): _t(
+        "Its worker killed it at the deadline: a failed attempt.", _P, _D, _F, _G
+    ),
     (_R, Event.WORKER_DIED): _t("The process that ran it died: a lost delivery.", _P, _F),
-    (_R, Event.LEASE_LOST): _t("Its worker vanished, or its bound on this side passed: a lost delivery.", _P, _F),
+    (_R, Event.LEASE_LOST): _t(
+        "Its worker vanished, or its bound on this side passed: a lost delivery.", _P, _F
+    ),
     (_R, Event.RELEASE): _t("Given back before it started.", _P),
     (_R, Event.UNKNOWN_TASK): _t("This worker does not know it; another may.", _D, _F),
     (_R, Event.ARGUMENTS_MISMATCH): _t("Its arguments do not fit this worker's code; another's may.", _D, _F),
@@ -140,7 +144,9 @@ def decide(
         raise IllegalTransition(f"{event.value} on a {row.status.name.lower()} activation {row.id!r}")
     change = _DECISIONS[event](row, event, now, limits, retry_delay_ms)
     if change.status not in legal.to:
-        raise IllegalTransition(f"{event.value}: {row.status.name} -> {change.status.name} is not in the table")
+        raise IllegalTransition(
+            f"{event.value}: {row.status.name} -> {change.status.name} is not in the table"
+        )
     return change
 
 
@@ -177,19 +183,25 @@ def _done(row: Activation, event: Event, now: int, limits: Limits, delay: int | 
     return _keep(row, Status.GONE, row.ready_at, term="done" if event is Event.COMPLETE else "done:ignored")
 
 
-def _give_up(row: Activation, reason: Reason, now: int, attempts: int | None = None) -> Change:
+def _give_up(
+    row: Activation, reason: Reason, now: int, attempts: int | None = None, ends_claim: bool = True
+) -> Change:
     """Dead letter or discard, as the task's policy says; unspecified means discard (taskbroker v1)."""
     if row.on_exceeded is OnExceeded.DEADLETTER:
-        return _dead(row, reason, now, attempts=attempts)
+        return _dead(row, reason, now, attempts=attempts, ends_claim=ends_claim)
     return _keep(row, Status.GONE, now, attempts=attempts, reason=reason, term=f"discarded:{reason}")
 
 
 def _dead(
-    row: Activation, reason: Reason, now: int, attempts: int | None = None, lost: int | None = None
+    row: Activation,
+    reason: Reason,
+    now: int,
+    attempts: int | None = None,
+    lost: int | None = None,
+    ends_claim: bool = True,
 ) -> Change:
-    return _keep(
-        row, Status.FORWARDING, now, claim=row.claim + 1, attempts=attempts, lost=lost, reason=reason
-    )
+    claim = row.claim + ends_claim
+    return _keep(row, Status.FORWARDING, now, claim=claim, attempts=attempts, lost=lost, reason=reason)
 
 
 def _fail(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
@@ -250,7 +262,7 @@ def _due(row: Activation, event: Event, now: int, limits: Limits, delay: int | N
 
 
 def _expire(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _give_up(row, Reason.EXPIRED, now)
+    return _give_up(row, Reason.EXPIRED, now, ends_claim=row.status is Status.PROCESSING)
 
 
 def _cancel(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
@@ -258,7 +270,7 @@ def _cancel(row: Activation, event: Event, now: int, limits: Limits, delay: int 
 
 
 def _hand_over(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, Status.FORWARDING, now, reason=Reason.HANDED_OVER, claim=row.claim + 1)
+    return _keep(row, Status.FORWARDING, now, reason=Reason.HANDED_OVER)
 
 
 def _forwarded(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:

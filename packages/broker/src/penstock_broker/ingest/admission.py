@@ -32,6 +32,11 @@ def position_id(topic: str, partition: int, offset: int) -> str:
     return str(uuid.uuid5(_POSITIONS, f"{topic}/{partition}/{offset}"))
 
 
+def is_position_id(row: Activation) -> bool:
+    """Whether the row was refused at admission, and so is named after its position."""
+    return row.source != NO_SOURCE and not row.taskname
+
+
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
     """What admission needs of the settings."""

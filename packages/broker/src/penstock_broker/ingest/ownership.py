@@ -52,15 +52,17 @@ def decode(metadata: str | None) -> tuple[Owner, ...]:
         data = json.loads(metadata)
         if data["penstock"] != _FORMAT:
             return ()
-        owners = tuple(Owner(start, Me(broker, store), epoch) for start, broker, store, epoch in data["owners"])
+        return tuple(_owner(*entry) for entry in data["owners"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return ()
-    return owners if all(map(_is_well_formed, owners)) else ()
 
 
-def _is_well_formed(owner: Owner) -> bool:
-    numbers = type(owner.start) is int and type(owner.epoch) is int and owner.start >= 0
-    return numbers and isinstance(owner.me.broker_id, str) and isinstance(owner.me.store_id, str)
+def _owner(start: object, broker_id: object, store_id: object, epoch: object) -> Owner:
+    if not (isinstance(start, int) and start >= 0 and isinstance(epoch, int)):
+        raise ValueError("numbers expected")
+    if not (isinstance(broker_id, str) and isinstance(store_id, str)):
+        raise ValueError("names expected")
+    return Owner(start, Me(broker_id, store_id), epoch)
 
 
 def record_owner(owners: Sequence[Owner], start: int, me: Me, epoch: int) -> tuple[Owner, ...]:
@@ -115,14 +117,16 @@ class Start(NamedTuple):
     skipped: int = 0
 
 
-def choose_start(owners: Sequence[Owner], committed: int | None, next: int, me: Me) -> Start:
-    """Where to read a partition that was just assigned; ``next`` as it is after ``boundary`` was applied
-    (-1: nothing was taken yet)."""
+def choose_start(owners: Sequence[Owner], committed: int | None, taken: int, me: Me) -> Start:
+    """Where to read a partition that was just assigned.
+
+    ``taken``: the end of what this broker took of it and, after ``boundary``, still has; -1: nothing.
+    """
     if committed is None:
-        return Start(next, continues=True) if next >= 0 else Start(None, continues=False)
+        return Start(taken, continues=True) if taken >= 0 else Start(None, continues=False)
     mine = bool(owners) and owners[0].me == me
     if not mine:
-        return Start(committed, continues=committed == next)
-    if committed <= next:
-        return Start(next, continues=True)
-    return Start(committed, continues=False, skipped=committed - next if next >= 0 else 0)
+        return Start(committed, continues=committed == taken)
+    if committed <= taken:
+        return Start(taken, continues=True)
+    return Start(committed, continues=False, skipped=committed - taken if taken >= 0 else 0)

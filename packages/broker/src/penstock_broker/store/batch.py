@@ -84,6 +84,12 @@ class Answer(IntEnum):
     UNKNOWN = 4
 
 
+def repeated(row: Activation, claim: int, outcome: int) -> Answer:
+    """The answer to a report under another claim than the row's: the one before it, once more, or stale."""
+    same = row.claim == claim + 1 and row.last_outcome == outcome
+    return Answer.DUPLICATE if same else Answer.STALE
+
+
 @dataclass(slots=True)
 class Report:
     """An event for a row that memory does not hold; decided against the row, in the tick.

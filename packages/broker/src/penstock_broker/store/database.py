@@ -10,13 +10,14 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import apsw
 
 from penstock_broker.domain.activation import Activation, OnExceeded, Status, hash_id
 from penstock_broker.domain.lifecycle import IllegalTransition, Limits, decide
 from penstock_broker.errors import FatalError
-from penstock_broker.store.batch import Answer, Batch, Move, PageRequest, Report, Written, move, wake_at
+from penstock_broker.store.batch import Answer, Batch, Move, PageRequest, Report, Written, move, repeated, wake_at
 from penstock_broker.store.finished import last_of
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_VERSION
 
@@ -70,7 +71,7 @@ class Database:
         except BaseException:
             os.close(self._lock)
             raise
-        self.nonce = self.nonces[self.epoch]
+        self.nonce: int = self.nonces[self.epoch]
         self._max_wal_frames = CHECKPOINT_BYTES // 4096
         self._wal_frames = 0
         self._connection.set_wal_hook(self._on_wal)
@@ -132,7 +133,13 @@ class Database:
                 f"the database {self.path} is locked by another process",
                 "close whatever has it open: a broker is the only one that may",
             ) from None
-        except (apsw.CantOpenError, apsw.NotADBError, apsw.CorruptError, apsw.ReadOnlyError, apsw.IOError) as error:
+        except (
+            apsw.CantOpenError,
+            apsw.NotADBError,
+            apsw.CorruptError,
+            apsw.ReadOnlyError,
+            apsw.IOError,
+        ) as error:
             raise FatalError(
                 f"cannot open the database {self.path}: {error}",
                 "set db_path (TASKBROKER_DB_PATH) to a broker's database or to a file that does not exist yet",
@@ -271,8 +278,7 @@ class Database:
             return
         outcome = report.outcome
         if report.claim is not None and report.claim != row.claim:
-            if report.claim == row.claim - 1 and row.last_outcome == outcome:
-                report.answer = Answer.DUPLICATE
+            report.answer = repeated(row, report.claim, outcome)
             return
         if row.status not in report.only:
             return
@@ -302,11 +308,12 @@ class Database:
             (now, ready_at, DUE_ROWS_MAX),
         ).fetchall()
         for (pair,) in due:
-            written.due[pair] = written.due.get(pair, 0) + 1
+            written.due[int(pair)] = written.due.get(int(pair), 0) + 1
         written.expired = [
             seq
             for (seq,) in c.execute(
-                "SELECT seq FROM activation WHERE wake_at <= ?1 AND expires_at <= ?1 LIMIT ?2", (now, DUE_ROWS_MAX)
+                "SELECT seq FROM activation WHERE wake_at <= ?1 AND expires_at <= ?1 LIMIT ?2",
+                (now, DUE_ROWS_MAX),
             )
         ]
         more = len(due) >= DUE_ROWS_MAX or len(written.expired) >= DUE_ROWS_MAX
@@ -314,7 +321,9 @@ class Database:
 
     def next_wake_at(self, after: int) -> int | None:
         """The first wall clock time after ``after`` at which a delay or an expiry is due."""
-        value = self._connection.execute("SELECT min(wake_at) FROM activation WHERE wake_at > ?", (after,)).get
+        value = self._connection.execute(
+            "SELECT min(wake_at) FROM activation WHERE wake_at > ?", (after,)
+        ).get
         return None if value is None else int(value)
 
     def reclaim(self, seq: int, epoch: int) -> None:
@@ -374,7 +383,7 @@ class Database:
             )
         )
 
-    def keys(self) -> Iterator[tuple[int, int, str, int, int]]:
+    def positions(self) -> Iterator[tuple[int, int, str, int, int]]:
         """(seq, status, id, source, offset) of every row."""
         return iter(self._connection.execute("SELECT seq, status, id, source, log_offset FROM activation"))
 
@@ -404,7 +413,8 @@ class Database:
         """(seq, time, id, taskname, reason, story), newest first."""
         return list(
             self._connection.execute(
-                "SELECT seq, at, id, taskname, reason, story FROM dead_letter ORDER BY seq DESC LIMIT ?", (limit,)
+                "SELECT seq, at, id, taskname, reason, story FROM dead_letter ORDER BY seq DESC LIMIT ?",
+                (limit,),
             )
         )
 
@@ -413,7 +423,9 @@ def _rows_of(n: int, width: int) -> str:
     return ",".join(["(" + ",".join("?" * width) + ")"] * n)
 
 
-_INSERT_SQL = {n: f"INSERT INTO activation ({_INSERT_COLUMNS}) VALUES {_rows_of(n, _INSERT_WIDTH)}" for n in _CHUNKS}
+_INSERT_SQL = {
+    n: f"INSERT INTO activation ({_INSERT_COLUMNS}) VALUES {_rows_of(n, _INSERT_WIDTH)}" for n in _CHUNKS
+}
 _MOVE_SQL = {
     n: f"WITH v ({', '.join(Move._fields)}) AS (VALUES {_rows_of(n, _MOVE_WIDTH)}) UPDATE activation SET "
     + ", ".join(f"{f} = v.{f}" for f in Move._fields[3:])
@@ -422,7 +434,7 @@ _MOVE_SQL = {
 }
 
 
-def _load(record: Sequence[object]) -> Activation:
+def _load(record: Sequence[Any]) -> Activation:
     (
         seq, status, pair, application, namespace, ready_at, claim, claim_epoch, attempts, lost, last_outcome,
         given_back_at, reason, error, source, offset, received_at, expires_at, deadline_ms, max_attempts, on_exceeded,
@@ -435,4 +447,4 @@ def _load(record: Sequence[object]) -> Activation:
         retry_delay_ms=retry_delay_ms, source=source, offset=offset, status=Status(status), claim=claim,
         claim_epoch=claim_epoch, attempts=attempts, lost=lost, last_outcome=last_outcome,
         given_back_at=given_back_at, reason=reason, error=error, seq=seq, pair=pair, size=size,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip

@@ -15,8 +15,18 @@ class PairQueue:
     """Pending rows of one (application, namespace)."""
 
     __slots__ = (
-        "application", "bytes", "in_ring", "namespace", "pair", "paging", "ready", "spilled", "tail_ready_at",
-        "tail_seq", "turn",
+        "application",
+        "bytes",
+        "in_ring",
+        "namespace",
+        "paging",
+        "pair",
+        "ready",
+        "rows",
+        "spilled",
+        "tail_ready_at",
+        "tail_seq",
+        "turn",
     )  # fmt: skip
 
     def __init__(self, pair: int, application: str, namespace: str) -> None:
@@ -25,6 +35,8 @@ class PairQueue:
         self.namespace = namespace
         # In memory, in order.
         self.ready: deque[Activation] = deque()
+        # Room it takes in memory, that of rows about to enter included.
+        self.rows = 0
         self.bytes = 0
         # Pending rows of this pair that are not in memory.
         self.spilled = 0
@@ -80,27 +92,26 @@ class ReadyIndex:
         A pair may use as much as is still free for all: one that floods leaves room for others.
         """
         fits = queue.spilled == 0 and (
-            not queue.bytes
+            not queue.rows
             or (
                 queue.bytes + row.size <= self.bytes_max - self.bytes
-                and len(queue.ready) < self.rows_max - self.rows
+                and queue.rows < self.rows_max - self.rows
             )
         )
         if fits:
-            self.rows += 1
-            self.bytes += row.size
-            queue.bytes += row.size
+            self._take_room(queue, row)
         else:
             queue.spilled += 1
             row.spilled = 1
         return fits
 
-    def room(self, queue: PairQueue) -> tuple[int, int]:
-        """How many rows and bytes may be paged in for a pair now; at least one row."""
-        return (
-            max(1, self.rows_max - self.rows - len(queue.ready)),
-            max(1, self.bytes_max - self.bytes - queue.bytes),
-        )
+    def room(self, queue: PairQueue) -> tuple[int, int] | None:
+        """How many rows and bytes of a pair may be paged in now; one row if it has none in memory."""
+        rows = self.rows_max - self.rows - queue.rows
+        size = self.bytes_max - self.bytes - queue.bytes
+        if rows > 0 and size > 0:
+            return rows, size
+        return None if queue.rows else (1, 1)
 
     def enter(self, queue: PairQueue, row: Activation, ready: bool = True) -> None:
         """A stored row, its room reserved, takes its place at the end; one not ``ready`` only passes it."""
@@ -120,14 +131,19 @@ class ReadyIndex:
     def page_in(self, queue: PairQueue, row: Activation) -> None:
         """A spilled row, read in order after the tail, is about to enter memory."""
         queue.spilled -= 1
+        self._take_room(queue, row)
+
+    def _take_room(self, queue: PairQueue, row: Activation) -> None:
         self.rows += 1
         self.bytes += row.size
+        queue.rows += 1
         queue.bytes += row.size
 
     def unreserve(self, queue: PairQueue, row: Activation) -> None:
         """A row has left memory, or will not enter it after all."""
         self.rows -= 1
         self.bytes -= row.size
+        queue.rows -= 1
         queue.bytes -= row.size
 
     # -- taking rows out
@@ -150,11 +166,11 @@ class ReadyIndex:
                 else:
                     self._ring.popleft()
                     app.in_ring = False
-        elif app := self._applications.get(application):
+        elif wanted := self._applications.get(application):
             if namespaces:
-                self._take_named(app, namespaces, rows_max, taken)
+                self._take_named(wanted, namespaces, rows_max, taken)
             else:
-                self._take_in_turn(app.ring, rows_max, taken)
+                self._take_in_turn(wanted.ring, rows_max, taken)
         return taken
 
     def _take_in_turn(self, ring: deque[PairQueue], rows: int, taken: list[Activation]) -> None:

@@ -37,11 +37,11 @@ class Upkeep:
         self._sleeping_until = 0
         self._earlier = asyncio.Event()
         self.chores = (
-            Chore("delays and expiry", self._wake_due, lambda mono: store.wake()),
-            Chore("leases", store.leases.next_due, self._lapse),
+            Chore("delays and expiry", self._wake_due, lambda mono: store.writer.wake()),
+            Chore("leases", store.memory.leases.next_due, self._lapse),
             Chore("de-duplication window", lambda: self._forget_at, self._forget),
         )
-        store.on_due = self._reconsider
+        store.writer.on_committed.append(self._reconsider)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -76,7 +76,7 @@ class Upkeep:
             self._earlier.set()
 
     def _wake_due(self) -> int | None:
-        at = self._store.next_wake_at()
+        at = self._store.writer.next_due()
         return None if at is None else at - self._clock.wall_ms() + self._clock.mono_ms()
 
     def _lapse(self, mono: int) -> None:

@@ -1,0 +1,74 @@
+"""Activations sent straight to the broker over gRPC: durable when answered."""
+
+from __future__ import annotations
+
+import json
+
+from google.protobuf.message import DecodeError
+
+from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.ingest.admission import Admission
+from penstock_broker.store.inflight import Inflight
+from penstock_protocol.v1 import producer_pb2
+from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
+
+_LIMITS = {
+    "rows": "max_pending_count (TASKBROKER_MAX_PENDING_COUNT)",
+    "bytes": "pending_bytes_max (TASKBROKER_PENDING_BYTES_MAX)",
+}
+
+
+class IntakePaused(Exception):
+    """The store has no room for a request. The text names the limit."""
+
+
+class InvalidRequest(Exception):
+    """The bytes are no SendTasksRequest."""
+
+
+class Direct:
+    """ProducerService.SendTasks."""
+
+    def __init__(self, store: Inflight, admission: Admission) -> None:
+        self._store = store
+        self.admission = admission
+
+    async def send(self, request: bytes) -> bytes:
+        """Admit and store a SendTasksRequest; the serialized SendTasksResponse, once all is durable.
+
+        What is no usable activation is rejected to the caller. Raises IntakePaused when there is no
+        room for all of it (then nothing was stored), InvalidRequest, StoreStopped.
+        """
+        try:
+            values = RawSendTasksRequest.FromString(request).activations
+        except DecodeError:
+            raise InvalidRequest("the request is no SendTasksRequest") from None
+        now = self._store.clock.wall_ms()
+        answers = []
+        accepted: dict[str, Activation] = {}
+        for value in values:
+            row = self.admission.admit(value, now)
+            if row.status is Status.FORWARDING:
+                answers.append(_rejected(row))
+            elif row.id in accepted or self._store.known(row.id):
+                answers.append(producer_pb2.SendAnswer(result=producer_pb2.SEND_RESULT_DUPLICATE))
+            else:
+                accepted[row.id] = row
+                answers.append(producer_pb2.SendAnswer(result=producer_pb2.SEND_RESULT_ACCEPTED))
+        room = self._store.room()
+        if len(accepted) > room:
+            _, limit = self._store.intake_state()
+            raise IntakePaused(
+                f"no room for {len(accepted)} more activations, only for {room}: the limit is"
+                f" {_LIMITS.get(limit or 'rows', limit)}; try again when workers have made room, or raise it"
+            )
+        # Also when there is nothing new: what a duplicate's first copy waits for comes before.
+        await self._store.insert(list(accepted.values()))
+        return producer_pb2.SendTasksResponse(answers=answers).SerializeToString()
+
+
+def _rejected(row: Activation) -> producer_pb2.SendAnswer:
+    what = json.loads(row.error or "{}")
+    return producer_pb2.SendAnswer(
+        result=producer_pb2.SEND_RESULT_REJECTED, reason=f"{row.reason}: {what.get('message', '')}"
+    )

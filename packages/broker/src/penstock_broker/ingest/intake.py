@@ -1,0 +1,369 @@
+"""The event loop's side of ingest: what is read is stored, what is stored is committed, what is
+committed is covered; and whose the rows of a partition are when it comes and goes.
+
+The consumer's thread calls in here in batches. Nothing in here waits for Kafka.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import structlog
+
+from penstock_broker.domain.activation import Activation
+from penstock_broker.ingest.gate import Gate
+from penstock_broker.ingest.ownership import (
+    Me,
+    Owner,
+    Start,
+    boundary,
+    choose_start,
+    encode,
+    record_owner,
+)
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.partitions import Source
+from penstock_broker.store.writer import StoreStopped
+
+log = structlog.get_logger("ingest")
+
+# Commits follow each other no faster; the first after a pause leaves at once.
+COMMIT_PAUSE_SECONDS = 0.02
+COMMIT_RETRY_SECONDS = 0.5
+# A partition that leaves waits this long for the ticks that hold its rows.
+LEAVE_SECONDS_MAX = 5.0
+
+
+class Found(NamedTuple):
+    """What Kafka knows of a partition for this group."""
+
+    partition: int
+    # None: the group has no offset.
+    committed: int | None
+    owners: tuple[Owner, ...]
+    # First offset and end of the log; -1 when not asked.
+    low: int = -1
+    high: int = -1
+
+
+class Position(NamedTuple):
+    """An offset to commit."""
+
+    partition: int
+    offset: int
+    metadata: str
+
+
+class Begun(NamedTuple):
+    """Where to read a partition, and the source its rows belong to."""
+
+    partition: int
+    source: int
+    offset: int
+
+
+@dataclass(slots=True)
+class Reading:
+    """A partition that is assigned to this broker."""
+
+    source: Source
+    owners: tuple[Owner, ...]
+    metadata: str
+    # Everything below is durable, so it may be committed.
+    durable: int
+    # Our last acknowledged commit; -1 while the group does not know that we read it.
+    acknowledged: int = -1
+    # On its way in or out: no commit is started for it.
+    held: bool = True
+
+    def due(self) -> bool:
+        return self.durable > self.acknowledged and not self.held
+
+    def position(self) -> Position:
+        return Position(self.source.partition, self.durable, self.metadata)
+
+
+class Intake:
+    """Rows into the store, offsets out of it. Every method is called on the event loop.
+
+    ``commit`` starts an asynchronous commit, answered by ``commit_done``; what it returns is the error
+    that kept it from starting, or None. ``reset``: where to start when nothing is known, "earliest"
+    or "latest".
+    """
+
+    def __init__(
+        self,
+        store: Inflight,
+        topic: str,
+        broker_id: str,
+        commit: Callable[[Sequence[Position]], str | None],
+        reset: str = "earliest",
+    ) -> None:
+        self.store = store
+        self.topic = topic
+        self.me = Me(broker_id, store.store_id)
+        self.gate = Gate()
+        # Assigned partitions; the metrics read it too.
+        self.readings: dict[int, Reading] = {}
+        # Partitions with uncovered rows that are not ours to read: to be resolved from what Kafka knows.
+        self.unresolved: frozenset[int] = frozenset()
+        self.offsets_skipped = 0
+        self.commits_failed = 0
+        self.committed_at_ms = store.clock.mono_ms()
+        self._commit = commit
+        self._reset = reset
+        self._committing = False
+        self._failing = ""
+        self._timer: asyncio.TimerHandle | None = None
+        self._storing: set[asyncio.Future[None]] = set()
+        self._stopped = False
+        self.gate.open(store.room())
+        store.on_room(lambda: self.gate.open(store.room()))
+        self._find_unresolved()
+
+    # -- taking
+
+    def deliver(self, rows: list[Activation], size: int, taken: Mapping[int, tuple[int, int]]) -> None:
+        """Store what was read. ``taken``: partition -> (source id, next offset to read)."""
+        try:
+            stored = self.store.insert(rows, dict(taken.values()))
+        except StoreStopped:
+            return
+        self._storing.add(stored)
+        readings = [(self.readings.get(p), p, next_) for p, (_, next_) in taken.items()]
+
+        def done(stored: asyncio.Future[None]) -> None:
+            self._storing.discard(stored)
+            if stored.cancelled() or stored.exception() is not None:
+                return
+            self.gate.stored(len(rows), size, self.store.room())
+            for reading, partition, next_ in readings:
+                # One that went, and maybe came back, does not hold these rows any more.
+                if reading is not None and reading is self.readings.get(partition):
+                    reading.durable = max(reading.durable, next_)
+            self.commit_soon()
+
+        stored.add_done_callback(done)
+
+    # -- committing
+
+    def commit_soon(self) -> None:
+        """Commit what is durable, unless a commit is under way: its end starts the next."""
+        if not (self._committing or self._stopped or self._timer is not None):
+            self._commit_due()
+
+    def _commit_due(self) -> None:
+        positions = [r.position() for r in self.readings.values() if r.due()]
+        if not positions:
+            return
+        self._committing = True
+        refused = self._commit(positions)
+        if refused is not None:
+            self.commit_done([(p.partition, p.offset, refused) for p in positions])
+
+    @property
+    def committing(self) -> bool:
+        """Whether a commit is under way, whose effect is not known yet."""
+        return self._committing
+
+    def commit_done(self, answers: Iterable[tuple[int, int, str | None]]) -> None:
+        """What became of a commit: (partition, offset, error or None)."""
+        self._committing = False
+        failed = ""
+        for partition, offset, error in answers:
+            if error is None:
+                self._acknowledge(partition, offset)
+            elif partition in self.readings:
+                failed = error
+        if failed:
+            self.commits_failed += 1
+        if bool(failed) != bool(self._failing):
+            if failed:
+                log.warning("offset commits fail; they are repeated", topic=self.topic, error=failed)
+            else:
+                log.info("offset commits succeed again", topic=self.topic)
+        self._failing = failed
+        if not self._stopped:
+            pause = COMMIT_RETRY_SECONDS if failed else COMMIT_PAUSE_SECONDS
+            self._timer = asyncio.get_running_loop().call_later(pause, self._paused_enough)
+
+    def _paused_enough(self) -> None:
+        self._timer = None
+        self.commit_soon()
+
+    def _acknowledge(self, partition: int, offset: int) -> None:
+        self.committed_at_ms = self.store.clock.mono_ms()
+        reading = self.readings.get(partition)
+        if reading is not None:
+            reading.acknowledged = max(reading.acknowledged, offset)
+        self.store.cover(self.store.source(self.topic, partition), offset)
+
+    # -- partitions that come
+
+    async def begin(self, found: Sequence[Found]) -> list[Begun]:
+        """These partitions are assigned: say what is ours of them, and where to go on reading.
+
+        Returns when it is durable, so that no commit that names us as the owner can be older.
+        """
+        begun = [self._begin(partition) for partition in found]
+        await self.store.committed()
+        self._find_unresolved()
+        return begun
+
+    def _begin(self, found: Found) -> Begun:
+        source = self.store.source(self.topic, found.partition)
+        self._say_whose(source, found, assigned=True)
+        start = choose_start(found.owners, found.committed, source.next, self.me)
+        return self._begin_at(self._within_log(start, found), source, found)
+
+    async def begin_inside(self, found: Sequence[Found]) -> list[Begun]:
+        """These are assigned and being read, but what comes next is not in their log (any more)."""
+        begun = []
+        for partition in found:
+            source = self.store.source(self.topic, partition.partition)
+            start = self._within_log(Start(source.next, continues=True), partition)
+            begun.append(self._begin_at(start, source, partition))
+        await self.store.committed()
+        return begun
+
+    def _begin_at(self, start: Start, source: Source, found: Found) -> Begun:
+        assert start.offset is not None
+        if start.skipped:
+            self.offsets_skipped += start.skipped
+            log.error(
+                "offsets were skipped: nobody here has read them",
+                topic=self.topic,
+                partition=found.partition,
+                first=source.next,
+                count=start.skipped,
+            )
+        if not start.continues:
+            self.store.begin_range(source, start.offset)
+        owners = record_owner(found.owners, start.offset, self.me, self.store.epoch)
+        self.readings[found.partition] = Reading(source, owners, encode(owners), durable=start.offset)
+        return Begun(found.partition, source.id, start.offset)
+
+    def _within_log(self, start: Start, found: Found) -> Start:
+        """``start`` made definite: by the reset policy where nothing is known, and inside the log."""
+        if start.offset is None:
+            return Start(found.low if self._reset == "earliest" else found.high, continues=False)
+        if found.low < 0 or found.low <= start.offset <= found.high:
+            return start
+        if start.offset > found.high:
+            log.error(
+                "the log ends before what was already read: the topic was made anew or has lost data;"
+                " it is read from its beginning",
+                topic=self.topic,
+                partition=found.partition,
+                read_to=start.offset,
+                log_end=found.high,
+            )
+        return Start(found.low, continues=False, skipped=max(0, found.low - start.offset))
+
+    def begun(self, partitions: Iterable[int]) -> None:
+        """They are being read: let the group know that they are ours."""
+        for partition in partitions:
+            if partition in self.readings:
+                self.readings[partition].held = False
+        self.commit_soon()
+
+    # -- partitions that go
+
+    async def leave(self, partitions: Iterable[int]) -> list[Position]:
+        """These are being revoked: what is durable of them, to be committed before they go."""
+        for partition in partitions:
+            if partition in self.readings:
+                self.readings[partition].held = True
+        await self._stored()
+        leaving = (self.readings[p] for p in partitions if p in self.readings)
+        return [reading.position() for reading in leaving]
+
+    async def _stored(self) -> None:
+        """What was delivered is durable, or takes too long."""
+        if self._storing:
+            await asyncio.wait(self._storing, timeout=LEAVE_SECONDS_MAX)
+
+    async def left(self, positions: Iterable[Position], refused: str | None) -> None:
+        """They are gone, their last commit acknowledged or ``refused``."""
+        for position in positions:
+            self.readings.pop(position.partition, None)
+            source = self.store.source(self.topic, position.partition)
+            if refused is None:
+                self.store.cover(source, position.offset)
+                self.store.drop_uncovered(source, position.offset)
+        if refused is not None:
+            log.warning("the last commit of revoked partitions failed", topic=self.topic, error=refused)
+        await self._settled()
+
+    async def lost(self, partitions: Iterable[int]) -> None:
+        """Another broker may read these already. Nothing can be committed any more."""
+        for partition in partitions:
+            self.readings.pop(partition, None)
+        await self._settled()
+
+    async def resolve(self, found: Iterable[Found]) -> None:
+        """Say what is ours of partitions that are not assigned to us."""
+        for partition in found:
+            if partition.partition not in self.readings:
+                source = self.store.source(self.topic, partition.partition)
+                self._say_whose(source, partition, assigned=False)
+        await self._settled()
+
+    async def _settled(self) -> None:
+        await self.store.committed()
+        self._find_unresolved()
+
+    def _say_whose(self, source: Source, found: Found, assigned: bool) -> None:
+        """Drop what another broker reads again; the rest is ours for good."""
+        bound = boundary(found.owners, found.committed, self.me, assigned)
+        if bound is None:
+            self.store.cover(source, found.committed or 0)
+            return
+        dropped = sum(offset >= bound for offset, _, _ in source.uncovered)
+        self.store.drop_uncovered(source, bound)
+        self.store.cover(source, bound)
+        if dropped:
+            log.warning(
+                "another broker reads rows of this one again; they were dropped here",
+                topic=self.topic,
+                partition=found.partition,
+                count=dropped,
+                from_offset=bound,
+            )
+
+    def _find_unresolved(self) -> None:
+        self.unresolved = frozenset(
+            source.partition
+            for source in self.store.sources()
+            if source.topic == self.topic and source.uncovered and source.partition not in self.readings
+        )
+
+    # -- the end
+
+    async def finish(self) -> None:
+        """Nothing is delivered any more; when it returns, what was is durable, and no commit is started."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        await self._stored()
+
+    async def commit_rest(self) -> None:
+        """The last commit, once no other is under way."""
+        self._commit_due()
+
+
+def keep_orphans(store: Inflight, topic: str | None) -> int:
+    """Rows of topics that this broker no longer consumes are its own from now on. How many rows.
+
+    Nobody can say any more whether another broker reads them again: better twice than never.
+    """
+    kept = 0
+    for source in store.sources():
+        if source.topic != topic and source.uncovered:
+            kept += len(source.uncovered)
+            store.cover(source, max(source.next, source.uncovered[-1][0] + 1))
+    return kept

@@ -1,0 +1,67 @@
+"""How the Kafka clients are configured, and what their errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from confluent_kafka import KafkaError
+
+from penstock_broker.config import Settings
+
+# Messages fetched ahead, in KiB, over all partitions.
+QUEUED_KIB_MAX = 16 * 1024
+STATISTICS_MS = 5000
+
+Config = dict[str, object]
+
+
+def _common(settings: Settings, on_error: Callable[[KafkaError], None]) -> Config:
+    return {
+        "bootstrap.servers": settings.kafka_cluster,
+        "client.id": settings.broker_id,
+        "error_cb": on_error,
+        # librdkafka repeats itself on stderr while a cluster is away; ``on_error`` says it once.
+        "log_level": 2,
+        "reconnect.backoff.max.ms": 2000,
+        "topic.metadata.refresh.interval.ms": 30_000,
+        "socket.keepalive.enable": True,
+    }
+
+
+def consumer_config(
+    settings: Settings, on_error: Callable[[KafkaError], None], on_commit: object, on_statistics: object
+) -> Config:
+    session_ms = int(settings.kafka_session_timeout_seconds * 1000)
+    return _common(settings, on_error) | {
+        "group.id": settings.kafka_consumer_group,
+        # Static membership: a restart within the session timeout moves no partition.
+        "group.instance.id": settings.broker_id,
+        "partition.assignment.strategy": "cooperative-sticky",
+        "session.timeout.ms": session_ms,
+        "heartbeat.interval.ms": min(3000, session_ms // 3),
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        # Where to start is decided here; the client reports an offset outside the log.
+        "auto.offset.reset": "error",
+        "queued.max.messages.kbytes": QUEUED_KIB_MAX,
+        "fetch.queue.backoff.ms": 10,
+        "on_commit": on_commit,
+        "statistics.interval.ms": STATISTICS_MS,
+        "stats_cb": on_statistics,
+    }
+
+
+def producer_config(settings: Settings, on_error: Callable[[KafkaError], None]) -> Config:
+    return _common(settings, on_error) | {
+        "enable.idempotence": True,
+        "acks": "all",
+        "linger.ms": 5,
+        # What Kafka refuses as too large is Kafka's to say.
+        "message.max.bytes": min(settings.message_bytes_max + 1024 * 1024, 1_000_000_000),
+        "queue.buffering.max.kbytes": 64 * 1024,
+        "delivery.timeout.ms": 30_000,
+    }
+
+
+def admin_config(settings: Settings) -> dict[str, str | int | float | bool]:
+    return {"bootstrap.servers": settings.kafka_cluster, "client.id": settings.broker_id, "log_level": 2}

@@ -1,0 +1,94 @@
+"""Produces batches of messages and says which of them the log has acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from penstock_broker.config import Settings
+from penstock_broker.ingest.dead_letters import Letter
+from penstock_broker.ingest.kafka import producer_config
+
+POLL_SECONDS = 0.5
+
+Answered = Callable[[KafkaError | None], None]
+
+
+class Publisher:
+    """A producer and the thread that polls it. Made and called on the event loop."""
+
+    def __init__(self, settings: Settings, topic: str) -> None:
+        self.topic = topic
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._fatal = False
+        self._producer = Producer(producer_config(settings, self._on_error))
+        # Filled by the producer's thread, emptied by the event loop once per round of poll.
+        self._answers: list[tuple[Answered, KafkaError | None]] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._poll, name="kafka-producer", daemon=True)
+        self._thread.start()
+
+    async def publish(self, letters: Sequence[Letter]) -> list[KafkaError | None]:
+        """Produce ``letters`` and wait for all answers: None for one that is safe, else the error.
+
+        Ends within the delivery timeout of the producer.
+        """
+        if self._fatal:
+            self._fatal = False
+            self._producer = Producer(producer_config(self._settings, self._on_error))
+        answers: list[KafkaError | None] = [None] * len(letters)
+        finished = self._loop.create_future()
+        open_ = len(letters)
+
+        def answered(index: int, error: KafkaError | None) -> None:
+            nonlocal open_
+            answers[index] = error
+            open_ -= 1
+            if not open_ and not finished.done():
+                finished.set_result(None)
+
+        for index, letter in enumerate(letters):
+            self._produce(letter, partial(answered, index))
+        if letters:
+            await finished
+        return answers
+
+    def _produce(self, letter: Letter, answered: Answered) -> None:
+        def delivered(error: KafkaError | None, message: Message[bytes, bytes]) -> None:
+            self._answers.append((answered, error))
+
+        try:
+            self._producer.produce(
+                self.topic, letter.value, letter.key, headers=letter.headers, on_delivery=delivered
+            )
+        except KafkaException as error:
+            self._loop.call_soon(answered, error.args[0])
+        except BufferError:
+            self._loop.call_soon(answered, KafkaError(KafkaError._QUEUE_FULL))
+
+    def _poll(self) -> None:
+        while not self._stopping:
+            self._producer.poll(POLL_SECONDS)
+            if self._answers and not self._loop.is_closed():
+                answers, self._answers = self._answers, []
+                self._loop.call_soon_threadsafe(_answer, answers)
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal():
+            self._fatal = True
+
+    async def stop(self) -> None:
+        """Give up on what has no answer yet."""
+        self._stopping = True
+        self._producer.purge()
+        await asyncio.to_thread(self._thread.join, 2 * POLL_SECONDS)
+
+
+def _answer(answers: list[tuple[Answered, KafkaError | None]]) -> None:
+    for answered, error in answers:
+        answered(error)

@@ -1,0 +1,68 @@
+"""The topics a broker needs: looked up once at the start, created when the settings allow it."""
+
+from __future__ import annotations
+
+import structlog
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from penstock_broker.config import Settings
+from penstock_broker.errors import FatalError
+from penstock_broker.ingest.kafka import admin_config
+
+log = structlog.get_logger("ingest")
+
+CREATE_SECONDS_MAX = 10.0
+
+
+def ensure_topics(settings: Settings, seconds: float) -> None:
+    """See that the consumed topic and the dead letter topic exist; blocks for up to ``seconds``.
+
+    Raises KafkaException when Kafka cannot be reached, FatalError when the consumed topic does not
+    exist and may not be created. A missing dead letter topic is only warned of: the letters wait.
+    """
+    admin = AdminClient(admin_config(settings))
+    present = admin.list_topics(timeout=seconds).topics
+    wanted = (settings.kafka_topic, settings.kafka_deadletter_topic)
+    missing = [topic for topic in wanted if topic not in present]
+    if not missing:
+        return
+    if settings.create_missing_topics:
+        _create(admin, missing, settings)
+    elif settings.kafka_topic in missing:
+        raise FatalError(
+            f"the topic {settings.kafka_topic!r} does not exist on the Kafka cluster"
+            f" {settings.kafka_cluster}",
+            "create it, or let the broker do so with create_missing_topics"
+            " (TASKBROKER_CREATE_MISSING_TOPICS=1), or name another one with kafka_topic"
+            " (TASKBROKER_KAFKA_TOPIC)",
+        )
+    else:
+        log.warning(
+            "the dead letter topic does not exist: dead letters wait in the store until it does"
+            " (create it, or set create_missing_topics)",
+            topic=settings.kafka_deadletter_topic,
+            cluster=settings.kafka_cluster,
+        )
+
+
+def _create(admin: AdminClient, topics: list[str], settings: Settings) -> None:
+    partitions = settings.default_topic_partitions
+    futures = admin.create_topics(
+        [NewTopic(topic, num_partitions=partitions) for topic in topics], request_timeout=CREATE_SECONDS_MAX
+    )
+    for topic, future in futures.items():
+        try:
+            future.result()
+        except KafkaException as error:
+            # Another broker of the pool was faster.
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise FatalError(
+                    f"the topic {topic!r} cannot be created on the Kafka cluster {settings.kafka_cluster}:"
+                    f" {error.args[0].str()}",
+                    "create it by hand, and check default_topic_partitions"
+                    " (TASKBROKER_DEFAULT_TOPIC_PARTITIONS)",
+                ) from None
+        else:
+            log.info("topic created", topic=topic, partitions=partitions)

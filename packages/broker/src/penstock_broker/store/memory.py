@@ -1,0 +1,279 @@
+"""What memory knows of the rows, and the tick that is being gathered.
+
+Everything here is rebuilt from the rows at the start, and equals them after each commit. ``change``
+is the only place where a row that memory holds changes its state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from penstock_broker.clock import Clock
+from penstock_broker.domain.activation import NO_SOURCE, Activation, Status, hash_id
+from penstock_broker.domain.lifecycle import Change, Event, decide
+from penstock_broker.store.batch import Answer, Batch, Report, move
+from penstock_broker.store.database import Database
+from penstock_broker.store.finished import Finished, last_of
+from penstock_broker.store.index import PairQueue, ReadyIndex
+from penstock_broker.store.leases import Leases
+from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.partitions import Partitions, Source
+from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX
+
+# A pair's rows in memory are refilled below this many.
+LOW_WATER_ROWS = 512
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts since the start that no row keeps."""
+
+    # Activations whose id was known.
+    duplicates: int = 0
+    # Rows that became another broker's.
+    dropped: int = 0
+    # Deliveries whose worker died or vanished.
+    lost: int = 0
+    answers: dict[Answer, int] = field(default_factory=lambda: dict.fromkeys(Answer, 0))
+
+
+class Memory:
+    """State of the store on the event loop."""
+
+    def __init__(self, database: Database, clock: Clock, limits: StoreLimits) -> None:
+        self.database = database
+        self.clock = clock
+        self.limits = limits
+        self.tally = Tally()
+        self.index = ReadyIndex(limits.window_rows_max, limits.window_bytes_max)
+        self.finished = Finished(limits.dedup_window_ms, limits.dedup_ids_max)
+        self.leases = Leases()
+        self.partitions = Partitions()
+        # Rows that memory holds: those in the index, and those claimed.
+        self.resident: dict[int, Activation] = {}
+        # Every row: id hash -> seq.
+        self.live: dict[int, int] = {}
+        # Per pair, rows by status (the list's index is the status).
+        self.counts: dict[int, list[int]] = {}
+        self.rows = 0
+        self.bytes = 0
+        self.books: dict[tuple[int, str], int] = {}
+        # Pairs that may have to be paged in.
+        self.low: set[int] = set()
+        # Forwarding rows that nobody has taken yet.
+        self.outbox: deque[int] = deque()
+        # Wall clock at which the next delay or expiry is due.
+        self.next_wake_at: int | None = None
+        self.batch = Batch()
+        # Set when there is something for the next tick.
+        self.work = asyncio.Event()
+        # The place in the order of hand-out from which on a new batch begins.
+        self.next_stamp = 0
+        self._load()
+
+    def _load(self) -> None:
+        self.finished.load(self.clock.wall_ms(), self.database.finished())
+        for pair, application, namespace in self.database.pairs():
+            self.add_pair(pair, application, namespace)
+        for source in self.database.sources():
+            self.partitions.add(Source(*source))
+        for pair, status, rows, size in self.database.counts():
+            self.counts[pair][status] = rows
+            self.rows += rows
+            self.bytes += size
+            if status == Status.PENDING:
+                self.index.pairs[pair].spilled = rows
+                self.low.add(pair)
+        for seq, status, id, source_id, offset in self.database.positions():
+            id_hash = hash_id(id)
+            self.live[id_hash] = seq
+            if status == Status.FORWARDING:
+                self.outbox.append(seq)
+            if source_id != NO_SOURCE and not self.partitions[source_id].is_covered(offset):
+                self.partitions[source_id].uncovered.append((offset, seq, id_hash))
+        for loaded in self.partitions.all():
+            loaded.uncovered = deque(sorted(loaded.uncovered))
+        mono = self.clock.mono_ms()
+        for row in self.database.processing():
+            row.id_hash = hash_id(row.id)
+            # Whoever holds it gets the time to say so.
+            row.lease_until = mono + row.deadline_ms + self.limits.lease_ms
+            self.resident[row.seq] = row
+            self.leases.add(row)
+        self.books = self.database.books()
+        self.next_stamp = self.database.last_ready_at() + 1
+        self.next_wake_at = self.database.next_wake_at(0)
+
+    def add_pair(self, pair: int, application: str, namespace: str) -> PairQueue:
+        self.counts[pair] = [0] * 5
+        return self.index.add_pair(pair, application, namespace)
+
+    # -- a change
+
+    def change(
+        self,
+        row: Activation,
+        event: Event,
+        now: int,
+        retry_delay_ms: int | None = None,
+        error: str | None = None,
+        outcome: int = 0,
+    ) -> None:
+        """One event on a row that memory holds. It leaves memory, whatever becomes of it.
+
+        ``outcome``: the number of what was reported; 0 for what time or the broker causes.
+        """
+        change = decide(row, event, now, self.limits.lifecycle, retry_delay_ms)
+        batch = self.batch
+        self._account(row, change)
+        if change.status is Status.GONE:
+            batch.gone.append(row.seq)
+            if row.size > INLINE_BODY_BYTES_MAX:
+                batch.gone_payloads.append(row.seq)
+            last = last_of(row, outcome)
+            batch.finished.extend((row.id_hash, last))
+            batch.count(row.pair, change.term)
+            self._left(row, last)
+        else:
+            back = change.status is Status.PENDING
+            ready_at = self.stamp() + 1 if back else change.ready_at
+            batch.moves.append(move(row, change, outcome, ready_at, error))
+            self._stayed(row, change)
+        self.void(row)
+        self.work.set()
+
+    def claimed(self, row: Activation, now: int) -> None:
+        """A row of the index is handed out: the one event after which memory keeps it."""
+        self._count(row, decide(row, Event.CLAIM, now, self.limits.lifecycle))
+        row.status = Status.PROCESSING
+
+    def reported(self, report: Report) -> None:
+        """A tick has changed a row that memory does not hold."""
+        row, change = report.row, report.change
+        if row is None or change is None:
+            return
+        row.id_hash = hash_id(row.id)
+        self._account(row, change)
+        if row.status is Status.PENDING:
+            self.index.pairs[row.pair].spilled -= 1
+        if change.status is Status.GONE:
+            self._left(row, last_of(row, report.outcome))
+            self.add_to_books({(row.pair, change.term): 1})
+        else:
+            self._stayed(row, change)
+
+    def _account(self, row: Activation, change: Change) -> None:
+        self.tally.lost += change.lost - row.lost
+        self._count(row, change)
+        self.partitions.hold(row)
+
+    def _count(self, row: Activation, change: Change) -> None:
+        counts = self.counts[row.pair]
+        counts[row.status] -= 1
+        if change.status is not Status.GONE:
+            counts[change.status] += 1
+
+    def _left(self, row: Activation, last: int) -> None:
+        self.live.pop(row.id_hash, None)
+        self.finished.add(self.clock.wall_ms(), row.id_hash, last)
+        self.rows -= 1
+        self.bytes -= row.size
+
+    def _stayed(self, row: Activation, change: Change) -> None:
+        """The row is only in the store now: whoever is to see it next must know."""
+        if change.status is Status.FORWARDING:
+            self.outbox.append(row.seq)
+        elif change.status is Status.DELAYED:
+            self.wake_earlier(change.ready_at)
+        else:
+            self.index.pairs[row.pair].spilled += 1
+            self.low.add(row.pair)
+        self.wake_earlier(row.expires_at)
+
+    def void(self, row: Activation) -> None:
+        """Memory forgets a row; a place it still has in the order is void."""
+        del self.resident[row.seq]
+        row.status = Status.GONE
+        row.body = None
+
+    def forget(self, row: Activation) -> None:
+        """A row is no longer counted: it was dropped, or never stored."""
+        self.counts[row.pair][row.status] -= 1
+        self.rows -= 1
+        self.bytes -= row.size
+
+    def add_to_books(self, terms: dict[tuple[int, str], int]) -> None:
+        for key, n in terms.items():
+            self.books[key] = self.books.get(key, 0) + n
+
+    # -- the order of hand-out
+
+    def stamp(self) -> int:
+        """The place in the order that new rows of the gathered tick get; rows that come back get the
+        place after it, so that nothing ever enters before what memory holds."""
+        if not self.batch.stamp:
+            self.batch.stamp = max(self.clock.wall_ms(), self.next_stamp)
+        return self.batch.stamp
+
+    def low_pairs(self) -> list[PairQueue]:
+        """Pairs to page in: little of them is in memory, more in the rows."""
+        queues = (self.index.pairs[pair] for pair in self.low)
+        return [
+            q
+            for q in queues
+            if q.spilled and not q.paging and len(q.ready) < LOW_WATER_ROWS and self.index.room(q)
+        ]
+
+    def paged(self, queue: PairQueue, rows: list[Activation]) -> None:
+        """The next spilled rows of a pair were read."""
+        queue.paging = False
+        if not rows and queue.spilled:
+            raise AssertionError(
+                f"{queue.spilled} pending rows of {queue.application}/{queue.namespace} are in no page"
+            )
+        for row in rows:
+            row.id_hash = hash_id(row.id)
+            # What was dropped while the page was read is counted there.
+            if self.live.get(row.id_hash) == row.seq:
+                self.index.page_in(queue, row)
+                self.enter(row)
+        if queue.spilled:
+            self.low.add(queue.pair)
+
+    def enter(self, row: Activation) -> None:
+        """A stored row whose room is reserved takes its place in the order."""
+        queue = self.index.pairs[row.pair]
+        if self.live.get(row.id_hash) != row.seq:
+            self.index.unreserve(queue, row)
+            return
+        self.resident[row.seq] = row
+        self.index.enter(queue, row, ready=not self.partitions.hold_start(row))
+
+    def start_covered(self, rows: Iterable[Activation]) -> None:
+        """At-most-once rows that waited for cover take their place."""
+        for row in rows:
+            queue = self.index.pairs[row.pair]
+            if row.status is Status.PENDING:
+                self.index.enter(queue, row)
+            else:
+                self.index.unreserve(queue, row)
+
+    # -- time
+
+    def wake_earlier(self, at: int | None) -> None:
+        if at is not None and (self.next_wake_at is None or at < self.next_wake_at):
+            self.next_wake_at = at
+
+    def expire(self, seqs: Iterable[int]) -> None:
+        """Rows whose expiry has passed."""
+        now = self.clock.wall_ms()
+        for seq in seqs:
+            row = self.resident.get(seq)
+            if row is None:
+                only = frozenset((Status.PENDING, Status.DELAYED))
+                self.batch.reports.append(Report(Event.EXPIRE, now, seq, only=only))
+            elif row.status is Status.PENDING:
+                self.change(row, Event.EXPIRE, now)

@@ -1,0 +1,140 @@
+"""Topic partitions this broker took from, and which of their rows another broker could still run.
+
+A row is *covered* once an acknowledged offset commit of this broker has passed it. Until then
+whoever takes the partition over reads it again, so no outcome of it may be acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from penstock_broker.domain.activation import NO_SOURCE, Activation
+
+
+@dataclass(slots=True)
+class Source:
+    """One topic partition this broker has taken from."""
+
+    id: int
+    topic: str
+    partition: int
+    # Everything in [start, next) is stored, finished or skipped. -1: nothing taken yet.
+    start: int = -1
+    next: int = -1
+    # Every offset below was passed by an acknowledged commit of this broker.
+    covered: int = 0
+    # (offset, seq, id hash) of stored rows at or above ``covered``, in the order of the log.
+    uncovered: deque[tuple[int, int, int]] = field(default_factory=deque)
+    # At-most-once rows that may not start before they are covered.
+    held_starts: deque[Activation] = field(default_factory=deque)
+    # (offset, tie breaker, future of whether it was covered) of those who wait.
+    waiting: list[tuple[int, int, asyncio.Future[bool]]] = field(default_factory=list)
+
+    def is_covered(self, offset: int) -> bool:
+        return offset < self.covered
+
+    def record(self) -> tuple[str, int, int, int, int]:
+        """As it is stored."""
+        return self.topic, self.partition, self.start, self.next, self.covered
+
+
+class Partitions:
+    """All sources, and the reports and starts that wait for their cover."""
+
+    def __init__(self) -> None:
+        self._sources: dict[int, Source] = {}
+        self._ids: dict[tuple[str, int], int] = {}
+        # Reported on, but not covered: answers to such reports, repeated ones too, wait.
+        self._held: dict[int, tuple[Source, int]] = {}
+        self._tie = 0
+
+    def __getitem__(self, id: int) -> Source:
+        return self._sources[id]
+
+    def get(self, id: int) -> Source | None:
+        return self._sources.get(id)
+
+    def all(self) -> Iterable[Source]:
+        return self._sources.values()
+
+    def find(self, topic: str, partition: int) -> Source | None:
+        id = self._ids.get((topic, partition))
+        return None if id is None else self._sources[id]
+
+    def add(self, source: Source) -> None:
+        self._sources[source.id] = source
+        self._ids[source.topic, source.partition] = source.id
+
+    def took(self, row: Activation) -> None:
+        """A row from the log was accepted; it is uncovered until a commit passes it."""
+        self._sources[row.source].uncovered.append((row.offset, row.seq, row.id_hash))
+
+    def hold(self, row: Activation) -> None:
+        """A row was reported on: until it is covered, answers wait."""
+        if row.source != NO_SOURCE and not (source := self._sources[row.source]).is_covered(row.offset):
+            self._held[row.id_hash] = source, row.offset
+
+    def is_held(self, id_hash: int) -> bool:
+        return id_hash in self._held
+
+    async def covered(self, id_hash: int) -> bool:
+        """Wait until no other broker could run again what was reported on. False: one does."""
+        held = self._held.get(id_hash)
+        if held is None:
+            return True
+        source, offset = held
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._tie += 1
+        heapq.heappush(source.waiting, (offset, self._tie, future))
+        return await future
+
+    def hold_start(self, row: Activation) -> bool:
+        """Whether an at-most-once row must wait until nobody else can read it again; then it does."""
+        if not row.at_most_once or row.source == NO_SOURCE:
+            return False
+        source = self._sources[row.source]
+        if source.is_covered(row.offset):
+            return False
+        source.held_starts.append(row)
+        return True
+
+    def cover(self, source: Source, offset: int) -> list[Activation]:
+        """An acknowledged commit passed everything below ``offset``. At-most-once rows that may start."""
+        source.covered = max(source.covered, offset)
+        while source.uncovered and source.uncovered[0][0] < offset:
+            self._held.pop(source.uncovered.popleft()[2], None)
+        while source.waiting and source.waiting[0][0] < offset:
+            _resolve(heapq.heappop(source.waiting)[2], covered=True)
+        starts = []
+        while source.held_starts and source.held_starts[0].offset < offset:
+            starts.append(source.held_starts.popleft())
+        return starts
+
+    def drop(self, source: Source, boundary: int) -> tuple[list[tuple[int, int]], list[Activation]]:
+        """Uncovered rows at or above ``boundary`` are someone else's now.
+
+        Their (seq, id hash), those included that have left; and the at-most-once rows that waited.
+        """
+        dropped = [(seq, id_hash) for offset, seq, id_hash in source.uncovered if offset >= boundary]
+        for _, id_hash in dropped:
+            self._held.pop(id_hash, None)
+        source.uncovered = deque(entry for entry in source.uncovered if entry[0] < boundary)
+        starts = [row for row in source.held_starts if row.offset >= boundary]
+        source.held_starts = deque(row for row in source.held_starts if row.offset < boundary)
+        source.next = min(source.next, boundary)
+        waiting, source.waiting = source.waiting, []
+        for wait in waiting:
+            if wait[0] < boundary:
+                heapq.heappush(source.waiting, wait)
+            else:
+                _resolve(wait[2], covered=False)
+        return dropped, starts
+
+
+def _resolve(future: asyncio.Future[bool], *, covered: bool) -> None:
+    if not future.done():
+        future.set_result(covered)

@@ -1,0 +1,239 @@
+"""The single writer: everything that waits becomes one transaction, a tick; then what depended on it
+is let out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.store.batch import Answer, Batch, PageRequest, Written, repeated, wake_at
+from penstock_broker.store.memory import Memory
+
+PAGE_ROWS_MAX = 1024
+PAGE_BYTES_MAX = 4 * 1024 * 1024
+
+# Carries out a tick where waiting for the disk holds up nobody.
+Handoff = Callable[[Callable[[Batch], Written], Batch], Awaitable[Written]]
+
+
+class StoreStopped(Exception):
+    """The store no longer writes: the broker is stopping, or has failed."""
+
+    def __init__(self) -> None:
+        super().__init__("the store has stopped")
+
+
+@dataclass(slots=True)
+class Arrival:
+    """Accepted rows that wait for their tick. ``taken``: source id -> next offset, stored with them."""
+
+    rows: list[Activation]
+    taken: Mapping[int, int]
+    stored: asyncio.Future[None]
+
+
+class Writer:
+    """Gathers, writes, releases."""
+
+    def __init__(self, memory: Memory, handoff: Handoff) -> None:
+        self._memory = memory
+        self._handoff = handoff
+        self.arrivals: deque[Arrival] = deque()
+        self.stopping = False
+        self.failed = False
+        self._gathered: asyncio.Future[None] | None = None
+        self._writing: asyncio.Future[None] | None = None
+        self._waking = False
+        # Called after each commit.
+        self.on_committed: list[Callable[[], None]] = []
+
+    async def run(self) -> None:
+        """Write ticks until ``stop``; a failed tick stops the store for good.
+
+        Raises what the database raised: nothing after it was acknowledged.
+        """
+        while self.work_waits() or not self.stopping:
+            await self._memory.work.wait()
+            self._memory.work.clear()
+            while self.work_waits():
+                await self.tick()
+
+    def stop(self) -> None:
+        """Write what is gathered, then return from ``run``."""
+        self.stopping = True
+        self._memory.work.set()
+
+    def work_waits(self) -> bool:
+        """Whether the next tick would do anything."""
+        if self._memory.batch or self.arrivals:
+            return True
+        return not self.stopping and (self._due() or bool(self._memory.low_pairs()))
+
+    def _due(self) -> bool:
+        at = self._memory.next_wake_at
+        return at is not None and at <= self._memory.clock.wall_ms()
+
+    def add(self, rows: list[Activation], taken: Mapping[int, int]) -> asyncio.Future[None]:
+        """Rows for the next ticks, in order; resolves when they are durable."""
+        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.arrivals.append(Arrival(rows, taken, stored))
+        self._memory.work.set()
+        return stored
+
+    def committed(self) -> Awaitable[None]:
+        """Resolves when everything done so far is durable. Raises StoreStopped when it will not be."""
+        if self.failed:
+            raise StoreStopped
+        if self._memory.batch or self.arrivals:
+            if self._gathered is None:
+                self._gathered = asyncio.get_running_loop().create_future()
+            self._memory.work.set()
+            return asyncio.shield(self._gathered)
+        if self._writing is not None:
+            return asyncio.shield(self._writing)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    # -- delays and expiries
+
+    def next_due(self) -> int | None:
+        """Wall clock at which a delay or an expiry is due; None while a tick is about to look."""
+        return None if self._waking else self._memory.next_wake_at
+
+    def wake(self) -> None:
+        """One is due: look at it in the next tick."""
+        self._waking = True
+        self._memory.work.set()
+
+    # -- a tick
+
+    async def tick(self) -> None:
+        """Write what has gathered in one transaction, then let out what depended on it."""
+        batch, arrivals = self._gather()
+        done = self._gathered or asyncio.get_running_loop().create_future()
+        self._gathered, self._writing = None, done
+        try:
+            written = await self._handoff(self._memory.database.write, batch)
+            self._release(batch, written)
+        except BaseException:
+            self._fail([done, *(arrival.stored for arrival in arrivals)])
+            raise
+        self._writing = None
+        for future in (*(arrival.stored for arrival in arrivals), done):
+            if not future.done():
+                future.set_result(None)
+        for callback in self.on_committed:
+            callback()
+
+    def _gather(self) -> tuple[Batch, list[Arrival]]:
+        """What the tick will do; from now on the next one gathers."""
+        memory = self._memory
+        batch = memory.batch
+        memory.stamp()
+        self._decide_reports(batch)
+        if not self.stopping and self._due():
+            batch.due_at = memory.clock.wall_ms()
+            memory.next_wake_at = None
+        arrivals: list[Arrival] = []
+        # Claims and outcomes are all in; of new rows, as many as fit.
+        while self.arrivals and (not arrivals or len(batch.rows) < memory.limits.batch_rows_max):
+            arrivals.append(self.arrivals.popleft())
+            self._prepare(arrivals[-1], batch)
+        if not self.stopping:
+            self._page(batch)
+        memory.add_to_books(batch.books)
+        memory.next_stamp = batch.stamp + (2 if batch.reenters() else 0)
+        memory.batch = Batch()
+        return batch, arrivals
+
+    def _decide_reports(self, batch: Batch) -> None:
+        """Reports on rows that memory took in since they arrived are decided here, against memory."""
+        reports, batch.reports = batch.reports, []
+        for report in reports:
+            row = self._memory.resident.get(report.seq)
+            if row is None:
+                batch.reports.append(report)
+            elif report.claim not in (None, row.claim):
+                report.answer = repeated(row, report.claim or 0, report.outcome)
+            elif row.status in report.only:
+                if report.max_attempts is not None:
+                    row.max_attempts = report.max_attempts
+                self._memory.change(
+                    row, report.event, report.now, report.retry_delay_ms, report.error, report.outcome
+                )
+                report.answer = Answer.APPLIED
+
+    def _prepare(self, arrival: Arrival, batch: Batch) -> None:
+        """New rows get their place in the order, and in memory if there is room."""
+        memory = self._memory
+        for row in arrival.rows:
+            batch.count(row.pair, "accepted")
+            if row.status is Status.PENDING:
+                row.ready_at = batch.stamp
+                if not memory.index.reserve(memory.index.pairs[row.pair], row):
+                    memory.low.add(row.pair)
+        batch.rows += arrival.rows
+        for source_id, next_ in arrival.taken.items():
+            source = memory.partitions[source_id]
+            source.next = max(source.next, next_)
+            batch.sources[source_id] = source.record()
+
+    def _page(self, batch: Batch) -> None:
+        memory = self._memory
+        for queue in memory.low_pairs():
+            rows, size = memory.index.room(queue) or (1, 1)
+            queue.paging = True
+            batch.pages.append(
+                PageRequest(
+                    queue.pair,
+                    queue.tail_ready_at,
+                    queue.tail_seq,
+                    min(rows, PAGE_ROWS_MAX),
+                    min(size, PAGE_BYTES_MAX),
+                )
+            )
+        memory.low.clear()
+
+    def _release(self, batch: Batch, written: Written) -> None:
+        """What the tick wrote becomes visible in memory."""
+        memory = self._memory
+        for row in batch.rows:
+            self._stored(row)
+        for report in batch.reports:
+            memory.reported(report)
+        for pair, rows in written.due.items():
+            memory.counts[pair][Status.DELAYED] -= rows
+            memory.counts[pair][Status.PENDING] += rows
+            memory.index.pairs[pair].spilled += rows
+            memory.low.add(pair)
+        if batch.due_at is not None:
+            self._waking = False
+        memory.wake_earlier(written.next_wake_at)
+        memory.expire(written.expired)
+        for then in batch.then:
+            then()
+        for pair, paged in written.pages.items():
+            memory.paged(memory.index.pairs[pair], paged)
+
+    def _stored(self, row: Activation) -> None:
+        memory = self._memory
+        if row.status is Status.PENDING and not row.spilled:
+            memory.enter(row)
+        elif row.status is Status.FORWARDING:
+            memory.outbox.append(row.seq)
+        memory.wake_earlier(wake_at(row.status, row.ready_at, row.expires_at))
+
+    def _fail(self, waiting: list[asyncio.Future[None]]) -> None:
+        """Fail-stop: nothing that depends on a tick that did not happen is answered."""
+        self.failed = self.stopping = True
+        waiting += [arrival.stored for arrival in self.arrivals]
+        if self._gathered is not None:
+            waiting.append(self._gathered)
+        for future in waiting:
+            if not future.done():
+                future.set_exception(StoreStopped())
+                future.exception()  # whoever waits is told; nobody need wait

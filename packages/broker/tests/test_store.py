@@ -1,0 +1,463 @@
+"""The rules of claims, retries, time and ownership, one by one."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+
+from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Status
+from penstock_broker.domain.lifecycle import Event, Limits
+from penstock_broker.domain.token import ClaimToken
+from penstock_broker.store.batch import Answer, Report
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.writer import StoreStopped
+
+BYTES = 1 << 22
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def store(tmp_path: Path, clock: ManualClock):
+    store = open_store(tmp_path / "store.sqlite", clock)
+    yield store
+    store.database.close()
+
+
+async def insert(store: Inflight, *rows: Activation, taken: dict[int, int] | None = None) -> None:
+    store.insert(rows, taken)
+    await settle_down(store)
+
+
+def claim_one(store: Inflight, **how: object) -> Activation:
+    (row,) = store.claim(None, (), 1, BYTES, **how)  # type: ignore[arg-type]
+    return row
+
+
+async def settled(store: Inflight, token: ClaimToken, event: Event, delay: int | None = None) -> Answer:
+    answer = store.settle(token, event, store.clock.wall_ms(), delay)
+    await settle_down(store)
+    return answer.answer if isinstance(answer, Report) else answer
+
+
+def reopen(store: Inflight, clock: ManualClock, limits: StoreLimits | None = None) -> Inflight:
+    """As after SIGKILL: what was not in a tick is gone."""
+    store.database.close()
+    return open_store(store.database.path, clock, limits)
+
+
+async def test_a_report_under_an_earlier_boots_claim_is_applied_once(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("durable", clock), activation("forgotten", clock))
+    durable = token_of(store, claim_one(store))
+    await settle_down(store)
+    forgotten = token_of(store, claim_one(store))  # this claim never reaches the rows
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert await settled(store, durable, Event.COMPLETE) is Answer.APPLIED
+    assert await settled(store, forgotten, Event.COMPLETE) is Answer.APPLIED
+    assert await settled(store, forgotten, Event.COMPLETE) is Answer.DUPLICATE
+    assert store.memory.rows == 0
+    store.database.close()
+
+
+async def test_a_forgotten_claim_is_stale_once_somebody_else_has_the_task(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    forgotten = token_of(store, claim_one(store))
+    store = reopen(store, clock)
+    await settle_down(store)
+    current = token_of(store, claim_one(store))
+    await settle_down(store)
+    for event in (Event.COMPLETE, Event.RETRY, Event.FAIL, Event.RELEASE):
+        assert await settled(store, forgotten, event) is Answer.STALE
+    assert store.extend(forgotten, started=True) is Answer.STALE
+    assert await settled(store, current, Event.COMPLETE) is Answer.APPLIED
+    store.database.close()
+
+
+async def test_a_heartbeat_re_establishes_a_claim_that_a_restart_had_forgotten(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert store.extend(token, started=True) is Answer.APPLIED
+    await settle_down(store)
+    assert store.claim(None, (), 1, BYTES) == []
+    check_store(store)
+    store = reopen(store, clock)
+    assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
+    store.database.close()
+
+
+async def test_an_answer_is_repeated_after_a_restart(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock, max_attempts=2))
+    first = token_of(store, claim_one(store))
+    assert await settled(store, first, Event.RETRY, 0) is Answer.APPLIED
+    second = token_of(store, claim_one(store))
+    assert await settled(store, second, Event.COMPLETE) is Answer.APPLIED
+    store = reopen(store, clock)
+    assert await settled(store, second, Event.COMPLETE) is Answer.DUPLICATE
+    assert await settled(store, second, Event.FAIL) is Answer.STALE
+    assert await settled(store, first, Event.RETRY) is Answer.STALE
+    store.database.close()
+
+
+async def test_tokens_that_were_never_given_are_unknown(store: Inflight, clock: ManualClock) -> None:
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    for wrong in (token._replace(nonce=token.nonce ^ 1), token._replace(epoch=99)):
+        assert await settled(store, wrong, Event.COMPLETE) is Answer.UNKNOWN
+        assert store.extend(wrong, started=False) is Answer.UNKNOWN
+    assert await settled(store, token._replace(claim=5), Event.COMPLETE) is Answer.STALE
+
+
+async def test_retries_wait_in_the_store_and_then_carry_their_attempts(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock, max_attempts=3))
+    assert await settled(store, token_of(store, claim_one(store)), Event.RETRY, 2_000) is Answer.APPLIED
+    clock.advance(1_999)
+    await settle_down(store)
+    assert store.claim(None, (), 1, BYTES) == []
+    clock.advance(1)
+    await settle_down(store)
+    row = claim_one(store)
+    assert (row.attempts, row.claim) == (1, 1)
+    assert row.body == b"body of a"
+
+
+async def test_a_delay_survives_a_restart_and_is_never_early(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock, delay_ms=5_000))
+    store = reopen(store, clock)
+    clock.advance(4_999)
+    await settle_down(store)
+    assert store.claim(None, (), 1, BYTES) == []
+    clock.advance(1)
+    await settle_down(store)
+    assert claim_one(store).id == "a"
+    store.database.close()
+
+
+@pytest.mark.parametrize("policy", [OnExceeded.DISCARD, OnExceeded.DEADLETTER])
+async def test_what_expires_never_starts(store: Inflight, clock: ManualClock, policy: OnExceeded) -> None:
+    await insert(
+        store,
+        activation("pending", clock, expires_ms=1_000, on_exceeded=policy),
+        activation("delayed", clock, expires_ms=1_000, delay_ms=2_000, on_exceeded=policy),
+    )
+    clock.advance(1_000)
+    assert store.claim(None, (), 2, BYTES) == []
+    await settle_down(store)
+    clock.advance(5_000)
+    await settle_down(store)
+    assert store.claim(None, (), 2, BYTES) == []
+    await settle_down(store)
+    assert store.outbox.size() == (2 if policy is OnExceeded.DEADLETTER else 0)
+    if policy is OnExceeded.DISCARD:
+        assert store.memory.books[1, "discarded:expired"] == 2
+    check_store(store)
+
+
+async def test_a_lease_that_is_not_extended_gives_the_task_to_another(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock))
+    first = token_of(store, claim_one(store))
+    clock.advance(14_000)
+    assert store.extend(first, started=True) is Answer.APPLIED
+    clock.advance(14_000)
+    assert store.lapse(clock.mono_ms()) == 0
+    clock.advance(2_000)
+    assert store.lapse(clock.mono_ms()) == 1
+    await settle_down(store)
+    row = claim_one(store)
+    assert (row.attempts, row.lost) == (0, 1)
+    assert await settled(store, first, Event.COMPLETE) is Answer.STALE
+    assert await settled(store, token_of(store, row), Event.COMPLETE) is Answer.APPLIED
+
+
+async def test_a_started_task_is_not_extended_past_its_deadline(store: Inflight, clock: ManualClock) -> None:
+    """The worker kills it at the deadline; should it not, the broker's own bound takes it back."""
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    store.extend(token, started=True)
+    lapsed = 0
+    for _ in range(40):
+        clock.advance(1_000)
+        store.extend(token, started=True)
+        lapsed += store.lapse(clock.mono_ms())
+    assert lapsed == 1
+
+
+async def test_claims_get_a_full_lease_after_a_restart(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    await settle_down(store)
+    clock.advance(14_000)
+    store = reopen(store, clock)
+    clock.advance(14_000)
+    assert store.lapse(clock.mono_ms()) == 0
+    assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
+    store.database.close()
+
+
+async def test_a_broker_that_stood_still_judges_no_lease_by_that_time(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock))
+    claim_one(store)
+    clock.advance(60_000)
+    store.postpone_leases(60_000)
+    assert store.lapse(clock.mono_ms()) == 0
+
+
+async def test_an_outcome_waits_for_cover_and_so_does_its_repetition(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 3)
+    await insert(store, activation("a", clock, source=source.id, offset=7), taken={source.id: 8})
+    row = claim_one(store)
+    token = token_of(store, row)
+    assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
+    told = [asyncio.ensure_future(store.covered(row.id_hash)) for _ in range(2)]
+    store.cover(source, 7)
+    await asyncio.sleep(0)
+    assert not any(wait.done() for wait in told)
+    assert await settled(store, token, Event.COMPLETE) is Answer.DUPLICATE
+    assert store.is_held(row.id_hash)
+    store.cover(source, 8)
+    assert await asyncio.gather(*told) == [True, True]
+    assert not store.is_held(row.id_hash)
+
+
+async def test_an_uncovered_outcome_is_refused_when_another_broker_reads_the_task_again(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(4)]
+    await insert(store, *rows, taken={source.id: 4})
+    store.cover(source, 2)
+    claimed = store.claim(None, (), 3, BYTES)
+    for row in claimed:
+        await settled(store, token_of(store, row), Event.COMPLETE)
+    waiting = [asyncio.ensure_future(store.covered(hash_of)) for hash_of in [r.id_hash for r in claimed]]
+    await asyncio.sleep(0)
+    dropping = store.drop_uncovered(source, 2)
+    await settle_down(store)
+    # Offset 3 was never claimed and is dropped; offset 2 was done here, but not acknowledged.
+    assert await dropping == 1
+    assert await asyncio.gather(*waiting) == [True, True, False]
+    assert store.memory.rows == 0
+    check_store(store)
+    # Whoever reads it next may be this broker again.
+    await insert(store, activation("3", clock, source=source.id, offset=3), taken={source.id: 4})
+    assert claim_one(store).id == "3"
+
+
+async def test_an_at_most_once_task_waits_for_cover_before_it_starts(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    careful = activation("careful", clock, source=source.id, offset=0, at_most_once=True)
+    plain = activation("plain", clock, source=source.id, offset=1)
+    await insert(store, careful, plain, taken={source.id: 2})
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["plain"]
+    store.cover(source, 2)
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["careful"]
+
+
+async def test_the_same_id_is_absorbed_while_it_is_here_and_after_it_left(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock), activation("a", clock))
+    assert (store.memory.rows, store.memory.tally.duplicates) == (1, 1)
+    await settled(store, token_of(store, claim_one(store)), Event.COMPLETE)
+    await insert(store, activation("a", clock))
+    store = reopen(store, clock)
+    await insert(store, activation("a", clock))
+    assert store.memory.rows == 0
+    clock.advance(2 * 3_600_000)
+    store.forget_finished()
+    await settle_down(store)
+    await insert(store, activation("a", clock))
+    assert store.memory.rows == 1
+    store.database.close()
+
+
+async def test_the_intake_pauses_at_the_limit_and_opens_with_room(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(rows_max=10))
+    opened: list[bool] = []
+    store.on_room(lambda: opened.append(True))
+    await insert(store, *(activation(str(n), clock) for n in range(10)))
+    assert store.room() == 0
+    assert store.intake_state() == ("PAUSED", "rows")
+    for row in store.claim(None, (), 2, BYTES):
+        await settled(store, token_of(store, row), Event.COMPLETE)
+    assert opened
+    assert store.intake_state() == ("OPEN", "")
+    store.database.close()
+
+
+async def test_a_flood_in_one_namespace_leaves_room_in_memory_and_turns_to_another(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    limits = StoreLimits(window_rows_max=100, batch_rows_max=1000)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, *(activation(f"f{n}", clock, namespace="flood") for n in range(5_000)))
+    await insert(store, *(activation(f"q{n}", clock, namespace="quiet") for n in range(20)))
+    check_store(store)
+    assert store.memory.index.rows <= limits.window_rows_max * 11 // 10
+    turns = [row.namespace for row in store.claim("shop", (), 20, BYTES)]
+    assert turns.count("quiet") >= 9
+    check_order: list[int] = []
+    while rows := store.claim("shop", ("flood",), 64, BYTES):
+        check_order += [int(row.id[1:]) for row in rows]
+        await settle_down(store)
+    assert check_order == sorted(check_order)
+    store.database.close()
+
+
+async def test_turns_go_round_applications_then_namespaces(store: Inflight, clock: ManualClock) -> None:
+    rows = [
+        activation(f"{app}-{namespace}-{n}", clock, application=app, namespace=namespace)
+        for app, namespace in (("a", "x"), ("a", "y"), ("b", "x"))
+        for n in range(8)
+    ]
+    await insert(store, *rows)
+    first = [row.id.rsplit("-", 1)[0] for row in store.claim(None, (), 8, BYTES)]
+    assert {name: first.count(name) for name in first} == {"a-x": 2, "a-y": 2, "b-x": 4}
+    assert [row.namespace for row in store.claim("a", ("y", "x"), 4, BYTES)].count("x") == 2
+
+
+async def test_a_failed_commit_stops_the_store_and_answers_nobody(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    await settle_down(store)
+
+    def fail(batch: object) -> None:
+        raise OSError("fsync failed")
+
+    store.database.write = fail  # type: ignore[method-assign, assignment]
+    store.settle(token, Event.COMPLETE, clock.wall_ms())
+    waiting = store.committed()
+    with pytest.raises(OSError, match="fsync"):
+        await store.writer.tick()
+    with pytest.raises(StoreStopped):
+        await waiting
+    with pytest.raises(StoreStopped):
+        store.insert([activation("b", clock)])
+
+
+async def test_a_dead_letter_leaves_only_when_it_was_acknowledged(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock))
+    assert await settled(store, token_of(store, claim_one(store)), Event.FAIL) is Answer.APPLIED
+
+    async def take() -> list[Activation]:
+        taking = asyncio.ensure_future(store.outbox.take(10))
+        await asyncio.sleep(0)
+        await settle_down(store)
+        return await taking
+
+    (letter,) = await take()
+    assert (letter.reason, letter.body, letter.attempts) == (Reason.FAILED, b"body of a", 1)
+    assert await take() == []
+    store.outbox.give_back([letter])
+    (again,) = await take()
+    store.outbox.forwarded([again])
+    await settle_down(store)
+    assert store.memory.rows == store.outbox.size() == 0
+    assert store.memory.books[1, "dead:failed"] == 1
+
+
+async def test_dead_letters_rest_in_the_store_up_to_the_bound(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(dead_letters_rest_max=2))
+    await insert(store, *(activation(str(n), clock) for n in range(3)))
+    for row in store.claim(None, (), 3, BYTES):
+        await settled(store, token_of(store, row), Event.FAIL)
+    taking = asyncio.ensure_future(store.outbox.take(10))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    store.outbox.rest(await taking)
+    await settle_down(store)
+    assert store.outbox.size() == 1
+    assert [letter[2] for letter in store.database.dead_letters(10)] == ["1", "0"]
+    check_store(store)
+    store.database.close()
+
+
+async def test_large_bodies_have_a_row_of_their_own_that_goes_with_them(
+    store: Inflight, clock: ManualClock
+) -> None:
+    body = bytes(50_000)
+    await insert(store, activation("a", clock, body=body))
+    count = "SELECT count(*) FROM payload"
+    assert store.database._connection.execute(count).get == 1
+    row = claim_one(store)
+    assert row.body == body
+    assert await settled(store, token_of(store, row), Event.COMPLETE) is Answer.APPLIED
+    assert store.database._connection.execute(count).get == 0
+
+
+async def test_a_client_without_tokens_settles_by_id(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(lifecycle=Limits()))
+    await insert(
+        store, activation("a", clock, max_attempts=3), activation("b", clock), activation("c", clock)
+    )
+    first = claim_one(store, tokenless=True)
+    assert store.settle_by_id(first.id_hash, Event.RETRY, clock.wall_ms(), retry_delay_ms=0) is Answer.APPLIED
+    # Pending and never claimed: a retry or failure is not this client's to report.
+    await settle_down(store)
+    assert store.settle_by_id(first.id_hash, Event.FAIL, clock.wall_ms()) is Answer.STALE
+    # Completed all the same: a report may come late.
+    assert store.settle_by_id(first.id_hash, Event.COMPLETE, clock.wall_ms()) is Answer.APPLIED
+    assert store.settle_by_id(12345, Event.COMPLETE, clock.wall_ms()) is Answer.UNKNOWN
+    with_token = claim_one(store)
+    assert store.settle_by_id(with_token.id_hash, Event.FAIL, clock.wall_ms()) is Answer.STALE
+    lost = claim_one(store, tokenless=True)
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert store.settle_by_id(lost.id_hash, Event.FAIL, clock.wall_ms()) is Answer.APPLIED
+    await settle_down(store)
+    check_store(store)
+    store.database.close()
+
+
+async def test_everything_is_as_it_was_after_any_restart(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(
+        store, *(activation(str(n), clock, delay_ms=100 * (n % 3), max_attempts=2) for n in range(50))
+    )
+    for row in store.claim(None, (), 5, BYTES):
+        await settled(store, token_of(store, row), Event.RETRY, 300)
+    for _ in range(3):
+        store = reopen(store, clock)
+        await settle_down(store)
+        check_store(store)
+    statuses = {
+        status: sum(counts[status] for counts in store.memory.counts.values()) for status in list(Status)[1:]
+    }
+    assert statuses == {Status.PENDING: 12, Status.DELAYED: 38, Status.PROCESSING: 0, Status.FORWARDING: 0}
+    store.database.close()

@@ -1,0 +1,37 @@
+"""What can go wrong, for callers and for workers."""
+
+from __future__ import annotations
+
+
+class AppError(Exception):
+    """The application is declared wrongly, or one of its modules cannot be imported."""
+
+
+class ConfigError(AppError):
+    """A setting is unknown or has a wrong value; the text names it and where it came from."""
+
+
+class SendError(Exception):
+    """A task was not sent, or it is not known whether it was; the text says which and what to do."""
+
+
+class BufferFull(SendError):
+    """Nothing more can be buffered: Kafka or the broker takes tasks more slowly than they are sent."""
+
+
+class ArgumentsMismatch(TypeError):
+    """The arguments of a call do not fit the function: the caller and this code are of different age."""
+
+
+class RetryRequested(Exception):
+    """Raised by a task to be started again: ``raise ctx.retry(countdown=30)``.
+
+    ``countdown``: seconds until then; None leaves it to the task's policy.
+    """
+
+    def __init__(self, countdown: float | None = None) -> None:
+        super().__init__("the task asked to be started again")
+        self.countdown = countdown
+
+    def __reduce__(self) -> tuple[type[RetryRequested], tuple[float | None]]:
+        return type(self), (self.countdown,)

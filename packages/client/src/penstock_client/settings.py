@@ -1,0 +1,166 @@
+"""Settings of a producer: defaults < YAML file (PENSTOCK_CONFIG) < environment (PENSTOCK_...) < arguments of App."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from penstock_client.errors import ConfigError
+
+KIB, MIB = 1024, 1024 * 1024
+OVERRIDES = "taskworker.route.overrides"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """Where tasks go, and within which bounds."""
+
+    # Kafka's bootstrap servers, host:port,host:port.
+    kafka: str = ""
+    # A broker that takes tasks directly, host:port; no Kafka is used then.
+    broker: str = ""
+    # Signs calls to ``broker``.
+    grpc_shared_secret: str = ""
+    # Topic of every namespace that has no route of its own.
+    topic: str = "taskworker"
+    # Namespace -> topic.
+    route_overrides: Mapping[str, str] = field(default_factory=dict)
+    # How long delay() may take when the buffer is full, and how long wait=True waits.
+    send_timeout_seconds: float = 2.0
+    # How long a task that was handed over is tried before its future fails.
+    delivery_timeout_seconds: float = 30.0
+    # How long a task may wait for others to share a request with.
+    linger_ms: float = 1.0
+    buffer_messages_max: int = 100_000
+    # Encoded arguments: a warning from the first, refused above the second.
+    payload_warn_bytes: int = 64 * KIB
+    payload_bytes_max: int = MIB
+    # A task without **kwargs cannot take what newer code sends.
+    strict_kwargs: Literal["off", "warn", "error"] = "warn"
+
+    def topic_of(self, namespace: str) -> tuple[str, str]:
+        """The topic of a namespace, and where that route came from."""
+        if namespace in self.route_overrides:
+            return self.route_overrides[namespace], OVERRIDES
+        return self.topic, "topic"
+
+
+def load_settings(
+    arguments: Mapping[str, object], config: str | os.PathLike[str] | None = None
+) -> ClientSettings:
+    """The settings, from all their sources; ``arguments`` that are None are not given.
+
+    Raises ConfigError naming the setting, the value and where it came from.
+    """
+    values: dict[str, Any] = {}
+    path = config or os.environ.get("PENSTOCK_CONFIG")
+    if path:
+        values |= _from_file(Path(path))
+    values |= _from_environment(os.environ)
+    values |= {name: (value, f"App({name}=)") for name, value in arguments.items() if value is not None}
+    checked: dict[str, Any] = {name: _checked(name, value, origin) for name, (value, origin) in values.items()}
+    settings = ClientSettings(**checked)
+    if settings.kafka and settings.broker:
+        _, kafka_from = values["kafka"]
+        _, broker_from = values["broker"]
+        raise ConfigError(
+            f"both kafka ({kafka_from}) and broker ({broker_from}) are set; tasks go one way: remove one"
+        )
+    return settings
+
+
+_FIELDS = {f.name: f for f in dataclasses.fields(ClientSettings)}
+
+
+def _from_file(path: Path) -> dict[str, tuple[object, str]]:
+    import yaml  # only a producer that has a file pays for it
+
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {path} is no YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"the configuration {path} must be a mapping of settings")
+    values: dict[str, tuple[object, str]] = {}
+    for name, value in _dotted(data):
+        known = "route_overrides" if name == OVERRIDES else name
+        if known not in _FIELDS:
+            raise ConfigError(f"{path}: unknown setting {name!r}{_nearest(name)}")
+        values[known] = (value, str(path))
+    return values
+
+
+def _dotted(data: Mapping[object, object], prefix: str = "") -> list[tuple[str, object]]:
+    """``a: {b: 1}`` and ``a.b: 1`` are the same."""
+    found: list[tuple[str, object]] = []
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if (
+            isinstance(value, dict)
+            and name not in (OVERRIDES, "route_overrides")
+            and OVERRIDES.startswith(name)
+        ):
+            found += _dotted(value, f"{name}.")
+        else:
+            found.append((name, value))
+    return found
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, [*_FIELDS, OVERRIDES], n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(_FIELDS))}"
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
+    values: dict[str, tuple[object, str]] = {}
+    for name in _FIELDS:
+        variable = f"PENSTOCK_{name.upper()}"
+        if text := environment.get(variable):
+            values[name] = (text, variable)
+    return values
+
+
+def _checked(name: str, value: object, origin: str) -> object:
+    """``value`` as the type of its setting."""
+    kind = _FIELDS[name].type
+    try:
+        if name == "route_overrides":
+            return _routes(value)
+        if name == "strict_kwargs":
+            if value not in ("off", "warn", "error"):
+                raise ValueError("off, warn or error is expected")
+            return value
+        if kind in ("int", "float"):
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise ValueError("a number is expected")
+            number = int(value) if kind == "int" else float(value)
+            if number < 0:
+                raise ValueError("it cannot be negative")
+            return number
+        if not isinstance(value, str):
+            raise ValueError("a text is expected")
+    except ValueError as error:
+        raise ConfigError(f"{name} = {value!r} ({origin}): {error}") from None
+    return value
+
+
+def _routes(value: object) -> dict[str, str]:
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+    ):
+        raise ValueError(
+            'a mapping of namespace to topic is expected, as in {"reports": "taskworker-reports"}'
+        )
+    return dict(value)

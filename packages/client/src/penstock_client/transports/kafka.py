@@ -1,0 +1,109 @@
+"""Through Kafka: librdkafka's producer, idempotent, with a thread that collects acknowledgements."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+
+from penstock_client.errors import BufferFull, ConfigError, SendError
+from penstock_client.settings import ClientSettings
+from penstock_client.transports import Outgoing
+
+log = logging.getLogger("penstock.client")
+
+POLL_SECONDS = 0.1
+
+
+class KafkaTransport:
+    """One producer a process. Thread-safe."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        if not settings.kafka:
+            raise ConfigError(
+                'nothing says where tasks go: App(..., kafka="host:9092") or PENSTOCK_KAFKA for Kafka,'
+                ' App(..., broker="host:50051") or PENSTOCK_BROKER for a broker without Kafka'
+            )
+        self._settings = settings
+        self._unreachable = ""
+        self._producer = Producer(
+            {
+                "bootstrap.servers": settings.kafka,
+                "client.id": "penstock-client",
+                "enable.idempotence": True,
+                "acks": "all",
+                "linger.ms": settings.linger_ms,
+                "delivery.timeout.ms": int(settings.delivery_timeout_seconds * 1000),
+                "queue.buffering.max.messages": settings.buffer_messages_max,
+                "message.max.bytes": settings.payload_bytes_max + 64 * 1024,
+                "reconnect.backoff.max.ms": 1000,
+                "error_cb": self._on_error,
+                # It repeats itself on stderr while a cluster is away; what fails is told per task.
+                "log_level": 2,
+            }
+        )
+        self._closing = threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="penstock-kafka", daemon=True)
+        self._poller.start()
+
+    def _poll(self) -> None:
+        while not self._closing.is_set():
+            self._producer.poll(POLL_SECONDS)
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._unreachable = error.str()
+
+    def send(self, message: Outgoing, future: Future[None]) -> None:
+        def delivered(error: KafkaError | None, _: object) -> None:
+            if error is None:
+                self._unreachable = ""
+                future.set_result(None)
+                return
+            failure = SendError(
+                f"task {message.taskname} ({message.id}) was not sent to topic {message.topic!r} of"
+                f" {self._settings.kafka}: {error.str()}"
+            )
+            # Whoever holds the future is told; if nobody does, the log has it.
+            log.error("%s", failure)
+            future.set_exception(failure)
+
+        headers: Any = [("traceparent", message.traceparent)] if message.traceparent else None
+        deadline = 0.0
+        while True:
+            try:
+                self._producer.produce(
+                    message.topic, message.value, message.key, on_delivery=delivered, headers=headers
+                )
+                return
+            except BufferError:
+                now = time.monotonic()
+                deadline = deadline or now + self._settings.send_timeout_seconds
+                if now >= deadline:
+                    raise self._full(message) from None
+                self._producer.poll(0.01)
+            except KafkaException as error:
+                raise SendError(
+                    f"task {message.taskname} ({message.id}) was refused: {error.args[0].str()}"
+                ) from None
+
+    def _full(self, message: Outgoing) -> BufferFull:
+        why = f" ({self._unreachable})" if self._unreachable else ""
+        return BufferFull(
+            f"task {message.taskname} ({message.id}) was not sent: {self._settings.buffer_messages_max} tasks"
+            f" wait for Kafka at {self._settings.kafka}{why}; buffer_messages_max bounds them"
+            " (PENSTOCK_BUFFER_MESSAGES_MAX)"
+        )
+
+    def flush(self, seconds: float) -> int:
+        return int(self._producer.flush(seconds))
+
+    def close(self) -> None:
+        self._closing.set()
+        self._poller.join()
+        self._producer.purge()
+        self._producer.flush(1)
