@@ -14,7 +14,7 @@ from penstock_client import App, Fixed, Retry, TaskContext
 if "WORKER_TASKS_BROKEN" in os.environ and Path(os.environ["WORKER_TASKS_BROKEN"]).exists():
     raise RuntimeError("broken for now")
 
-app = App("worker-tests", broker="127.0.0.1:1")
+app = App("worker-tests", broker="127.0.0.1:1", strict_kwargs="off")
 tests = app.namespace(
     "tests",
     retry=Retry(
@@ -39,7 +39,7 @@ def write(path: str, text: str, **kwargs: object) -> None:
 
 
 @tests.task(name="bound", bind=True)
-def bound(ctx: TaskContext, path: str, **kwargs: object) -> None:
+def bound(ctx: TaskContext, /, path: str, **kwargs: object) -> None:
     token = ctx.claim_token.decode()
     Path(path).write_text(f"{ctx.id} {ctx.taskname} {ctx.namespace} {ctx.attempt} {token}")
 
@@ -79,7 +79,7 @@ def raise_(kind: str, **kwargs: object) -> None:
 
 
 @tests.task(name="retry_later", bind=True)
-def retry_later(ctx: TaskContext, **kwargs: object) -> None:
+def retry_later(ctx: TaskContext, /, **kwargs: object) -> None:
     raise ctx.retry(countdown=7)
 
 
