@@ -160,7 +160,8 @@ def build(session: nox.Session) -> None:
     """Build the wheels; install the client's alone and send through Kafka; carry out the image recipes."""
     install_everything(session)
     build_wheels(session)
-    session.run("pytest", "tests/install", *session.posargs, env={"PENSTOCK_WHEELS": str(DIST)})
+    wheels = {"PENSTOCK_WHEELS": str(DIST)}
+    session.run("pytest", "--timeout=300", "tests/install", *session.posargs, env=wheels)
 
 
 @nox.session

@@ -45,8 +45,8 @@ def produce(kafka: str, topic: str, tasks: int, body: int) -> None:
 def once(kafka: str, tasks: int, body: int, partitions: int, batch: int, generators: int) -> dict[str, float]:
     """One run on a fresh topic and a fresh database."""
     topic = f"bench-{uuid.uuid4().hex[:8]}"
-    new = AdminClient({"bootstrap.servers": kafka}).create_topics([NewTopic(topic, partitions, 1)])
-    new[topic].result(30)
+    admin = AdminClient({"bootstrap.servers": kafka})
+    admin.create_topics([NewTopic(topic, partitions, 1)])[topic].result(30)
     produce(kafka, topic, tasks, body)
     settings = {"KAFKA_CLUSTER": kafka, "KAFKA_TOPIC": topic, "CREATE_MISSING_TOPICS": "1"}
     with contextlib.ExitStack() as stack:

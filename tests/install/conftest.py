@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# What would change what is tested: settings of interpreters, of tools and of Penstock itself.
+FOREIGN = ("PYTHON", "UV_", "PENSTOCK_", "TASKBROKER_")
+
 
 @pytest.fixture(scope="session")
 def wheels() -> Path:
@@ -19,6 +22,6 @@ def wheels() -> Path:
 @pytest.fixture(scope="session")
 def clean_environ() -> dict[str, str]:
     """The environment of a shell in which nobody has activated anything, with this very Python first."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "UV_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     inherited.pop("VIRTUAL_ENV", None)
     return inherited | {"PATH": f"{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin"}

@@ -14,6 +14,6 @@ orders = app.namespace("orders", retry=None)
 def confirm(order_id: int, *, coupon: str | None = None, **kwargs: object) -> None: ...
 
 
-sent = confirm.apply_async((7,), {"coupon": "X"}, wait=True)
+sent = confirm.delay(7, coupon="X").wait(30)
 distributions = sorted(distribution.name for distribution in importlib.metadata.distributions())
 print(json.dumps({"id": sent.id, "modules": sorted(sys.modules), "distributions": distributions}))

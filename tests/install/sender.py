@@ -5,4 +5,4 @@ import sys
 from penstock_client import App
 
 app = App("example", broker=sys.argv[1], queues=["greetings"])
-app.send_task("greetings.greet", args=("image",), queue="greetings", wait=True)
+app.send_task("greetings.greet", args=("image",), queue="greetings").wait(30)

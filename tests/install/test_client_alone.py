@@ -2,10 +2,12 @@
 
 import json
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 from confluent_kafka import Consumer
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from penstock_protocol.payload import decode_parameters
 from penstock_protocol.v1.activation_pb2 import TaskActivation
@@ -39,10 +41,13 @@ def test_nothing_a_producer_does_not_need_comes_along(python: Path) -> None:
 
 
 def test_it_sends_a_task_through_kafka(python: Path, clean_environ: dict[str, str], tmp_path: Path) -> None:
-    with kafka_server() as address:
+    topic = f"install-{uuid.uuid4().hex}"
+    with kafka_server() as kafka:
+        create_topic(kafka.address, topic)
         script = Path(__file__).with_name("producer.py")
-        report = json.loads(run(python, "-I", script, address, cwd=tmp_path, env=clean_environ))
-        activation = first_message(address, "taskworker")
+        environ = clean_environ | {"PENSTOCK_TOPIC": topic}
+        report = json.loads(run(python, "-I", script, kafka.address, cwd=tmp_path, env=environ))
+        activation = first_message(kafka.address, topic)
     assert activation.id == report["id"]
     assert (activation.application, activation.namespace, activation.taskname) == (
         "shop",
@@ -56,6 +61,11 @@ def test_it_sends_a_task_through_kafka(python: Path, clean_environ: dict[str, st
         "penstock_client",
         "penstock_protocol",
     }
+
+
+def create_topic(address: str, topic: str) -> None:
+    admin = AdminClient({"bootstrap.servers": address})
+    admin.create_topics([NewTopic(topic, num_partitions=1)])[topic].result(30)
 
 
 def first_message(address: str, topic: str) -> TaskActivation:

@@ -119,5 +119,5 @@ def kafka_settings(kafka: MockKafka, path: Path, **fields: object) -> Settings:
 
 async def until(holds: Callable[[], object]) -> None:
     """Look after each step of the event loop's work; pytest's timeout ends a test that waits in vain."""
-    while not holds():
+    while not holds():  # noqa: ASYNC110 - what is looked at is written by another thread
         await asyncio.sleep(0.005)

@@ -178,7 +178,9 @@ def test_poison_becomes_a_dead_letter_that_says_why(name: str) -> None:
 
 
 def test_labels_at_their_bounds_are_admitted() -> None:
-    row = admit(task(id="ü" * ID_CHARS_MAX, namespace="n" * NAMESPACE_CHARS_MAX, taskname="t" * TASKNAME_CHARS_MAX))
+    row = admit(
+        task(id="ü" * ID_CHARS_MAX, namespace="n" * NAMESPACE_CHARS_MAX, taskname="t" * TASKNAME_CHARS_MAX)
+    )
     assert row.status is Status.PENDING
 
 

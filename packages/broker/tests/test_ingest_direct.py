@@ -59,7 +59,9 @@ async def test_what_is_accepted_is_in_the_file_when_answered(store: Inflight) ->
 
 async def test_each_answer_is_its_own(store: Inflight) -> None:
     await send(store, task_bytes("old"))
-    answers = await send(store, task_bytes("new"), b"{}", task_bytes("old"), task_bytes("new"), task_bytes(""))
+    answers = await send(
+        store, task_bytes("new"), b"{}", task_bytes("old"), task_bytes("new"), task_bytes("")
+    )
     assert [a.result for a in answers] == [ACCEPTED, REJECTED, DUPLICATE, DUPLICATE, REJECTED]
     assert answers[1].reason == (
         "not_an_activation: the message looks like JSON; a serialized TaskActivation is expected"

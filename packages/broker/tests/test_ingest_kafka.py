@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,10 @@ GROUP = "penstock-tasks"
 
 
 @pytest.fixture
-def kafka() -> Iterator[MockKafka]:
+def kafka() -> MockKafka:
     kafka = MockKafka()
     kafka.make_topic("tasks", "tasks-dlq")
-    yield kafka
+    return kafka
 
 
 @pytest.fixture
@@ -63,121 +63,27 @@ async def rows_of(store: Inflight) -> list[Activation]:
 
 
 async def test_messages_are_stored_committed_and_covered(kafka: MockKafka, settings: Settings) -> None:
-    kafka.produce("tasks", [task_bytes(f"id-{n}") for n in range(500)])
+    good = [task_bytes(f"id-{n}") for n in range(500)]
+    kafka.produce("tasks", [*good, b"{}", None, task_bytes("late"), b"", task_bytes("id-7")])
     async with consuming(settings) as (store, consumer):
-        await until(lambda: acknowledged(consumer, 500))
-        assert [row.id for row in await rows_of(store)] == [f"id-{n}" for n in range(500)]
+        await until(lambda: acknowledged(consumer, 505))
+        rows = await rows_of(store)
+        assert [row.id for row in rows[:500]] == [f"id-{n}" for n in range(500)]
+        poison = [(row.offset, row.reason) for row in rows if row.status is Status.FORWARDING]
+        assert poison == [(offset, Reason.NOT_AN_ACTIVATION) for offset in (500, 501, 503)]
+        assert store.memory.tally.duplicates == 1
         source = store.source("tasks", 0)
-        assert (source.start, source.next, source.covered) == (0, 500, 500)
+        assert (source.start, source.next, source.covered) == (0, 505, 505)
         assert not source.uncovered
+        assert consumer.connected
         me = Me("broker-1", store.store_id)
-    position = kafka.committed(GROUP, "tasks")
-    assert position.offset == 500
-    assert decode(position.metadata) == (Owner(0, me, 1),)
-
-
-async def test_every_partition_gets_its_owner_at_once(kafka: MockKafka, settings: Settings) -> None:
-    async with consuming(settings) as (_, consumer):
         await until(lambda: all(acknowledged(consumer, 0, p) for p in range(PARTITIONS)))
-    for partition in range(PARTITIONS):
+    position = kafka.committed(GROUP, "tasks")
+    assert position.offset == 505
+    assert decode(position.metadata) == (Owner(0, me, 1),)
+    for partition in range(1, PARTITIONS):
         position = kafka.committed(GROUP, "tasks", partition)
         assert (position.offset, len(decode(position.metadata))) == (0, 1)
-
-
-async def test_poison_goes_to_the_outbox_among_the_good(kafka: MockKafka, settings: Settings) -> None:
-    kafka.produce("tasks", [task_bytes("a"), b"{}", None, task_bytes("b"), b"", task_bytes("a")])
-    async with consuming(settings) as (store, consumer):
-        await until(lambda: acknowledged(consumer, 6))
-        rows = await rows_of(store)
-        assert [(row.offset, row.status) for row in rows] == [
-            (0, Status.PENDING),
-            (1, Status.FORWARDING),
-            (2, Status.FORWARDING),
-            (3, Status.PENDING),
-            (4, Status.FORWARDING),
-        ]
-        assert {row.reason for row in rows} == {None, Reason.NOT_AN_ACTIVATION}
-        assert store.memory.tally.duplicates == 1
-        assert consumer.admission.refused == {Reason.NOT_AN_ACTIVATION: 3}
-
-
-async def test_a_restart_goes_on_where_it_was(kafka: MockKafka, settings: Settings) -> None:
-    kafka.produce("tasks", [task_bytes(f"{n}") for n in range(10)])
-    async with consuming(settings) as (_, consumer):
-        await until(lambda: acknowledged(consumer, 10))
-    kafka.produce("tasks", [task_bytes(f"{n}") for n in range(10, 15)])
-    async with consuming(settings) as (store, consumer):
-        await until(lambda: acknowledged(consumer, 15))
-        assert [row.offset for row in await rows_of(store)] == list(range(15))
-        assert store.memory.tally.duplicates == 0
-        assert store.source("tasks", 0).start == 0
-    assert decode(kafka.committed(GROUP, "tasks").metadata)[0].epoch == 2
-
-
-async def test_rows_that_another_broker_reads_again_are_dropped(
-    kafka: MockKafka, settings: Settings
-) -> None:
-    kafka.produce("tasks", [task_bytes(f"{n}") for n in range(10)])
-    async with running_store(settings.db_path) as store:
-        # As a crash leaves it: 0..8 taken, 0..4 covered, 5..6 committed but never acknowledged here.
-        source = store.source("tasks", 0)
-        store.begin_range(source, 0)
-        rows = [
-            Activation(f"{n}", "", "", "t", b"x", 0, 0, source=source.id, offset=n, size=1) for n in range(8)
-        ]
-        await store.insert(rows, {source.id: 8})
-        store.cover(source, 4)
-        await store.committed()
-        me, other = Me("broker-1", store.store_id), Me("broker-2", "0" * 8)
-    kafka.commit(GROUP, "tasks", 9, encode([Owner(6, other, 3), Owner(0, me, 1)]))
-    async with consuming(settings) as (store, consumer):
-        await until(lambda: acknowledged(consumer, 10))
-        assert [row.offset for row in await rows_of(store)] == [0, 1, 2, 3, 4, 5, 9]
-        source = store.source("tasks", 0)
-        assert (source.start, source.next, source.covered) == (9, 10, 10)
-        assert store.imbalance() == 0
-    owners = decode(kafka.committed(GROUP, "tasks").metadata)
-    assert [(owner.start, owner.me) for owner in owners] == [(9, me), (0, other)]
-
-
-async def test_a_partition_that_goes_to_another_broker_is_committed_first(
-    kafka: MockKafka, settings: Settings, tmp_path: Path
-) -> None:
-    for partition in range(PARTITIONS):
-        kafka.produce("tasks", [task_bytes(f"{partition}-{n}") for n in range(50)], partition)
-    async with consuming(settings) as (first, one):
-        await until(lambda: sum(source.next for source in first.sources()) == 50 * PARTITIONS)
-        second_settings = kafka_settings(kafka, tmp_path / "two.sqlite", broker_id="broker-2")
-        async with running_store(second_settings.db_path) as second:
-            two = KafkaConsumer(second, second_settings)
-            await two.start()
-            await until(lambda: len(two.assignment) == len(one.assignment) == PARTITIONS // 2)
-            assert sorted([*one.assignment, *two.assignment]) == list(range(PARTITIONS))
-            assert await rows_of(second) == []
-            assert len(await rows_of(first)) == 50 * PARTITIONS
-            for partition in range(PARTITIONS):
-                kafka.produce("tasks", [task_bytes(f"{partition}-more")], partition)
-            await until(lambda: all(acknowledged(two, 51, p) for p in two.assignment))
-            assert {row.id for row in await rows_of(second)} == {f"{p}-more" for p in two.assignment}
-            moved = two.assignment[0]
-            assert first.source("tasks", moved).covered == 50
-            assert second.source("tasks", moved).start == 50
-            await two.stop()
-            owners = decode(kafka.committed(GROUP, "tasks", moved).metadata)
-            assert [(o.start, o.me.broker_id) for o in owners] == [(50, "broker-2"), (0, "broker-1")]
-
-
-async def test_an_offset_moved_ahead_is_an_alarm(kafka: MockKafka, settings: Settings) -> None:
-    kafka.produce("tasks", [task_bytes(f"{n}") for n in range(10)])
-    async with consuming(settings) as (store, consumer):
-        await until(lambda: acknowledged(consumer, 10))
-        me = Me("broker-1", store.store_id)
-    kafka.produce("tasks", [task_bytes(f"{n}") for n in range(10, 20)])
-    kafka.commit(GROUP, "tasks", 15, encode([Owner(0, me, 1)]))
-    async with consuming(settings) as (store, consumer):
-        await until(lambda: acknowledged(consumer, 20))
-        assert consumer.intake.offsets_skipped == 5
-        assert [row.offset for row in await rows_of(store)] == [*range(10), *range(15, 20)]
 
 
 async def test_an_offset_outside_the_log_starts_at_its_beginning(
@@ -189,15 +95,6 @@ async def test_an_offset_outside_the_log_starts_at_its_beginning(
     async with consuming(settings) as (store, _):
         await until(lambda: store.source("tasks", 0).next == 3)
         assert [row.id for row in await rows_of(store)] == ["new-0", "new-1", "new-2"]
-
-
-async def test_latest_skips_what_was_there_and_nothing_after(kafka: MockKafka, tmp_path: Path) -> None:
-    settings = kafka_settings(kafka, tmp_path / "store.sqlite", kafka_auto_offset_reset="latest")
-    kafka.produce("tasks", [task_bytes("before")])
-    async with consuming(settings) as (store, consumer):
-        kafka.produce("tasks", [task_bytes("after")])
-        await until(lambda: acknowledged(consumer, 2))
-        assert [row.id for row in await rows_of(store)] == ["after"]
 
 
 async def test_a_full_store_pauses_and_goes_on_without_losing_its_membership(

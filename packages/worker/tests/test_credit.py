@@ -19,13 +19,17 @@ def test_nothing_waits_before_anything_was_measured() -> None:
 
 def test_short_tasks_wait_in_numbers_and_long_ones_not_at_all() -> None:
     assert measured(0.0) == PREFETCH_TASKS_MAX
-    assert measured(0.005) == 10
+    assert measured(0.004) == 12
     assert measured(2 * PREFETCH_SECONDS) == 0
 
 
-def test_one_long_task_ends_the_prefetch_and_short_ones_bring_it_back() -> None:
-    assert measured(*[0.001] * 50, 60.0) == 0
-    assert measured(*[0.001] * 50, 60.0, *[0.001] * 200) > 10
+def test_long_tasks_end_the_prefetch_and_short_ones_bring_it_back() -> None:
+    assert measured(*[0.001] * 50, *[60.0] * 6) == 0
+    assert measured(*[0.001] * 50, *[60.0] * 6, *[0.001] * 50) > 10
+
+
+def test_one_short_task_that_was_held_up_does_not_empty_the_queues() -> None:
+    assert measured(*[0.00002] * 50, 0.05) == PREFETCH_TASKS_MAX
 
 
 def test_a_free_slot_is_filled_at_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from enum import StrEnum
 from typing import Annotated, NoReturn
@@ -107,6 +108,8 @@ def run(  # noqa: PLR0913 - options of a command line, named by whoever calls it
 
 
 def _run(settings: Settings) -> None:
+    # Nothing is held yet: until the worker listens to signals itself, one of them just ends it.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     # Here, so that `--help` does not wait for gRPC.
     from penstock_worker.children import ApplicationError
     from penstock_worker.worker import Worker

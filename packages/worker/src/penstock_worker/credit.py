@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp, log
+
 # A slot holds as many waiting tasks as it works off in this time.
 PREFETCH_SECONDS = 0.05
 PREFETCH_TASKS_MAX = 255
@@ -11,23 +13,26 @@ BLOCKED_SECONDS = 0.2
 # Waiting activations of one worker; above it there is no prefetch.
 PREFETCH_BYTES_MAX = 32 * 1024 * 1024
 _WEIGHT_OF_LATEST = 0.1
+_SECONDS_MIN = 1e-6
 
 
 class ServiceTime:
-    """The measured run time of recent tasks."""
+    """The typical run time of recent tasks: a geometric mean, so that one that was held up for a
+    moment among thousands does not empty the queues."""
 
     def __init__(self) -> None:
-        self._mean_seconds: float | None = None
+        self._log_seconds: float | None = None
 
     def add(self, run_seconds: float) -> None:
-        mean = self._mean_seconds
-        self._mean_seconds = run_seconds if mean is None else mean + _WEIGHT_OF_LATEST * (run_seconds - mean)
+        latest = log(max(run_seconds, _SECONDS_MIN))
+        mean = self._log_seconds
+        self._log_seconds = latest if mean is None else mean + _WEIGHT_OF_LATEST * (latest - mean)
 
     def prefetch(self) -> int:
         """Tasks that may wait behind the running one, per slot. Nothing measured: none."""
-        if self._mean_seconds is None:
+        if self._log_seconds is None:
             return 0
-        return min(PREFETCH_TASKS_MAX, int(PREFETCH_SECONDS / max(self._mean_seconds, 1e-6)))
+        return min(PREFETCH_TASKS_MAX, int(PREFETCH_SECONDS / exp(self._log_seconds)))
 
 
 def room(capacity: int, slots: int, held: int, asked_for: int) -> int:

@@ -34,6 +34,8 @@ log = structlog.get_logger("ingest")
 
 BATCH_MESSAGES_MAX = 1024
 POLL_SECONDS = 0.2
+# While a commit is due: nothing else wakes the thread up for it.
+POLL_BUSY_SECONDS = 0.002
 # A store without room is waited for this long before the partitions are paused.
 PAUSE_AFTER_SECONDS = 0.2
 LOOKUP_SECONDS_MAX = 10.0
@@ -56,7 +58,7 @@ class KafkaConsumer:
         self.topic = settings.kafka_topic
         self.admission = Admission(AdmissionLimits.of(settings))
         self.intake = Intake(
-            store, self.topic, settings.broker_id, self._commit, settings.kafka_auto_offset_reset
+            store, self.topic, settings.broker_id, self._hand_commit, settings.kafka_auto_offset_reset
         )
         # For status and metrics: written by the thread, read by anybody.
         self.connected = False
@@ -68,7 +70,8 @@ class KafkaConsumer:
         self._unbegun: set[int] = set()
         # Outside the log: where to go on is to be looked up.
         self._outside: set[int] = set()
-        self._consumer: Consumer | None = None
+        # Written by the event loop, taken by the thread.
+        self._to_commit: Sequence[Position] | None = None
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._assigned_once = False
@@ -102,7 +105,11 @@ class KafkaConsumer:
         self._settle_at = self._clock.mono_ms() + SETTLE_MS_MAX
         self._thread = threading.Thread(target=self._main, name="kafka-consumer", daemon=True)
         self._thread.start()
-        await asyncio.wait((self._checked, self._finished), timeout=START_SECONDS_MAX)
+        await asyncio.wait(
+            (self._checked, self._finished),
+            timeout=START_SECONDS_MAX,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
         if self._finished.done():
             self._finished.result()
 
@@ -117,13 +124,8 @@ class KafkaConsumer:
         if not done:
             log.warning("the Kafka consumer did not end in time; its last offsets may be read again")
 
-    def _commit(self, positions: Sequence[Position]) -> str | None:
-        assert self._consumer is not None
-        try:
-            self._consumer.commit(offsets=self._topic_partitions(positions), asynchronous=True)
-        except (KafkaException, RuntimeError) as error:
-            return str(error)
-        return None
+    def _hand_commit(self, positions: Sequence[Position]) -> None:
+        self._to_commit = positions
 
     def _topic_partitions(self, positions: Iterable[Position]) -> list[TopicPartition]:
         return [TopicPartition(self.topic, p.partition, p.offset, p.metadata) for p in positions]
@@ -193,7 +195,6 @@ class KafkaConsumer:
         consumer = Consumer(
             consumer_config(self._settings, self._on_error, self._on_commit, self._on_statistics)
         )
-        self._consumer = consumer
         consumer.subscribe(
             [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
@@ -214,7 +215,8 @@ class KafkaConsumer:
         elif allowance > 0 and self.paused:
             self._pause(consumer, False)
         # poll returns with the first message at once; consume alone would wait for a full batch.
-        first = consumer.poll(POLL_SECONDS)
+        self._commit(consumer)
+        first = consumer.poll(POLL_BUSY_SECONDS if self.intake.busy else POLL_SECONDS)
         if first is not None:
             messages: list[ReadMessage] = [first]
             if allowance > 1:
@@ -223,6 +225,18 @@ class KafkaConsumer:
         if self._clock.mono_ms() >= self._chores_at:
             self._chores(consumer)
             self._chores_at = self._clock.mono_ms() + CHORES_EVERY_MS
+
+    def _commit(self, consumer: Consumer) -> None:
+        """Start the commit that the intake has asked for."""
+        positions = self._to_commit
+        if positions is None:
+            return
+        self._to_commit = None
+        try:
+            consumer.commit(offsets=self._topic_partitions(positions), asynchronous=True)
+        except KafkaException as error:
+            answers = [(p.partition, p.offset, str(error)) for p in positions]
+            self._tell(self.intake.commit_done, answers)
 
     def _take(self, messages: Sequence[ReadMessage]) -> None:
         batch = self._tracks.take(messages, self.admission, self._clock.wall_ms())
@@ -247,10 +261,7 @@ class KafkaConsumer:
         """What could not be done when it came up, because Kafka was away."""
         try:
             if self._unbegun:
-                partitions = sorted(self._unbegun)
-                begun = self._begin(consumer, partitions)
-                consumer.incremental_unassign([TopicPartition(self.topic, p) for p in partitions])
-                self._read(consumer, begun)
+                self._read_anew(consumer, self._begin(consumer, sorted(self._unbegun)))
             if self._outside:
                 self._begin_inside(consumer, sorted(self._outside))
             settled = self._assigned_once or self._clock.mono_ms() >= self._settle_at
@@ -286,11 +297,17 @@ class KafkaConsumer:
         for partition, source, offset in begun:
             self._tracks.add(partition, source, offset)
             self._unbegun.discard(partition)
+            self._outside.discard(partition)
         assigned = [TopicPartition(self.topic, b.partition, b.offset) for b in begun]
         consumer.incremental_assign(assigned)
         if self.paused:
             consumer.pause(assigned)
-        self._tell(self.intake.begun, [b.partition for b in begun])
+        self._ask(self.intake.begun([b.partition for b in begun]))
+
+    def _read_anew(self, consumer: Consumer, begun: Sequence[Begun]) -> None:
+        """These are assigned already, but not from there."""
+        consumer.incremental_unassign([TopicPartition(self.topic, b.partition) for b in begun])
+        self._read(consumer, begun)
 
     def _look_up(self, consumer: Consumer, partitions: list[int], with_log: bool = True) -> list[Found]:
         """Committed offsets and owners; for what has none, also where the log begins and ends."""
@@ -372,11 +389,7 @@ class KafkaConsumer:
             low, high = self._watermarks(consumer, partition)
             (known,) = self._look_up(consumer, [partition], with_log=False)
             found.append(known._replace(low=low, high=high))
-        for begun in self._ask(self.intake.begin_inside(found)):
-            self._tracks.add(*begun)
-            self._outside.discard(begun.partition)
-            consumer.seek(TopicPartition(self.topic, begun.partition, begun.offset))
-        self._tell(self.intake.begun, partitions)
+        self._read_anew(consumer, self._ask(self.intake.begin_inside(found)))
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal() or error.code() == KafkaError._FATAL:
@@ -435,8 +448,5 @@ class KafkaConsumer:
 
     def _await_commit(self, consumer: Consumer, until: int) -> None:
         while self.intake.committing and self._clock.mono_ms() < until:
-            consumer.poll(0.02)
-            self._ask(self._nothing())
-
-    async def _nothing(self) -> None:
-        """An answer that was told to the event loop has arrived when this has run."""
+            self._commit(consumer)
+            consumer.poll(POLL_BUSY_SECONDS)

@@ -17,6 +17,11 @@ class Gate:
         self._rows = 0
         self._bytes = 0
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether something was taken and is not stored yet."""
+        return self._rows > 0
+
     def allowance(self) -> int:
         """Messages that may be taken now."""
         with self._changed:

@@ -89,9 +89,8 @@ class Reading:
 class Intake:
     """Rows into the store, offsets out of it. Every method is called on the event loop.
 
-    ``commit`` starts an asynchronous commit, answered by ``commit_done``; what it returns is the error
-    that kept it from starting, or None. ``reset``: where to start when nothing is known, "earliest"
-    or "latest".
+    ``commit`` is given offsets to commit, one call at a time, each answered by ``commit_done``.
+    ``reset``: where to start when nothing is known, "earliest" or "latest".
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Intake:
         store: Inflight,
         topic: str,
         broker_id: str,
-        commit: Callable[[Sequence[Position]], str | None],
+        commit: Callable[[Sequence[Position]], None],
         reset: str = "earliest",
     ) -> None:
         self.store = store
@@ -139,12 +138,12 @@ class Intake:
             self._storing.discard(stored)
             if stored.cancelled() or stored.exception() is not None:
                 return
-            self.gate.stored(len(rows), size, self.store.room())
             for reading, partition, next_ in readings:
                 # One that went, and maybe came back, does not hold these rows any more.
                 if reading is not None and reading is self.readings.get(partition):
                     reading.durable = max(reading.durable, next_)
             self.commit_soon()
+            self.gate.stored(len(rows), size, self.store.room())
 
         stored.add_done_callback(done)
 
@@ -160,18 +159,21 @@ class Intake:
         if not positions:
             return
         self._committing = True
-        refused = self._commit(positions)
-        if refused is not None:
-            self.commit_done([(p.partition, p.offset, refused) for p in positions])
+        self._commit(positions)
 
     @property
     def committing(self) -> bool:
         """Whether a commit is under way, whose effect is not known yet."""
         return self._committing
 
+    @property
+    def busy(self) -> bool:
+        """Whether a commit is under way or follows soon. Read by the poll thread, which carries it out:
+        each write below leaves no moment in which it could look idle."""
+        return self._committing or self._timer is not None or self.gate.in_flight
+
     def commit_done(self, answers: Iterable[tuple[int, int, str | None]]) -> None:
         """What became of a commit: (partition, offset, error or None)."""
-        self._committing = False
         failed = ""
         for partition, offset, error in answers:
             if error is None:
@@ -189,10 +191,11 @@ class Intake:
         if not self._stopped:
             pause = COMMIT_RETRY_SECONDS if failed else COMMIT_PAUSE_SECONDS
             self._timer = asyncio.get_running_loop().call_later(pause, self._paused_enough)
+        self._committing = False
 
     def _paused_enough(self) -> None:
+        self._commit_due()
         self._timer = None
-        self.commit_soon()
 
     def _acknowledge(self, partition: int, offset: int) -> None:
         self.committed_at_ms = self.store.clock.mono_ms()
@@ -263,7 +266,7 @@ class Intake:
             )
         return Start(found.low, continues=False, skipped=max(0, found.low - start.offset))
 
-    def begun(self, partitions: Iterable[int]) -> None:
+    async def begun(self, partitions: Iterable[int]) -> None:
         """They are being read: let the group know that they are ours."""
         for partition in partitions:
             if partition in self.readings:

@@ -51,7 +51,9 @@ def consumer_config(
     }
 
 
-def producer_config(settings: Settings, on_error: Callable[[KafkaError], None]) -> Config:
+def producer_config(
+    settings: Settings, on_error: Callable[[KafkaError], None], delivery_ms_max: int
+) -> Config:
     return _common(settings, on_error) | {
         "enable.idempotence": True,
         "acks": "all",
@@ -59,7 +61,7 @@ def producer_config(settings: Settings, on_error: Callable[[KafkaError], None]) 
         # What Kafka refuses as too large is Kafka's to say.
         "message.max.bytes": min(settings.message_bytes_max + 1024 * 1024, 1_000_000_000),
         "queue.buffering.max.kbytes": 64 * 1024,
-        "delivery.timeout.ms": 30_000,
+        "delivery.timeout.ms": delivery_ms_max,
     }
 
 

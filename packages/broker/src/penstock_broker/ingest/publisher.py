@@ -15,6 +15,8 @@ from penstock_broker.ingest.kafka import producer_config
 
 POLL_SECONDS = 0.5
 
+DELIVERY_MS_MAX = 30_000
+
 Answered = Callable[[KafkaError | None], None]
 
 
@@ -26,12 +28,15 @@ class Publisher:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._fatal = False
-        self._producer = Producer(producer_config(settings, self._on_error))
+        self._producer = self._make_producer()
         # Filled by the producer's thread, emptied by the event loop once per round of poll.
         self._answers: list[tuple[Answered, KafkaError | None]] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._poll, name="kafka-producer", daemon=True)
         self._thread.start()
+
+    def _make_producer(self) -> Producer:
+        return Producer(producer_config(self._settings, self._on_error, DELIVERY_MS_MAX))
 
     async def publish(self, letters: Sequence[Letter]) -> list[KafkaError | None]:
         """Produce ``letters`` and wait for all answers: None for one that is safe, else the error.
@@ -40,7 +45,7 @@ class Publisher:
         """
         if self._fatal:
             self._fatal = False
-            self._producer = Producer(producer_config(self._settings, self._on_error))
+            self._producer = self._make_producer()
         answers: list[KafkaError | None] = [None] * len(letters)
         finished = self._loop.create_future()
         open_ = len(letters)

@@ -1,0 +1,211 @@
+"""Dead letters leave through the log with their story, or stay."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from ingest_helpers import MockKafka, kafka_settings, running_store, until
+
+from penstock_broker.domain.activation import Activation, Reason, Status
+from penstock_broker.ingest.admission import Admission, AdmissionLimits, position_id
+from penstock_broker.ingest.dead_letters import forward_id, letter
+from penstock_broker.ingest.forwarder import Forwarder
+from penstock_broker.ingest.publisher import Publisher
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.partitions import Source
+
+MIB = 1024 * 1024
+# What the producer itself refuses: message_bytes_max and a MiB more.
+REFUSED_BYTES = MIB + 1024
+
+
+def dead(
+    id: str = "id-1",
+    body: bytes = b"original",
+    *,
+    source: int = 0,
+    offset: int = -1,
+    error: str | None = None,
+) -> Activation:
+    return Activation(
+        id, "shop", "emails", "send", body, received_at=1_800_000_000_000, ready_at=1_800_000_060_500,
+        attempts=3, lost=1, source=source, offset=offset, status=Status.FORWARDING,
+        reason=Reason.ATTEMPTS_EXHAUSTED, error=error, size=len(body),
+    )  # fmt: skip
+
+
+def headers_of(headers: Sequence[tuple[str, object]] | None) -> dict[str, str]:
+    assert headers is not None
+    return {name: value.decode() for name, value in headers if isinstance(value, bytes)}
+
+
+def test_a_dead_letter_carries_its_story() -> None:
+    error = json.dumps({"type": "builtins.ValueError", "message": "no such ü", "traceback": "..."})
+    row = dead(source=4, offset=17, error=error)
+    made = letter(row, Source(4, "tasks", 2))
+    assert (made.key, made.value) == ("id-1", b"original")
+    assert headers_of(made.headers) == {
+        "penstock-reason": "attempts_exhausted",
+        "penstock-forward-id": forward_id(row),
+        "penstock-origin-topic": "tasks",
+        "penstock-origin-partition": "2",
+        "penstock-origin-offset": "17",
+        "penstock-attempts": "3",
+        "penstock-deliveries-lost": "1",
+        "penstock-error-type": "builtins.ValueError",
+        "penstock-error-message": "no such ü",
+        "penstock-received-at": "2027-01-15T08:00:00.000Z",
+        "penstock-dead-at": "2027-01-15T08:01:00.500Z",
+    }
+
+
+def test_only_headers_are_trimmed() -> None:
+    made = letter(dead(error=json.dumps({"message": "x" * 5000})), None, trimmed=True)
+    assert made.value == b"original"
+    assert sum(len(name) + len(str(value)) for name, value in made.headers) < 400
+    assert {"penstock-reason", "penstock-forward-id"} <= headers_of(made.headers).keys()
+
+
+def test_a_forward_id_is_that_of_activation_attempt_and_reason() -> None:
+    row, later, other = dead(), dead(), dead("id-2")
+    later.attempts = 4
+    assert forward_id(row) == forward_id(dead())
+    assert len({forward_id(r) for r in (row, later, other)}) == 3
+
+
+def test_poison_is_known_by_its_position() -> None:
+    row = Admission(AdmissionLimits()).admit(b"{}", 0, 4, 17, "tasks", 2)
+    assert letter(row, Source(4, "tasks", 2)).key == forward_id(row) == position_id("tasks", 2, 17)
+
+
+class Failures:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, count: int) -> None:
+        self.count += count
+
+
+@contextlib.asynccontextmanager
+async def forwarding(
+    store: Inflight, publisher: Publisher | None
+) -> AsyncIterator[tuple[Forwarder, Failures]]:
+    failures = Failures()
+    forwarder = Forwarder(store, publisher, failures)
+    forwarder.start()
+    try:
+        yield forwarder, failures
+    finally:
+        await forwarder.stop()
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Inflight]:
+    async with running_store(tmp_path / "store.sqlite", StoreLimits(dead_letters_rest_max=5)) as store:
+        yield store
+
+
+@pytest.fixture
+def kafka() -> MockKafka:
+    kafka = MockKafka()
+    kafka.make_topic("tasks-dlq")
+    return kafka
+
+
+async def test_dead_letters_leave_once_acknowledged(
+    kafka: MockKafka, store: Inflight, tmp_path: Path
+) -> None:
+    source = store.source("tasks", 2)
+    row = dead("from-kafka", b"bytes as they came", source=source.id, offset=7)
+    await store.insert([row, *(dead(f"{n}") for n in range(1000))])
+    publisher = Publisher(kafka_settings(kafka, tmp_path), "tasks-dlq")
+    async with forwarding(store, publisher) as (_, failures):
+        await store.insert([dead("last")])
+        await until(lambda: store.memory.rows == 0)
+        assert store.outbox.size() == 0
+        assert store.imbalance() == 0
+        assert failures.count == 0
+    messages = {m.key(): m for m in kafka.read("tasks-dlq", 1002)}
+    assert len(messages) == 1002
+    message = messages[b"from-kafka"]
+    assert message.value() == b"bytes as they came"
+    headers = headers_of(message.headers())  # type: ignore[arg-type]
+    assert headers["penstock-origin-topic"] == "tasks"
+    assert (headers["penstock-origin-partition"], headers["penstock-origin-offset"]) == ("2", "7")
+
+
+async def test_what_kafka_refuses_as_too_large_is_trimmed_or_rests(
+    kafka: MockKafka, store: Inflight, tmp_path: Path
+) -> None:
+    error = json.dumps({"type": "E", "message": "x" * 2000})
+    fits_trimmed = dead("trimmed", b"x" * (REFUSED_BYTES - 1000), error=error)
+    never_fits = dead("resting", b"x" * REFUSED_BYTES, error=error)
+    await store.insert([dead("small"), fits_trimmed, never_fits])
+    settings = kafka_settings(kafka, tmp_path, message_bytes_max=1024)
+    async with forwarding(store, Publisher(settings, "tasks-dlq")) as (forwarder, failures):
+        await until(lambda: store.memory.rows == 0)
+        assert store.outbox.resting == 1
+        assert (failures.count, forwarder.alarm) == (0, "")
+    messages = {m.key(): m for m in kafka.read("tasks-dlq", 2)}
+    assert messages.keys() == {b"small", b"trimmed"}
+    assert messages[b"trimmed"].value() == fits_trimmed.body
+    assert "penstock-error-message" not in headers_of(messages[b"trimmed"].headers())  # type: ignore[arg-type]
+
+
+async def test_a_failed_publish_keeps_the_row_and_raises_an_alarm(
+    kafka: MockKafka, store: Inflight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock_broker.ingest.forwarder.BACK_OFF_SECONDS_MIN", 0.05)
+    monkeypatch.setattr("penstock_broker.ingest.publisher.DELIVERY_MS_MAX", 500)
+    settings = kafka_settings(kafka, tmp_path, kafka_cluster="127.0.0.1:9")
+    async with forwarding(store, Publisher(settings, "tasks-dlq")) as (forwarder, failures):
+        await store.insert([dead("patient")])
+        await until(lambda: failures.count >= 2)
+        assert forwarder.alarm
+        assert store.outbox.size() == 1
+    publisher = Publisher(kafka_settings(kafka, tmp_path), "tasks-dlq")
+    async with forwarding(store, publisher):
+        await until(lambda: store.memory.rows == 0)
+    (message,) = kafka.read("tasks-dlq", 1)
+    assert headers_of(message.headers())["penstock-forward-id"] == forward_id(dead("patient"))  # type: ignore[arg-type]
+
+
+async def test_without_kafka_dead_letters_rest_in_the_store_up_to_its_bound(store: Inflight) -> None:
+    async with forwarding(store, None) as (forwarder, _):
+        await store.insert([dead(f"{n}") for n in range(4)])
+        await until(lambda: store.memory.rows == 0)
+        assert (store.outbox.resting, forwarder.alarm) == (4, "")
+        await store.insert([dead(f"more-{n}") for n in range(3)])
+        await until(lambda: forwarder.alarm)
+        assert "dead_letters_rest_max" in forwarder.alarm
+        assert (store.outbox.resting, store.outbox.size()) == (5, 2)
+        assert store.imbalance() == 0
+
+
+async def test_a_row_that_was_dropped_on_its_way_is_not_missed(
+    kafka: MockKafka, store: Inflight, tmp_path: Path
+) -> None:
+    source = store.source("tasks", 0)
+    await store.insert([dead("gone", source=source.id, offset=3), dead("stays")])
+    publisher = Publisher(kafka_settings(kafka, tmp_path), "tasks-dlq")
+    publish = publisher.publish
+    drops: list[asyncio.Future[int]] = []
+
+    async def drop_meanwhile(letters):  # type: ignore[no-untyped-def]
+        answers = await publish(letters)
+        drops.append(store.drop_uncovered(source, 0))
+        return answers
+
+    publisher.publish = drop_meanwhile  # type: ignore[method-assign]
+    async with forwarding(store, publisher):
+        await until(lambda: drops)
+        assert await drops[0] == 1
+        await until(lambda: store.memory.rows <= 0)
+        await store.committed()
+        assert (store.memory.rows, store.imbalance()) == (0, 0)

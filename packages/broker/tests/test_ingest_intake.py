@@ -1,0 +1,307 @@
+"""The event loop's side of ingest: offsets follow the rows, and partitions come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from ingest_helpers import running_store, task_bytes, until
+
+from penstock_broker.ingest.admission import Admission, AdmissionLimits
+from penstock_broker.ingest.intake import Found, Intake, Position, keep_orphans
+from penstock_broker.ingest.ownership import Me, Owner, decode
+from penstock_broker.store.database import Database
+from penstock_broker.store.inflight import Inflight
+
+OTHER = Owner(0, Me("broker-2", "0" * 8), 3)
+
+
+class Kafka:
+    """What an intake hands over to be committed; answered by the test."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[Position]] = []
+
+    def commit(self, positions: Sequence[Position]) -> None:
+        self.asked.append(list(positions))
+
+    def offsets(self) -> dict[int, int]:
+        """Of the last commit asked for."""
+        return {position.partition: position.offset for position in self.asked[-1]}
+
+
+class Broker:
+    def __init__(self, store: Inflight, broker_id: str = "broker-1", reset: str = "earliest") -> None:
+        self.kafka = Kafka()
+        self.store = store
+        self.intake = Intake(store, "tasks", broker_id, self.kafka.commit, reset)
+        self._admission = Admission(AdmissionLimits())
+
+    async def begin(self, *found: Found) -> list[int]:
+        begun = await self.intake.begin(found)
+        await self.intake.begun([b.partition for b in begun])
+        return [b.offset for b in begun]
+
+    def deliver(self, first: int, end: int, partition: int = 0, prefix: str = "id") -> None:
+        source = self.store.source("tasks", partition)
+        rows = [
+            self._admission.admit(task_bytes(f"{prefix}-{partition}-{n}"), 0, source.id, n)
+            for n in range(first, end)
+        ]
+        size = sum(row.size for row in rows)
+        self.intake.gate.take(len(rows), size)
+        self.intake.deliver(rows, size, {partition: (source.id, end)})
+
+    async def stored(self) -> None:
+        await until(lambda: not self.intake.gate.in_flight)
+
+    def answer(self, error: str | None = None) -> None:
+        """Kafka's answer to the last commit."""
+        self.intake.commit_done([(p.partition, p.offset, error) for p in self.kafka.asked[-1]])
+
+    async def asked(self, count: int) -> None:
+        await until(lambda: len(self.kafka.asked) == count)
+
+    async def offsets_held(self, partition: int = 0) -> list[int]:
+        source = self.store.source("tasks", partition)
+
+        def load(database: Database) -> list[int]:
+            rows = database.load([key[0] for key in database.positions()])
+            return sorted(row.offset for row in rows if row.source == source.id)
+
+        return await self.store.read(load)
+
+    @property
+    def me(self) -> Me:
+        return self.intake.me
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Inflight]:
+    async with running_store(tmp_path / "store.sqlite") as store:
+        yield store
+
+
+def new(partition: int = 0, low: int = 0, high: int = 0) -> Found:
+    """A partition that the group has no offset for."""
+    return Found(partition, None, (), low, high)
+
+
+async def test_a_new_partition_is_owned_before_anything_is_read(store: Inflight) -> None:
+    broker = Broker(store)
+    assert await broker.begin(new(low=5, high=9)) == [5]
+    (position,) = broker.kafka.asked[-1]
+    assert (position.partition, position.offset) == (0, 5)
+    assert decode(position.metadata) == (Owner(5, broker.me, store.epoch),)
+
+
+async def test_latest_begins_at_the_end(store: Inflight) -> None:
+    assert await Broker(store, reset="latest").begin(new(low=5, high=9)) == [9]
+
+
+async def test_only_what_is_durable_is_committed_and_only_what_is_acknowledged_is_covered(
+    store: Inflight,
+) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    assert len(broker.kafka.asked) == 1
+    await broker.stored()
+    await broker.asked(2)
+    assert broker.kafka.offsets() == {0: 10}
+    source = store.source("tasks", 0)
+    assert (source.next, source.covered, len(source.uncovered)) == (10, 0, 10)
+    broker.answer()
+    assert (source.covered, len(source.uncovered)) == (10, 0)
+
+
+async def test_one_commit_at_a_time_and_the_newest_wins(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    for first in range(0, 30, 10):
+        broker.deliver(first, first + 10)
+        await broker.stored()
+    assert len(broker.kafka.asked) == 1
+    broker.answer()
+    await broker.asked(2)
+    assert broker.kafka.offsets() == {0: 30}
+    assert broker.intake.committing
+    broker.answer()
+    await until(lambda: not broker.intake.busy)
+    assert len(broker.kafka.asked) == 2
+
+
+async def test_a_failed_commit_is_repeated_and_covers_nothing(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.asked(2)
+    broker.answer("coordinator away")
+    assert store.source("tasks", 0).covered == 0
+    assert broker.intake.commits_failed == 1
+    await broker.asked(3)
+    assert broker.kafka.offsets() == {0: 10}
+    broker.answer()
+    assert store.source("tasks", 0).covered == 10
+
+
+async def test_a_revoked_partition_is_committed_as_far_as_it_is_durable(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new(0), new(1))
+    broker.answer()
+    broker.deliver(0, 10)
+    broker.deliver(0, 5, partition=1)
+    (position,) = await broker.intake.leave([1])
+    assert (position.partition, position.offset) == (1, 5)
+    await broker.intake.left([position], None)
+    assert store.source("tasks", 1).covered == 5
+    assert list(broker.intake.readings) == [0]
+    assert broker.intake.unresolved == frozenset()
+    assert len(await broker.offsets_held(1)) == 5
+
+
+async def test_nothing_is_committed_for_a_partition_that_leaves(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new(0), new(1))
+    broker.answer()
+    leaving = asyncio.create_task(broker.intake.leave([1]))
+    await asyncio.sleep(0)
+    broker.deliver(0, 5, partition=1)
+    broker.deliver(0, 10)
+    await leaving
+    await broker.asked(2)
+    assert broker.kafka.offsets() == {0: 10}
+
+
+async def test_a_refused_last_commit_leaves_the_question_open(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    positions = await broker.intake.leave([0])
+    await broker.intake.left(positions, "illegal generation")
+    assert broker.intake.unresolved == {0}
+    assert len(await broker.offsets_held()) == 10
+    newer = (OTHER._replace(start=4), Owner(0, broker.me, store.epoch))
+    await broker.intake.resolve([Found(0, 7, newer)])
+    assert await broker.offsets_held() == [0, 1, 2, 3]
+    assert broker.intake.unresolved == frozenset()
+    assert store.source("tasks", 0).covered == 4
+    assert store.imbalance() == 0
+
+
+async def test_lost_partitions_are_resolved_from_the_committed_offset(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.stored()
+    await broker.intake.lost([0])
+    assert broker.intake.unresolved == {0}
+    # The commit of 6 arrived; its answer did not.
+    await broker.intake.resolve([Found(0, 6, (Owner(0, broker.me, store.epoch),))])
+    assert await broker.offsets_held() == [0, 1, 2, 3, 4, 5]
+    assert (store.source("tasks", 0).covered, store.source("tasks", 0).next) == (6, 6)
+
+
+async def test_a_late_tick_does_not_move_a_partition_that_came_back(store: Inflight) -> None:
+    """Rows that were dropped with the partition must never be passed by a commit."""
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.intake.lost([0])
+    broker.deliver(10, 20)
+    mine = (Owner(0, broker.me, store.epoch),)
+    await broker.intake.resolve([Found(0, 3, mine)])
+    assert await broker.begin(Found(0, 3, mine)) == [3]
+    await broker.stored()
+    await broker.asked(2)
+    assert broker.kafka.offsets() == {0: 3}
+    assert await broker.offsets_held() == [0, 1, 2]
+
+
+async def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
+    async with running_store(tmp_path / "store.sqlite") as store:
+        broker = Broker(store)
+        await broker.begin(new())
+        broker.answer()
+        broker.deliver(0, 10)
+        await broker.stored()
+        me = broker.me
+    async with running_store(tmp_path / "store.sqlite") as store:
+        broker = Broker(store)
+        assert broker.intake.unresolved == {0}
+        # Committed up to 4: the rest is stored here, and nobody else has read it.
+        assert await broker.begin(Found(0, 4, (Owner(0, me, 1),))) == [10]
+        assert broker.intake.unresolved == frozenset()
+        source = store.source("tasks", 0)
+        assert (source.start, source.next, source.covered) == (0, 10, 4)
+        (position,) = broker.kafka.asked[-1]
+        assert position.offset == 10
+        assert decode(position.metadata) == (Owner(0, me, 2),)
+        broker.answer()
+        assert source.covered == 10
+
+
+async def test_another_disk_is_another_broker(tmp_path: Path, store: Inflight) -> None:
+    broker = Broker(store)
+    lost_disk = Owner(0, Me("broker-1", "f" * 8), 1)
+    assert await broker.begin(Found(0, 40, (lost_disk,))) == [40]
+    (position,) = broker.kafka.asked[-1]
+    assert decode(position.metadata) == (Owner(40, broker.me, store.epoch), lost_disk)
+
+
+async def test_an_offset_moved_ahead_is_an_alarm_with_a_count(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.stored()
+    assert await broker.begin(Found(0, 15, (Owner(0, broker.me, store.epoch),))) == [15]
+    assert broker.intake.offsets_skipped == 5
+    assert len(await broker.offsets_held()) == 10
+
+
+@pytest.mark.parametrize(("low", "high", "start", "skipped"), [(0, 3, 0, 0), (20, 30, 20, 10)])
+async def test_an_offset_outside_the_log_goes_to_its_beginning(
+    store: Inflight, low: int, high: int, start: int, skipped: int
+) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.stored()
+    (begun,) = await broker.intake.begin_inside([Found(0, 10, (), low, high)])
+    assert begun.offset == start
+    assert broker.intake.offsets_skipped == skipped
+    assert len(await broker.offsets_held()) == 10
+
+
+async def test_the_last_commit_waits_for_the_tick_and_nothing_follows_it(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.intake.finish()
+    assert len(broker.kafka.asked) == 1
+    await broker.intake.commit_rest()
+    assert broker.kafka.offsets() == {0: 10}
+    broker.answer()
+    assert store.source("tasks", 0).covered == 10
+    assert not broker.intake.busy
+
+
+async def test_rows_of_another_topic_are_kept(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.stored()
+    assert keep_orphans(store, "tasks") == 0
+    assert keep_orphans(store, "other") == 10
+    assert store.source("tasks", 0).covered == 10
