@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import fcntl
 import os
+import random
+import re
 import shutil
 import signal
 import socket
@@ -83,11 +85,17 @@ class ForeignKafka:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        AdminClient({"bootstrap.servers": address}).list_topics(timeout=10)
+        try:
+            AdminClient({"bootstrap.servers": address, "log_level": 0}).list_topics(timeout=10)
+        except KafkaException as error:
+            raise KafkaUnavailable(
+                f"PENSTOCK_KAFKA is {address}, where no Kafka answers: {error.args[0].str()}. Start it, or"
+                " unset PENSTOCK_KAFKA to have one started here"
+            ) from None
 
 
 class MockKafka:
-    """librdkafka's mock cluster: reachable from other processes, but it drops data beyond 5 MiB a partition."""
+    """librdkafka's mock cluster: other processes reach it, but it drops data beyond 5 MiB a partition."""
 
     real, owned = False, False
 
@@ -105,10 +113,10 @@ class JavaKafka:
     def __init__(self, port: int = 0) -> None:
         self._jars = jars()
         self._folder = Path(tempfile.mkdtemp(prefix="penstock-kafka-"))
-        self._port = port or _free_port()
+        self._port = port or free_port()
         self.address = f"127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
-        properties = _PROPERTIES.format(port=self._port, controller=_free_port(), folder=self._folder)
+        properties = _PROPERTIES.format(port=self._port, controller=free_port(), folder=self._folder)
         (self._folder / "server.properties").write_text(properties)
         (self._folder / "log4j2.yaml").write_text(_LOG4J)
         cluster = self._java("kafka.tools.StorageTool", "random-uuid").split()[-1]
@@ -116,6 +124,10 @@ class JavaKafka:
             "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster,
             "-c", str(self._folder / "server.properties"),
         )  # fmt: skip
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def _command(self, *arguments: str) -> list[str]:
         settings = f"-Dlog4j2.configurationFile={self._folder / 'log4j2.yaml'}"
@@ -134,6 +146,8 @@ class JavaKafka:
                 self._command("kafka.Kafka", str(self._folder / "server.properties")),
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # Ctrl-C is for us; it is stopped when those that use it are.
+                process_group=0,
             )
         deadline = time.monotonic() + START_SECONDS_MAX
         while time.monotonic() < deadline:
@@ -144,9 +158,11 @@ class JavaKafka:
                 AdminClient({"bootstrap.servers": self.address, "log_level": 0}).list_topics(timeout=2)
                 return
             time.sleep(0.1)
-        log_text = (self._folder / "kafka.log").read_text()[-3000:]
         self.kill()
-        raise KafkaUnavailable(f"Kafka did not start within {START_SECONDS_MAX} s; its log ends with:\n{log_text}")
+        said = (self._folder / "kafka.log").read_text()[-3000:]
+        raise KafkaUnavailable(
+            f"Kafka did not start within {START_SECONDS_MAX} s; its log ends with:\n{said}"
+        )
 
     def stop(self) -> None:
         """As an operator stops it."""
@@ -191,27 +207,50 @@ def jars() -> Path:
         _need("mvn")
         say(f"Downloading Apache Kafka {VERSION} to {cache} (once, 43 MB)")
         (cache / "pom.xml").write_text(_POM)
+        goal = ("dependency:copy-dependencies", "-DoutputDirectory=libs", "-DincludeScope=runtime")
         copied = subprocess.run(
-            ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=libs", "-DincludeScope=runtime"],
-            cwd=cache, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            ["mvn", "-q", "-B", *goal], cwd=cache, capture_output=True, text=True, check=False
+        )
         if copied.returncode:
-            raise KafkaUnavailable(f"Maven could not download Kafka:\n{copied.stdout[-2000:]}{copied.stderr[-2000:]}")
+            said = (copied.stdout + copied.stderr)[-4000:]
+            raise KafkaUnavailable(f"Maven could not download Kafka:\n{said}")
         (cache / "complete").touch()
         return cache / "libs"
 
 
 def _need(program: str) -> None:
+    """Raises KafkaUnavailable when it is not installed, or is a Java that is too old."""
+    remedy = f"apt-get install openjdk-{JAVA_MIN}-jre-headless maven"
     if shutil.which(program) is None:
-        raise KafkaUnavailable(
-            f"{program} is not installed: apt-get install openjdk-{JAVA_MIN}-jre-headless maven"
-        )
+        raise KafkaUnavailable(f"{program} is not installed: {remedy}")
+    if program == "java":
+        said = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
+        # "17.0.15", and "1.8.0" for the old ones.
+        version = re.search(r'version "(\d+)', said)
+        if version is None or int(version[1]) < JAVA_MIN:
+            found = said.splitlines()[0] if said else "nothing"
+            raise KafkaUnavailable(
+                f"Java {JAVA_MIN} or newer is needed, `java -version` says {found}: {remedy}"
+            )
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+_ports_given: set[int] = set()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, different at each call.
+
+    Below those that the system gives to outgoing connections, so that what listens here can be stopped
+    and finds its port free when it starts again.
+    """
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            if port not in _ports_given:
+                _ports_given.add(port)
+                return port
 
 
 def say(text: str) -> None:
@@ -251,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run a Kafka for development until Ctrl-C.")
     parser.add_argument("--port", type=int, default=9092)
     port = parser.parse_args().port
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt), kafka_server(port) as kafka:
         say(f"ready at {kafka.address}; Ctrl-C stops it and removes its data")
         signal.pause()

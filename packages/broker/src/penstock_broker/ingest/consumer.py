@@ -278,9 +278,11 @@ class KafkaConsumer:
         self._set_connected(True)
         if self._stopping.is_set():
             return
-        numbers = [p.partition for p in partitions]
+        numbers = sorted(p.partition for p in partitions)
+        if not numbers:
+            return
         try:
-            begun = self._begin(consumer, numbers) if numbers else []
+            begun = self._begin(consumer, numbers)
         except (KafkaException, TimeoutError) as error:
             log.warning("an assignment cannot be started yet", partitions=numbers, error=str(error))
             self._unbegun.update(numbers)

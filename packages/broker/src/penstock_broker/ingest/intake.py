@@ -115,7 +115,8 @@ class Intake:
         self._commit = commit
         self._reset = reset
         self._committing = False
-        self._failing = ""
+        # Commits refused in a row.
+        self._failed = 0
         self._timer: asyncio.TimerHandle | None = None
         self._storing: set[asyncio.Future[None]] = set()
         self._stopped = False
@@ -180,18 +181,22 @@ class Intake:
                 self._acknowledge(partition, offset)
             elif partition in self.readings:
                 failed = error
-        if failed:
-            self.commits_failed += 1
-        if bool(failed) != bool(self._failing):
-            if failed:
-                log.warning("offset commits fail; they are repeated", topic=self.topic, error=failed)
-            else:
-                log.info("offset commits succeed again", topic=self.topic)
-        self._failing = failed
+        self._count_failure(failed)
         if not self._stopped:
             pause = COMMIT_RETRY_SECONDS if failed else COMMIT_PAUSE_SECONDS
             self._timer = asyncio.get_running_loop().call_later(pause, self._paused_enough)
         self._committing = False
+
+    def _count_failure(self, error: str) -> None:
+        """Say it once when commits fail, and once when they no longer do."""
+        failed_before, self._failed = self._failed, self._failed + 1 if error else 0
+        if error:
+            self.commits_failed += 1
+            # One refusal alone is what a rebalance does to a commit that was on its way.
+            if self._failed == 2:
+                log.warning("offset commits fail; they are repeated", topic=self.topic, error=error)
+        elif failed_before >= 2:
+            log.info("offset commits succeed again", topic=self.topic)
 
     def _paused_enough(self) -> None:
         self._commit_due()

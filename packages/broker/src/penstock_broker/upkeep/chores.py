@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ log = structlog.get_logger("upkeep")
 # A broker that stood still for longer judges no lease by that time.
 STALL_MS = 1_000
 SLEEP_MS_MAX = 60_000
+# While there are leases, so that the time the broker stood still is known to half a second.
+WATCH_MS = 500
 FORGET_EVERY_MS = 60_000
 
 
@@ -52,27 +55,27 @@ class Upkeep:
                 if due is not None and due <= now:
                     chore.run(now)
             self._sleeping_until = self._next_due(now)
-            await self._sleep(self._sleeping_until - self._clock.mono_ms())
+            await self._sleep(self._sleeping_until)
 
-    async def _sleep(self, ms: int) -> None:
+    async def _sleep(self, until: int) -> None:
+        """Until then, or until something is due earlier."""
         self._earlier.clear()
-        asleep_at = self._clock.mono_ms()
-        try:
-            async with asyncio.timeout(max(ms, 0) / 1000):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(until - self._clock.mono_ms(), 0) / 1000):
                 await self._earlier.wait()
-        except TimeoutError:
-            overslept = self._clock.mono_ms() - asleep_at - max(ms, 0)
-            if overslept > STALL_MS:
-                log.warning("the broker stood still; leases are moved by that time", seconds=overslept / 1000)
-                self._store.postpone_leases(overslept)
+        overslept = self._clock.mono_ms() - until
+        if overslept > STALL_MS:
+            log.warning("the broker stood still; leases are moved by that time", seconds=overslept / 1000)
+            self._store.postpone_leases(overslept)
 
     def _next_due(self, now: int) -> int:
         dues = [due for chore in self.chores if (due := chore.due()) is not None]
-        return min([now + SLEEP_MS_MAX, *dues])
+        watch = SLEEP_MS_MAX if self._store.memory.leases.next_due() is None else WATCH_MS
+        return min([now + watch, *dues])
 
     def _reconsider(self) -> None:
         """After a tick: wake up if something became due before the time we sleep until."""
-        if self._next_due(self._sleeping_until) < self._sleeping_until:
+        if self._next_due(self._clock.mono_ms()) < self._sleeping_until:
             self._earlier.set()
 
     def _wake_due(self) -> int | None:
