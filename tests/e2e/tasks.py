@@ -1,103 +1,86 @@
-"""The application of the end-to-end tests. What a task did is in the ledger (ledger.py)."""
+"""The application under test. Each start and end of a task is a line in a file of its process."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from penstock_client import App, Fixed, Retry, TaskContext
+from penstock_client import App, Exponential, Fixed, Retry, TaskContext
 
-LEDGER = "E2E_LEDGER"
-BACKOFF_SECONDS = 1
-
-
-@functools.cache
-def _page() -> int:
-    """This process's file in the ledger."""
-    name = f"{os.getpid()}-{time.time_ns()}"
-    return os.open(Path(os.environ[LEDGER]) / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+RECORDS = "PENSTOCK_E2E_RECORDS"
+_files: dict[int, int] = {}
 
 
-def _enter(what: str, ctx: TaskContext) -> None:
-    """One line, in one write, so that it is there whole or not at all, whatever kills the process."""
-    line = f"{what} {ctx.id} {ctx.attempt} {os.getpid()} {time.time():.6f} {ctx.taskname}\n"
-    os.write(_page(), line.encode())
+def record(what: str, ctx: TaskContext) -> None:
+    """One O_APPEND write: whole, whatever kills us next."""
+    pid = os.getpid()
+    if pid not in _files:
+        path = Path(os.environ[RECORDS]) / f"{pid}.log"
+        _files[pid] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    line = f"{what} {ctx.id} {ctx.attempt} {ctx.namespace} {time.time():.6f}\n"
+    os.write(_files[pid], line.encode())
 
 
-def recorded(fn: Callable[..., None]) -> Callable[..., None]:
-    """Enter the start of each execution in the ledger, and its end if it returns."""
-
-    @functools.wraps(fn)
-    def run(ctx: TaskContext, /, *args: object, **kwargs: object) -> None:
-        _enter("began", ctx)
-        fn(ctx, *args, **kwargs)
-        _enter("ended", ctx)
-
-    return run
+def make_app(**how: Any) -> App:
+    """The application, sending through Kafka (``kafka=``, ``topic=``) or to a broker (``broker=``)."""
+    app = App("e2e", strict_kwargs="off", queues=("main", "raw", "flood", "quiet", "other"), **how)
+    for name in ("main", "raw", "flood", "quiet", "other"):
+        _declare(app, name)
+    return app
 
 
-def work(ctx: TaskContext, number: int = 0, *, seconds: float = 0.0, **kwargs: object) -> None:
-    if seconds:
+def _declare(app: App, name: str) -> None:
+    namespace = app.namespace(name, retry=None)
+    prefix = "" if name == "main" else f"{name}."
+
+    @namespace.task(name=f"{prefix}noop", bind=True)
+    def noop(ctx: TaskContext, /, n: int = 0) -> None:
+        record("start", ctx)
+        record("end", ctx)
+
+    @namespace.task(name=f"{prefix}sleep", bind=True)
+    def sleep(ctx: TaskContext, /, seconds: float) -> None:
+        record("start", ctx)
         time.sleep(seconds)
+        record("end", ctx)
+
+    if name != "main":
+        return
+
+    @namespace.task(name="wait_for", bind=True, deadline=120)
+    def wait_for(ctx: TaskContext, /, path: str) -> None:
+        """Blocks until a file is there."""
+        record("start", ctx)
+        while not Path(path).exists():
+            time.sleep(0.02)
+        record("end", ctx)
+
+    @namespace.task(name="flaky", bind=True, retry=Retry(max_attempts=4, backoff=Fixed(0.3)))
+    def flaky(ctx: TaskContext, /, failures: int) -> None:
+        record("start", ctx)
+        if ctx.attempt <= failures:
+            raise RuntimeError(f"failure {ctx.attempt} of {failures}")
+        record("end", ctx)
+
+    @namespace.task(name="hopeless", bind=True, retry=Retry(max_attempts=3, backoff=Exponential(0.05, jitter=0)))
+    def hopeless(ctx: TaskContext, /) -> None:
+        record("start", ctx)
+        raise ValueError("it never works")
+
+    @namespace.task(
+        name="unimportant", bind=True, retry=Retry(max_attempts=2, backoff=Fixed(0.05), on_exceeded="discard")
+    )
+    def unimportant(ctx: TaskContext, /) -> None:
+        record("start", ctx)
+        raise ValueError("nobody minds")
+
+    @namespace.task(name="stuck", bind=True, deadline=1)
+    def stuck(ctx: TaskContext, /) -> None:
+        record("start", ctx)
+        time.sleep(3600)
 
 
-def hold(ctx: TaskContext, path: str, **kwargs: object) -> None:
-    """Runs until the file exists."""
-    while not Path(path).exists():
-        time.sleep(0.01)
-
-
-def stuck(ctx: TaskContext, **kwargs: object) -> None:
-    while True:
-        time.sleep(1)
-
-
-def stuck_in_c(ctx: TaskContext, **kwargs: object) -> None:
-    # Holds the interpreter's lock: nothing in the process can stop it.
-    ctypes.PyDLL(None).sleep(600)
-
-
-def flaky(ctx: TaskContext, failures: int, **kwargs: object) -> None:
-    if ctx.attempt <= failures:
-        raise ConnectionError(f"failure {ctx.attempt} of {failures}")
-
-
-def fails(ctx: TaskContext, how: str, **kwargs: object) -> None:
-    raise {"retry": ConnectionError, "fail": ValueError, "ignore": KeyError}[how](f"told to: {how}")
-
-
-class Tasks:
-    """The tasks, registered with an app: the workers' own, or one a test sends with."""
-
-    def __init__(self, app: App) -> None:
-        self.app = app
-        plain = app.namespace("plain", retry=None, deadline=60)
-        self.work = plain.task(name="e2e.work", bind=True)(recorded(work))
-        self.hold = plain.task(name="e2e.hold", bind=True)(recorded(hold))
-        self.stuck = plain.task(name="e2e.stuck", bind=True, deadline=1)(recorded(stuck))
-        self.stuck_in_c = plain.task(name="e2e.stuck_in_c", bind=True, deadline=1)(recorded(stuck_in_c))
-        # The same work, in namespaces that a test gives a topic of their own.
-        self.flood = app.namespace("flood", retry=None).task(name="e2e.flood", bind=True)(recorded(work))
-        self.moving = app.namespace("moving", retry=None).task(name="e2e.moving", bind=True)(recorded(work))
-
-        policy = functools.partial(
-            Retry,
-            max_attempts=3,
-            backoff=Fixed(BACKOFF_SECONDS),
-            on=(ConnectionError,),
-            exclude=(ValueError,),
-            ignore=(KeyError,),
-        )
-        retries = app.namespace("retries", retry=policy())
-        self.flaky = retries.task(name="e2e.flaky", bind=True)(recorded(flaky))
-        self.fails = retries.task(name="e2e.fails", bind=True)(recorded(fails))
-        discarding = policy(on_exceeded="discard", backoff=Fixed(0))
-        self.discarded = retries.task(name="e2e.discarded", bind=True, retry=discarding)(recorded(fails))
-
-
-APPLICATION = "e2e"
-app = Tasks(App(APPLICATION, strict_kwargs="off")).app
+if RECORDS in os.environ:  # a worker imports it
+    app = make_app()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
 
 from penstock_broker.config import Settings
@@ -15,6 +16,7 @@ from penstock_broker.domain.activation import Activation, Reason, Status, hash_i
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest.consumer import KafkaConsumer
+from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.ownership import Me, Owner, decode, encode
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
@@ -95,6 +97,43 @@ async def test_an_offset_outside_the_log_starts_at_its_beginning(
     async with consuming(settings) as (store, _):
         await until(lambda: store.source("tasks", 0).next == 3)
         assert [row.id for row in await rows_of(store)] == ["new-0", "new-1", "new-2"]
+
+
+async def test_what_was_lost_is_resolved_by_itself(kafka: MockKafka, settings: Settings) -> None:
+    kafka.produce("tasks", [task_bytes(f"{n}") for n in range(10)])
+    async with consuming(settings) as (store, consumer):
+        await until(lambda: acknowledged(consumer, 10))
+        source = store.source("tasks", 0)
+        await consumer.intake.lost([0])
+        # Read, and not committed before the loss.
+        rows = [
+            Activation(f"x{n}", "", "", "t", b"x", 0, 0, source=source.id, offset=n, size=1) for n in (10, 11)
+        ]
+        await store.insert(rows)
+        await consumer.intake.lost([0])
+        assert consumer.intake.unresolved == {0}
+        await until(lambda: not consumer.intake.unresolved)
+        assert [row.offset for row in await rows_of(store)] == list(range(10))
+
+
+async def test_an_assignment_that_cannot_be_looked_up_is_begun_later(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kafka.produce("tasks", [task_bytes(f"{n}") for n in range(10)])
+    look_up = KafkaConsumer._look_up
+    failures = iter([KafkaError._TIMED_OUT, KafkaError._TIMED_OUT])
+
+    def fail_twice(self: KafkaConsumer, *arguments: object, **more: object) -> list[Found]:
+        if (code := next(failures, None)) is not None:
+            raise KafkaException(KafkaError(code))
+        return look_up(self, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KafkaConsumer, "_look_up", fail_twice)
+    async with consuming(settings) as (store, consumer):
+        await until(lambda: acknowledged(consumer, 10))
+        assert [row.offset for row in await rows_of(store)] == list(range(10))
+        kafka.produce("tasks", [task_bytes("later")])
+        await until(lambda: acknowledged(consumer, 11))
 
 
 async def test_a_full_store_pauses_and_goes_on_without_losing_its_membership(

@@ -158,7 +158,8 @@ class Forwarder:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), STOP_SECONDS_MAX)
         self._task.cancel()
-        await asyncio.wait((self._task,))
+        # If it has failed, ``failed`` has told.
+        await asyncio.gather(self._task, return_exceptions=True)
         if self._publisher is not None:
             await self._publisher.stop()
 

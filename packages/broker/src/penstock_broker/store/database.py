@@ -95,7 +95,8 @@ class Database:
             os.close(lock)
             raise FatalError(
                 f"the database {self.path} is in use by another broker (process {holder})",
-                "each broker needs a database of its own: stop the other one, or set another db_path",
+                "each broker needs a database of its own: stop the other one, or set another db_path"
+                " (TASKBROKER_DB_PATH)",
             ) from None
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
