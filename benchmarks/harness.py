@@ -8,12 +8,12 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
@@ -86,15 +86,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, str]:
-    versions = subprocess.run(
-        [sys.executable, "-c", "import apsw, confluent_kafka as k, grpc; print(apsw.apsw_version(), k.__version__, grpc.__version__)"],
-        capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
     return {
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "system": platform.platform(),
-        **dict(zip(("apsw", "confluent_kafka", "grpcio"), versions, strict=True)),
+        **{name: version(name) for name in ("apsw", "confluent-kafka", "grpcio", "protobuf")},
     }
 
 

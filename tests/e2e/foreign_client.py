@@ -47,7 +47,9 @@ def main(broker: str, tasks: int, secret: str) -> dict[str, object]:
         unknown = pb.SetTaskStatusRequest(id="unknown", status=pb.TASK_ACTIVATION_STATUS_COMPLETE)
         stub.SetTaskStatus(unknown)
         if secret:
-            refused["unsigned"] = _code(lambda: pb_grpc.ConsumerServiceStub(plain).GetTask(pb.GetTaskRequest()))
+            refused["unsigned"] = _code(
+                lambda: pb_grpc.ConsumerServiceStub(plain).GetTask(pb.GetTaskRequest())
+            )
         task = None
         while sum(completed.values()) < tasks:
             if task is None:
@@ -66,7 +68,10 @@ def main(broker: str, tasks: int, secret: str) -> dict[str, object]:
                 completed[task.id] += 1
                 attempts.append(task.retry_state.attempts)
             report = pb.SetTaskStatusRequest(
-                id=task.id, status=status, fetch_next_task=pb.FetchNextTask(application="v1", namespace="ns"), **how
+                id=task.id,
+                status=status,
+                fetch_next_task=pb.FetchNextTask(application="v1", namespace="ns"),
+                **how,
             )
             answer = stub.SetTaskStatus(report)
             task = answer.task if answer.HasField("task") else None
@@ -87,4 +92,6 @@ def _code(call: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "")))
+    sys.stdout.write(
+        json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""))
+    )

@@ -117,10 +117,13 @@ class Broker(Process):
     def metrics(self) -> dict[str, float]:
         """Sample name with its labels -> value."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - our own
+        with urllib.request.urlopen(url, timeout=10) as answer:
             text = answer.read().decode()
         return {
-            s.name + ("{" + ",".join(f"{k}={v}" for k, v in sorted(s.labels.items())) + "}" if s.labels else ""): s.value
+            s.name
+            + (
+                "{" + ",".join(f"{k}={v}" for k, v in sorted(s.labels.items())) + "}" if s.labels else ""
+            ): s.value
             for family in text_string_to_metric_families(text)
             for s in family.samples
         }
@@ -185,7 +188,12 @@ class Pool:
         return broker
 
     def worker(
-        self, brokers: Sequence[Broker], *, name: str = "worker", slots: int = 2, namespaces: Sequence[str] = ("main",)
+        self,
+        brokers: Sequence[Broker],
+        *,
+        name: str = "worker",
+        slots: int = 2,
+        namespaces: Sequence[str] = ("main",),
     ) -> Process:
         command = ["-m", "penstock_worker", "run", "tests.e2e.tasks:app", "--concurrency", str(slots)]
         command += ["--rpc-host-list", ",".join(broker.address for broker in brokers), "--grace-seconds", "5"]

@@ -41,7 +41,9 @@ class Acknowledgements:
 class RawWorker(threading.Thread):
     """Claims batches from one broker and completes them, whatever happens to the broker."""
 
-    def __init__(self, address: str, books: Acknowledgements, *, namespace: str = "raw", batch: int = 20) -> None:
+    def __init__(
+        self, address: str, books: Acknowledgements, *, namespace: str = "raw", batch: int = 20
+    ) -> None:
         super().__init__(name=f"raw worker of {address}", daemon=True)
         self.address = address
         self.books = books
@@ -55,7 +57,9 @@ class RawWorker(threading.Thread):
         assert not self.is_alive()
 
     def run(self) -> None:
-        with grpc.insecure_channel(self.address, options=(("grpc.max_reconnect_backoff_ms", 500),)) as channel:
+        with grpc.insecure_channel(
+            self.address, options=(("grpc.max_reconnect_backoff_ms", 500),)
+        ) as channel:
             get = channel.unary_unary(
                 SERVICE + "GetTasks",
                 request_serializer=pb.GetTasksRequest.SerializeToString,

@@ -64,7 +64,9 @@ def _declare(app: App, name: str) -> None:
             raise RuntimeError(f"failure {ctx.attempt} of {failures}")
         record("end", ctx)
 
-    @namespace.task(name="hopeless", bind=True, retry=Retry(max_attempts=3, backoff=Exponential(0.05, jitter=0)))
+    @namespace.task(
+        name="hopeless", bind=True, retry=Retry(max_attempts=3, backoff=Exponential(0.05, jitter=0))
+    )
     def hopeless(ctx: TaskContext, /) -> None:
         record("start", ctx)
         raise ValueError("it never works")

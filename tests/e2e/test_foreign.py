@@ -21,8 +21,8 @@ def v1_messages(pool: Pool) -> int:
     names = ["noop"] * 200 + ["retry_once"] * 20 + ["fail"] * 5
     for n, name in enumerate(names):
         message = pb.TaskActivation(
-            id=f"v1-{n}", application="v1", namespace="ns", taskname=name, parameters='{"args": [], "kwargs": {}}',
-            processing_deadline_duration=10, retry_state=pb.RetryState(max_attempts=1),
+            id=f"v1-{n}", application="v1", namespace="ns", taskname=name,
+            parameters='{"args": [], "kwargs": {}}', processing_deadline_duration=10, retry_state=pb.RetryState(max_attempts=1),
         )  # fmt: skip
         message.received_at.GetCurrentTime()
         producer.produce(pool.topic, message.SerializeToString())
@@ -34,7 +34,9 @@ def v1_messages(pool: Pool) -> int:
 @pytest.mark.parametrize("secret", ["", "a secret"])
 def test_the_published_stubs_of_taskbroker_v1_work(kafka_pool: Pool, secret: str) -> None:
     kafka_pool.create_topic(2)
-    broker = kafka_pool.broker(**({"GRPC_SHARED_SECRET": json.dumps(["an older one", secret])} if secret else {}))
+    broker = kafka_pool.broker(
+        **({"GRPC_SHARED_SECRET": json.dumps(["an older one", secret])} if secret else {})
+    )
     tasks = v1_messages(kafka_pool)
     python = os.environ.get("PENSTOCK_FOREIGN_PYTHON", sys.executable)
     client = subprocess.run(
@@ -45,11 +47,18 @@ def test_the_published_stubs_of_taskbroker_v1_work(kafka_pool: Pool, secret: str
     saw = json.loads(client.stdout)
     assert saw["completed"] == tasks
     assert (saw["most"], saw["retried"]) == (1, 20)
-    expected = {"namespace only": "NOT_FOUND", "another application": "NOT_FOUND", "status pending": "INVALID_ARGUMENT"}
+    expected = {
+        "namespace only": "NOT_FOUND",
+        "another application": "NOT_FOUND",
+        "status pending": "INVALID_ARGUMENT",
+    }
     assert saw["refused"] == expected | ({"unsigned": "UNAUTHENTICATED"} if secret else {})
     kafka_pool.await_empty(broker)
     finished = {k: v for k, v in broker.metrics().items() if k.startswith("penstock_tasks_finished_total")}
-    assert {k.split("outcome=")[1].rstrip("}"): v for k, v in finished.items()} == {"done": 220, "discarded:failed": 5}
+    assert {k.split("outcome=")[1].rstrip("}"): v for k, v in finished.items()} == {
+        "done": 220,
+        "discarded:failed": 5,
+    }
 
 
 def good(**changed: object) -> pb.TaskActivation:
@@ -64,7 +73,10 @@ def poison() -> dict[str, bytes]:
     """Thirty messages that are no usable activation."""
     whole = good(id="whole", parameters_bytes=b"x" * 50).SerializeToString()
     broken = {f"cut at {n}": whole[:n] for n in (1, 3, 5, 10, 17, len(whole) - 1)}
-    random = {f"random {seed}": bytes((seed * 37 + n * n * 11) % 251 | 0x80 for n in range(seed * 7 + 3)) for seed in range(1, 9)}
+    random = {
+        f"random {seed}": bytes((seed * 37 + n * n * 11) % 251 | 0x80 for n in range(seed * 7 + 3))
+        for seed in range(1, 9)
+    }
     return {
         "empty": b"",
         "text": b"this is no protobuf, it is a sentence",

@@ -36,7 +36,11 @@ def test_failures_are_retried_dead_lettered_or_discarded(kafka_pool: Pool) -> No
     for execution in sorted(kafka_pool.executions(), key=lambda e: e.at):
         if execution.what == "start":
             times.setdefault(execution.id, []).append(execution.at)
-    assert all(later - earlier >= 0.3 for id in flaky for earlier, later in zip(times[id], times[id][1:], strict=False))
+    assert all(
+        later - earlier >= 0.3
+        for id in flaky
+        for earlier, later in zip(times[id], times[id][1:], strict=False)
+    )
     # Dead letters carry their story; discarded tasks are counted, and nowhere else.
     assert {letter.key for letter in letters} == set(hopeless)
     for letter in letters:
@@ -49,7 +53,11 @@ def test_failures_are_retried_dead_lettered_or_discarded(kafka_pool: Pool) -> No
         assert int(headers["penstock-origin-offset"]) >= 0
         assert headers["penstock-error-type"] == "builtins.ValueError"
         assert headers["penstock-error-message"] == "it never works"
-    discarded = [v for k, v in broker.metrics().items() if "outcome=discarded:attempts_exhausted" in k and "_total" in k]
+    discarded = [
+        v
+        for k, v in broker.metrics().items()
+        if "outcome=discarded:attempts_exhausted" in k and "_total" in k
+    ]
     assert discarded == [20]
 
 
@@ -59,7 +67,11 @@ def test_delays_are_kept_and_what_expired_never_starts(kafka_pool: Pool) -> None
     broker = kafka_pool.broker()
     app = kafka_pool.app()
     noop = app.tasks["noop"]
-    sent = {noop.options(countdown=seconds).delay().id: (time.time(), seconds) for seconds in (1, 2, 3) for _ in range(30)}
+    sent = {
+        noop.options(countdown=seconds).delay().id: (time.time(), seconds)
+        for seconds in (1, 2, 3)
+        for _ in range(30)
+    }
     # No worker yet: these expire while they wait, delayed or not.
     expiring = [noop.options(expires=1).delay().id for _ in range(10)]
     expiring += [noop.options(countdown=2, expires=1).delay().id for _ in range(10)]

@@ -56,7 +56,9 @@ def test_pools_that_differ_in_their_topic_do_not_disturb_each_other(kafka_pool: 
     eventually("the quiet pool has run its task", lambda: kafka_pool.ended()[lone.id] == 1, 30)
     first.kill()
     second_lone = app.tasks["quiet.noop"].delay()
-    eventually("and another while the other broker is gone", lambda: kafka_pool.ended()[second_lone.id] == 1, 30)
+    eventually(
+        "and another while the other broker is gone", lambda: kafka_pool.ended()[second_lone.id] == 1, 30
+    )
     first.start()
     # The flood was still under way: the quiet pool did not wait for it.
     assert len(kafka_ids - kafka_pool.ended().keys()) > 100

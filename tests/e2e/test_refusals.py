@@ -67,7 +67,7 @@ def test_settings_that_are_wrong(direct_pool: Pool) -> None:
     wrong = direct_pool.broker("wrong", start=False, GRPC_PROT="50051", MAX_DELIVERIES="many")
     wrong.start(serving=False)
     refused(wrong, "TASKBROKER_GRPC_PROT", "grpc_port", "max_deliveries", "many", code=2)
-    open_to_all = direct_pool.broker("open", start=False, GRPC_ADDR="0.0.0.0")  # noqa: S104
+    open_to_all = direct_pool.broker("open", start=False, GRPC_ADDR="0.0.0.0")
     open_to_all.start(serving=False)
     refused(open_to_all, "TASKBROKER_GRPC_SHARED_SECRET", "TASKBROKER_INSECURE=1", code=2)
 
@@ -143,7 +143,9 @@ def test_an_application_that_cannot_be_loaded(direct_pool: Pool) -> None:
         ("tests.e2e.tasks:make_app", ["make_app", "not a penstock_client.App"]),
         ("tests.e2e.harness:nothing", ["nothing"]),
     ):
-        worker = Process(path.replace(":", "-"), direct_pool.folder, ["-m", "penstock_worker", "run", path], {})
+        worker = Process(
+            path.replace(":", "-"), direct_pool.folder, ["-m", "penstock_worker", "run", path], {}
+        )
         direct_pool.processes.append(worker)
         worker.start()
         refused(worker, *words)

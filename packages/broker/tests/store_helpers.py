@@ -38,7 +38,7 @@ def open_store(path: Path, clock: ManualClock, limits: StoreLimits | None = None
     return Inflight(Database(path, limits.lifecycle, clock.wall_ms()), clock, limits, inline)
 
 
-def activation(
+def activation(  # noqa: PLR0913 - one for each field that a test may want
     id: str,
     clock: ManualClock,
     *,

@@ -57,18 +57,20 @@ def test_boundary(
 @pytest.mark.parametrize(
     ("listed", "committed", "taken", "expected"),
     [
-        pytest.param((), None, -1, Start(None, False), id="nothing known: the reset policy"),
-        pytest.param((), None, 30, Start(30, True), id="the group lost its offset, the store did not"),
-        pytest.param(owners((0, A)), 20, 30, Start(30, True), id="mine: go on where I was"),
-        pytest.param(owners((0, A)), 30, 20, Start(30, False, 10), id="mine, and moved ahead: an alarm"),
-        pytest.param(owners((0, A)), 30, -1, Start(30, False), id="mine, and nothing was taken"),
-        pytest.param(owners((0, B)), 30, 20, Start(30, False), id="another's: from its commit"),
-        pytest.param(owners((0, B)), 20, 20, Start(20, True), id="another's, which took nothing"),
-        pytest.param((), 20, 30, Start(20, False), id="set back by hand"),
+        pytest.param((), None, (-1, -1), Start(None, None, False), id="nothing known: the reset policy"),
+        pytest.param((), None, (5, 30), Start(30, 5, True), id="the group has no offset, the store has"),
+        pytest.param(owners((0, A)), 20, (5, 30), Start(30, 30, True), id="mine: go on where I was"),
+        pytest.param(
+            owners((0, A)), 30, (5, 20), Start(30, 30, False, 10), id="mine, and moved ahead: an alarm"
+        ),
+        pytest.param(owners((0, A)), 30, (-1, -1), Start(30, 30, False), id="mine, and nothing was taken"),
+        pytest.param(owners((0, B)), 30, (5, 20), Start(30, 30, False), id="another's: from its commit"),
+        pytest.param(owners((0, B)), 20, (5, 20), Start(20, 20, True), id="another's, which took nothing"),
+        pytest.param((), 20, (5, 30), Start(20, 20, False), id="set back by hand"),
     ],
 )
 def test_where_reading_starts(
-    listed: tuple[Owner, ...], committed: int | None, taken: int, expected: Start
+    listed: tuple[Owner, ...], committed: int | None, taken: tuple[int, int], expected: Start
 ) -> None:
     assert choose_start(listed, committed, taken, A) == expected
 
@@ -129,6 +131,7 @@ class Broker:
     """What the store keeps of the partition; it survives a crash of the process."""
 
     me: Me
+    begun: int = -1
     taken: int = -1
     covered: int = 0
     # Uncovered rows; they may run, but nothing of them is acknowledged.
@@ -181,12 +184,12 @@ class Partition(RuleBasedStateMachine):
 
     def begin(self, broker: Broker) -> None:
         known = self.resolve(broker, assigned=True)
-        start = choose_start(known, self.committed, broker.taken, broker.me)
+        start = choose_start(known, self.committed, (broker.begun, broker.taken), broker.me)
         assert not start.skipped
-        offset = 0 if start.offset is None else start.offset
+        offset, since = (start.offset or 0, start.since or 0)
         if not start.continues:
-            broker.taken = offset
-        broker.reading = record_owner(known, offset, broker.me, broker.epoch)
+            broker.begun = broker.taken = offset
+        broker.reading = record_owner(known, since, broker.me, broker.epoch)
 
     brokers_ = st.integers(0, brokers_max - 1)
 

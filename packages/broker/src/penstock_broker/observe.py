@@ -20,8 +20,7 @@ class Observer:
         self._store = store
         self._waiting = waiting
         # What the counters were told of the store's own totals.
-        self._told: dict[object, int] = {}
-        self._told.update(store.memory.books)
+        self._told: dict[object, int] = {key: n for key, n in store.memory.books.items()}  # noqa: C416 - wider
         self._hit = metrics.claims.labels("hit")
         self._empty = metrics.claims.labels("empty")
         waiting.on_claimed = self._claimed

@@ -46,7 +46,7 @@ class App:
     Raises ConfigError.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the words of a declaration
         self,
         name: str,
         *,
@@ -144,7 +144,8 @@ class App:
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 raise AppError(
-                    f"the module {module!r} of App(imports=...) cannot be imported: {type(error).__name__}: {error}"
+                    f"the module {module!r} of App(imports=...) cannot be imported:"
+                    f" {type(error).__name__}: {error}"
                 ) from error
 
     # -- sending
@@ -194,7 +195,8 @@ class App:
         if task is None:
             task = Task(
                 self, _elsewhere, name=name, namespace=self._queue_for(name, queue), bind=False, retry=retry,
-                deadline_seconds=round(seconds("deadline", deadline)), expires_seconds=None, at_most_once=False,
+                deadline_seconds=round(seconds("deadline", deadline)), expires_seconds=None,
+                at_most_once=False,
             )  # fmt: skip
         return task.apply_async(args, kwargs, **options)
 
@@ -204,8 +206,8 @@ class App:
         if len(self._namespaces) == 1:
             return next(iter(self._namespaces))
         raise AppError(
-            f"send_task({name!r}): the task is not registered here, and {len(self._namespaces)} namespaces are"
-            " declared: say which with queue="
+            f"send_task({name!r}): the task is not registered here, and {len(self._namespaces)} namespaces"
+            " are declared: say which with queue="
         )
 
     def flush(self, timeout: float | None = None) -> int:
@@ -266,7 +268,7 @@ class Namespace:
     @overload
     def task(self, fn: Callable[..., Any], /) -> Any: ...
 
-    def task(self, fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    def task(self, fn: Any = None, /, *, name: str = "", bind: bool = False, **options: Any) -> Any:
         """Register a function: ``@namespace.task(name="payments.charge", deadline=30)``.
 
         Options: ``name`` (required: it is what messages carry, whatever the function is called later),
@@ -278,11 +280,11 @@ class Namespace:
             raise TypeError(_name_missing(fn))
 
         def declare(fn: Callable[..., Any]) -> Task[..., Any]:
-            return self._declare(fn, **options)
+            return self._declare(fn, name=name, bind=bind, **options)
 
         return declare
 
-    def _declare(
+    def _declare(  # noqa: PLR0913 - the words of a declaration
         self,
         fn: Callable[..., Any],
         *,
@@ -343,8 +345,8 @@ class Namespace:
         if strict == "off" or task.takes_more():
             return
         problem = (
-            f"task {task.name!r} ({_place(task.fn)}) has no **kwargs: while a deploy is under way, older workers"
-            " cannot take an argument that newer code sends, and give such tasks back"
+            f"task {task.name!r} ({_place(task.fn)}) has no **kwargs: while a deploy is under way, older"
+            " workers cannot take an argument that newer code sends, and give such tasks back"
         )
         if strict == "error":
             raise TypeError(f"{problem}. Add **kwargs, or set strict_kwargs")

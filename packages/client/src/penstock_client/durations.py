@@ -25,7 +25,7 @@ def seconds(name: str, value: Duration) -> float:
                 f'{name}={value!r} is no duration: give seconds, or a text like "90s", "5m", "1h"'
             )
         number = float(match[1]) * _UNITS[match[2]]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif type(value) in (int, float):
         number = float(value)
     else:
         raise TypeError(

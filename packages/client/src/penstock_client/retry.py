@@ -92,11 +92,7 @@ class Retry:
     on_exceeded: OnExceeded = "deadletter"
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.max_attempts, bool)
-            or not isinstance(self.max_attempts, int)
-            or self.max_attempts < 1
-        ):
+        if type(self.max_attempts) is not int or self.max_attempts < 1:
             raise ValueError(f"max_attempts counts starts and must be at least 1, not {self.max_attempts!r}")
         if self.on_exceeded not in ("deadletter", "discard"):
             raise ValueError(f'on_exceeded must be "deadletter" or "discard", not {self.on_exceeded!r}')

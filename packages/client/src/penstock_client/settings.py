@@ -1,4 +1,7 @@
-"""Settings of a producer: defaults < YAML file (PENSTOCK_CONFIG) < environment (PENSTOCK_...) < arguments of App."""
+"""Settings of a producer: defaults < YAML file < environment < arguments of App.
+
+The file is named by PENSTOCK_CONFIG, the variables are PENSTOCK_ and the name of the setting.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,9 @@ def load_settings(
         values |= _from_file(Path(path))
     values |= _from_environment(os.environ)
     values |= {name: (value, f"App({name}=)") for name, value in arguments.items() if value is not None}
-    checked: dict[str, Any] = {name: _checked(name, value, origin) for name, (value, origin) in values.items()}
+    checked: dict[str, Any] = {
+        name: _checked(name, value, origin) for name, (value, origin) in values.items()
+    }
     settings = ClientSettings(**checked)
     if settings.kafka and settings.broker:
         _, kafka_from = values["kafka"]

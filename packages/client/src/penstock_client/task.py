@@ -92,7 +92,7 @@ class Options:
 class Task(Generic[P, R]):
     """A registered function. Calling it runs it here; ``delay`` and ``apply_async`` send it."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a declaration says
         self,
         app: App,
         fn: Callable[..., R],
@@ -227,8 +227,8 @@ class Task(Generic[P, R]):
             if size > settings.payload_bytes_max:
                 raise PayloadError(
                     f"task {self.name}: the arguments take {size} bytes, more than payload_bytes_max"
-                    f" ({settings.payload_bytes_max}); the largest is {_largest(args, kwargs)}. Store the data"
-                    " elsewhere and send its key"
+                    f" ({settings.payload_bytes_max}); the largest is {_largest(args, kwargs)}. Store the"
+                    " data elsewhere and send its key"
                 )
             warnings.warn(
                 f"task {self.name}: the arguments take {size} bytes (payload_warn_bytes is"
@@ -349,13 +349,13 @@ def _texts(headers: Mapping[str, str] | None) -> dict[str, str] | None:
     if headers is None:
         return None
     for name, value in headers.items():
-        if not (isinstance(name, str) and isinstance(value, str)):
+        if type(name) is not str or type(value) is not str:
             raise TypeError(f"headers are texts; {name!r} is {value!r}")
     return dict(headers)
 
 
 def _id(task_id: str | None) -> str | None:
-    if task_id is not None and not (isinstance(task_id, str) and 0 < len(task_id) <= 256):
+    if task_id is not None and (type(task_id) is not str or not 0 < len(task_id) <= 256):
         raise ValueError(f"task_id must be a text of 1 to 256 characters, not {task_id!r:.100}")
     return task_id
 

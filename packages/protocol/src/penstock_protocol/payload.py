@@ -38,10 +38,10 @@ def encode_parameters(args: Sequence[object], kwargs: Mapping[str, object]) -> b
     """The msgpack of a call's arguments. Raises PayloadError naming the argument and its type."""
     for position, value in enumerate(args):
         if type(value) not in _SCALARS:
-            _check(value, lambda position=position: f"argument {position}", 1)  # type: ignore[misc]
+            _check(value, lambda position=position: f"argument {position}", 1)
     for name, value in kwargs.items():
         if type(value) not in _SCALARS:
-            _check(value, lambda name=name: f"argument {name!r}", 1)  # type: ignore[misc]
+            _check(value, lambda name=name: f"argument {name!r}", 1)
     try:
         return _pack({"args": args, "kwargs": kwargs})
     except UnicodeEncodeError as error:

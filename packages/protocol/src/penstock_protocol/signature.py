@@ -19,4 +19,5 @@ def verify(secrets: Sequence[str], method_path: str, body: bytes, signature: str
     """Whether any of ``secrets`` made ``signature``. Takes the same time wherever they differ."""
     given = signature.encode("utf-8", "surrogatepass")
     expected = [sign(secret, method_path, body).encode() for secret in secrets]
-    return any([hmac.compare_digest(e, given) for e in expected])
+    # All are compared, so that the time does not tell which one it was.
+    return sum(hmac.compare_digest(e, given) for e in expected) > 0

@@ -112,7 +112,7 @@ def build(
         )
     )
     for service, methods in services.items():
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             name: grpc.unary_unary_rpc_method_handler(_edge(f"/{service}/{name}", method, secrets, observe))
             for name, method in methods.items()
         }

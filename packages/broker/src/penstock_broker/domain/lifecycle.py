@@ -150,7 +150,7 @@ def decide(
     return change
 
 
-def _keep(
+def _keep(  # noqa: PLR0913 - one for each field that may change
     row: Activation,
     status: Status,
     ready_at: int,

@@ -224,7 +224,7 @@ class Intake:
     def _begin(self, found: Found) -> Begun:
         source = self.store.source(self.topic, found.partition)
         self._say_whose(source, found, assigned=True)
-        start = choose_start(found.owners, found.committed, source.next, self.me)
+        start = choose_start(found.owners, found.committed, (source.start, source.next), self.me)
         return self._begin_at(self._within_log(start, found), source, found)
 
     async def begin_inside(self, found: Sequence[Found]) -> list[Begun]:
@@ -232,13 +232,13 @@ class Intake:
         begun = []
         for partition in found:
             source = self.store.source(self.topic, partition.partition)
-            start = self._within_log(Start(source.next, continues=True), partition)
+            start = self._within_log(Start(source.next, source.next, continues=True), partition)
             begun.append(self._begin_at(start, source, partition))
         await self.store.committed()
         return begun
 
     def _begin_at(self, start: Start, source: Source, found: Found) -> Begun:
-        assert start.offset is not None
+        assert start.offset is not None and start.since is not None
         if start.skipped:
             self.offsets_skipped += start.skipped
             log.error(
@@ -250,14 +250,15 @@ class Intake:
             )
         if not start.continues:
             self.store.begin_range(source, start.offset)
-        owners = record_owner(found.owners, start.offset, self.me, self.store.epoch)
+        owners = record_owner(found.owners, start.since, self.me, self.store.epoch)
         self.readings[found.partition] = Reading(source, owners, encode(owners), durable=start.offset)
         return Begun(found.partition, source.id, start.offset)
 
     def _within_log(self, start: Start, found: Found) -> Start:
         """``start`` made definite: by the reset policy where nothing is known, and inside the log."""
         if start.offset is None:
-            return Start(found.low if self._reset == "earliest" else found.high, continues=False)
+            offset = found.low if self._reset == "earliest" else found.high
+            return Start(offset, offset, continues=False)
         if found.low < 0 or found.low <= start.offset <= found.high:
             return start
         if start.offset > found.high:
@@ -269,7 +270,7 @@ class Intake:
                 read_to=start.offset,
                 log_end=found.high,
             )
-        return Start(found.low, continues=False, skipped=max(0, found.low - start.offset))
+        return Start(found.low, found.low, continues=False, skipped=max(0, found.low - start.offset))
 
     async def begun(self, partitions: Iterable[int]) -> None:
         """They are being read: let the group know that they are ours."""

@@ -108,25 +108,30 @@ def boundary(owners: Sequence[Owner], committed: int | None, me: Me, assigned: b
 class Start(NamedTuple):
     """Where to read. ``offset`` None: nothing is known, the reset policy decides.
 
-    ``continues``: the range taken so far goes on; else a new one begins. ``skipped``: offsets that
-    nobody here has read and that are jumped over, because the group's offset was moved ahead.
+    ``continues``: the range taken so far goes on; else a new one begins. ``since``: from there on all
+    is, or will be, read here; less than ``offset`` where what was taken before has never been recorded.
+    ``skipped``: offsets that nobody here has read and that are jumped over, because the group's offset
+    was moved ahead.
     """
 
     offset: int | None
+    since: int | None
     continues: bool
     skipped: int = 0
 
 
-def choose_start(owners: Sequence[Owner], committed: int | None, taken: int, me: Me) -> Start:
+def choose_start(owners: Sequence[Owner], committed: int | None, taken: tuple[int, int], me: Me) -> Start:
     """Where to read a partition that was just assigned.
 
-    ``taken``: the end of what this broker took of it and, after ``boundary``, still has; -1: nothing.
+    ``taken``: the range that this broker took of it and, after ``boundary``, still has: its start and
+    its end; (-1, -1): nothing.
     """
+    first, end = taken
     if committed is None:
-        return Start(taken, continues=True) if taken >= 0 else Start(None, continues=False)
+        return Start(end, min(first, end), continues=True) if end >= 0 else Start(None, None, continues=False)
     mine = bool(owners) and owners[0].me == me
     if not mine:
-        return Start(committed, continues=committed == taken)
-    if committed <= taken:
-        return Start(taken, continues=True)
-    return Start(committed, continues=False, skipped=committed - taken if taken >= 0 else 0)
+        return Start(committed, committed, continues=committed == end)
+    if committed <= end:
+        return Start(end, end, continues=True)
+    return Start(committed, committed, continues=False, skipped=committed - end if end >= 0 else 0)

@@ -17,7 +17,17 @@ import apsw
 from penstock_broker.domain.activation import Activation, OnExceeded, Status, hash_id
 from penstock_broker.domain.lifecycle import IllegalTransition, Limits, decide
 from penstock_broker.errors import FatalError
-from penstock_broker.store.batch import Answer, Batch, Move, PageRequest, Report, Written, move, repeated, wake_at
+from penstock_broker.store.batch import (
+    Answer,
+    Batch,
+    Move,
+    PageRequest,
+    Report,
+    Written,
+    move,
+    repeated,
+    wake_at,
+)
 from penstock_broker.store.finished import last_of
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_VERSION
 
@@ -26,9 +36,9 @@ CHECKPOINT_BYTES = 16 * 1024 * 1024
 DUE_ROWS_MAX = 2000
 
 _INSERT_COLUMNS = (
-    "seq, status, pair, ready_at, wake_at, spilled, attempts, lost, reason, error, source, log_offset, received_at,"
-    " expires_at, deadline_ms, max_attempts, on_exceeded, at_most_once, retry_delay_ms, id, taskname,"
-    " checksum, size, body"
+    "seq, status, pair, ready_at, wake_at, spilled, attempts, lost, reason, error, source, log_offset,"
+    " received_at, expires_at, deadline_ms, max_attempts, on_exceeded, at_most_once, retry_delay_ms, id,"
+    " taskname, checksum, size, body"
 )
 _INSERT_WIDTH = _INSERT_COLUMNS.count(",") + 1
 _MOVE_WIDTH = len(Move._fields)
@@ -36,10 +46,10 @@ _MOVE_WIDTH = len(Move._fields)
 _CHUNKS = (512, 64, 8, 1)
 
 _LOAD_COLUMNS = (
-    "a.seq, a.status, a.pair, p.application, p.namespace, a.ready_at, a.claim, a.claim_epoch, a.attempts, a.lost,"
-    " a.last_outcome, a.given_back_at, a.reason, a.error, a.source, a.log_offset, a.received_at, a.expires_at,"
-    " a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id, a.taskname, a.size,"
-    " a.checksum"
+    "a.seq, a.status, a.pair, p.application, p.namespace, a.ready_at, a.claim, a.claim_epoch, a.attempts,"
+    " a.lost, a.last_outcome, a.given_back_at, a.reason, a.error, a.source, a.log_offset, a.received_at,"
+    " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id,"
+    " a.taskname, a.size, a.checksum"
 )
 _BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
 _FROM = " FROM activation a JOIN pair p ON p.pair = a.pair"
@@ -143,7 +153,7 @@ class Database:
         ) as error:
             raise FatalError(
                 f"cannot open the database {self.path}: {error}",
-                "set db_path (TASKBROKER_DB_PATH) to a broker's database or to a file that does not exist yet",
+                "set db_path (TASKBROKER_DB_PATH) to a broker's database or to a file that is not there yet",
             ) from None
         return connection
 
@@ -204,7 +214,8 @@ class Database:
             c.executemany("INSERT INTO pair VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
             c.executemany(
-                "INSERT INTO source (source, topic, partition, start, next, covered) VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
+                "INSERT INTO source (source, topic, partition, start, next, covered)"
+                " VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
                 " ON CONFLICT (source) DO UPDATE SET start = ?4, next = ?5, covered = ?6",
                 [(source, *values) for source, values in batch.sources.items()],
             )
@@ -246,9 +257,9 @@ class Database:
             values += (
                 row.seq, int(row.status), row.pair, row.ready_at,
                 wake_at(row.status, row.ready_at, row.expires_at), row.spilled, row.attempts, row.lost,
-                row.reason, row.error, row.source, row.offset, row.received_at, row.expires_at, row.deadline_ms,
-                row.max_attempts, int(row.on_exceeded), int(row.at_most_once), row.retry_delay_ms, row.id,
-                row.taskname, checksum(row), row.size, body,
+                row.reason, row.error, row.source, row.offset, row.received_at, row.expires_at,
+                row.deadline_ms, row.max_attempts, int(row.on_exceeded), int(row.at_most_once),
+                row.retry_delay_ms, row.id, row.taskname, checksum(row), row.size, body,
             )  # fmt: skip
         self._in_chunks(values, _INSERT_WIDTH, _INSERT_SQL)
         if payloads:
@@ -302,14 +313,14 @@ class Database:
     def _wake(self, now: int, ready_at: int, written: Written) -> None:
         """Delayed rows that are due become pending; expired ones are told to the caller."""
         c = self._connection
-        due = c.execute(
+        due: list[Any] = c.execute(
             "UPDATE activation SET status = 1, spilled = 1, ready_at = ?2, wake_at = expires_at WHERE seq IN"
             " (SELECT seq FROM activation WHERE wake_at <= ?1 AND status = 2"
             "  AND (expires_at IS NULL OR expires_at > ?1) ORDER BY wake_at LIMIT ?3) RETURNING pair",
             (now, ready_at, DUE_ROWS_MAX),
         ).fetchall()
         for (pair,) in due:
-            written.due[int(pair)] = written.due.get(int(pair), 0) + 1
+            written.due[pair] = written.due.get(pair, 0) + 1
         written.expired = [
             seq
             for (seq,) in c.execute(
@@ -430,16 +441,17 @@ _INSERT_SQL = {
 _MOVE_SQL = {
     n: f"WITH v ({', '.join(Move._fields)}) AS (VALUES {_rows_of(n, _MOVE_WIDTH)}) UPDATE activation SET "
     + ", ".join(f"{f} = v.{f}" for f in Move._fields[3:])
-    + " FROM v WHERE activation.seq = v.seq AND activation.status = v.from_status AND activation.claim = v.from_claim"
+    + " FROM v WHERE activation.seq = v.seq AND activation.status = v.from_status"
+    " AND activation.claim = v.from_claim"
     for n in _CHUNKS
 }
 
 
 def _load(record: Sequence[Any]) -> Activation:
     (
-        seq, status, pair, application, namespace, ready_at, claim, claim_epoch, attempts, lost, last_outcome,
-        given_back_at, reason, error, source, offset, received_at, expires_at, deadline_ms, max_attempts, on_exceeded,
-        at_most_once, retry_delay_ms, id, taskname, size, _checksum, body,
+        seq, status, pair, application, namespace, ready_at, claim, claim_epoch, attempts, lost,
+        last_outcome, given_back_at, reason, error, source, offset, received_at, expires_at, deadline_ms,
+        max_attempts, on_exceeded, at_most_once, retry_delay_ms, id, taskname, size, _checksum, body,
     ) = record  # fmt: skip
     return Activation(
         id=id, application=application, namespace=namespace, taskname=taskname, body=body,

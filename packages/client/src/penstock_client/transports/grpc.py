@@ -53,7 +53,7 @@ class GrpcTransport:
                 ("grpc.max_reconnect_backoff_ms", 1_000),
             ),
         )
-        self._call = self._channel.unary_unary(METHOD)
+        self._call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(METHOD)
         self._queue: queue.Queue[_Waiting | None] = queue.Queue(settings.buffer_messages_max)
         self._unacknowledged = 0
         self._changed = threading.Condition()
@@ -126,7 +126,7 @@ class GrpcTransport:
 
     def _failed(self, batch: list[_Waiting], error: grpc.RpcError) -> list[_Waiting]:
         """What is left to try after a call failed."""
-        code, detail = error.code(), error.details()  # type: ignore[attr-defined]
+        code, detail = error.code(), error.details()
         now = time.monotonic()
         left = [w for w in batch if code in _TRANSIENT and now < w[2] and not self._closed]
         kept = {id(w) for w in left}
@@ -138,7 +138,8 @@ class GrpcTransport:
 
     def _fail(self, message: Outgoing, future: Future[None], why: str) -> None:
         failure = SendError(
-            f"task {message.taskname} ({message.id}) was not sent to the broker at {self._settings.broker}: {why}"
+            f"task {message.taskname} ({message.id}) was not sent to the broker at"
+            f" {self._settings.broker}: {why}"
         )
         log.error("%s", failure)
         future.set_exception(failure)
