@@ -19,7 +19,11 @@ from penstock_broker.ingest.admission import (
     AdmissionLimits,
     position_id,
 )
-from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
+from penstock_protocol.v1.activation_pb2 import (
+    ON_ATTEMPTS_EXCEEDED_DEADLETTER,
+    RetryState,
+    TaskActivation,
+)
 
 NOW = 1_800_000_000_000
 DAY_MS = 86_400_000
@@ -48,7 +52,11 @@ def why(row: Activation) -> str:
 def test_an_activation_keeps_its_bytes_and_gives_its_fields() -> None:
     message = task(
         retry_state=RetryState(
-            attempts=1, max_attempts=4, on_attempts_exceeded=2, at_most_once=True, delay_on_retry=7
+            attempts=1,
+            max_attempts=4,
+            on_attempts_exceeded=ON_ATTEMPTS_EXCEEDED_DEADLETTER,
+            at_most_once=True,
+            delay_on_retry=7,
         ),
         processing_deadline_duration=9,
         expires=60,

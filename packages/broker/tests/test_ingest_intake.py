@@ -36,7 +36,8 @@ class Broker:
     def __init__(self, store: Inflight, broker_id: str = "broker-1", reset: str = "earliest") -> None:
         self.kafka = Kafka()
         self.store = store
-        self.intake = Intake(store, "tasks", broker_id, self.kafka.commit, reset)
+        self.intake = Intake(store, "tasks", broker_id, reset)
+        self.intake.commit = self.kafka.commit
         self._admission = Admission(AdmissionLimits())
 
     async def begin(self, *found: Found) -> list[int]:

@@ -18,6 +18,7 @@ from penstock_broker.errors import FatalError
 from penstock_broker.ingest.consumer import KafkaConsumer
 from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.ownership import Me, Owner, decode, encode
+from penstock_broker.ingest.poller import Poller
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
@@ -120,15 +121,15 @@ async def test_an_assignment_that_cannot_be_looked_up_is_begun_later(
     kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kafka.produce("tasks", [task_bytes(f"{n}") for n in range(10)])
-    look_up = KafkaConsumer._look_up
+    look_up = Poller._look_up
     failures = iter([KafkaError._TIMED_OUT, KafkaError._TIMED_OUT])
 
-    def fail_twice(self: KafkaConsumer, *arguments: object, **more: object) -> list[Found]:
+    def fail_twice(self: Poller, *arguments: object, **more: object) -> list[Found]:
         if (code := next(failures, None)) is not None:
             raise KafkaException(KafkaError(code))
         return look_up(self, *arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(KafkaConsumer, "_look_up", fail_twice)
+    monkeypatch.setattr(Poller, "_look_up", fail_twice)
     async with consuming(settings) as (store, consumer):
         await until(lambda: acknowledged(consumer, 10))
         assert [row.offset for row in await rows_of(store)] == list(range(10))

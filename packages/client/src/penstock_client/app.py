@@ -11,7 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from penstock_client.context import TaskContext
 from penstock_client.durations import Duration, seconds
@@ -229,6 +229,19 @@ class App:
             log.error("%d tasks of %s were not acknowledged before the exit and may be lost", left, self.name)
 
 
+class Binding(Protocol):
+    """Decorates a function that takes a TaskContext first.
+
+    With ``**kwargs`` its first parameter must be positional-only (``ctx, /``) for its calls to be
+    type-checked: else ``kwargs`` could hold a ``ctx``, too.
+    """
+
+    @overload
+    def __call__(self, fn: Callable[Concatenate[TaskContext, P], R]) -> Task[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[..., R]) -> Task[..., R]: ...
+
+
 class Namespace:
     """A group of tasks with common defaults; brokers take turns between namespaces."""
 
@@ -258,17 +271,13 @@ class Namespace:
         return f"<Namespace {self.app.name}/{self.name}>"
 
     @overload
-    def task(
-        self, *, name: str, bind: Literal[True], **options: Any
-    ) -> Callable[[Callable[Concatenate[TaskContext, P], R]], Task[P, R]]: ...
+    def task(self, *, name: str, bind: Literal[True], **options: Any) -> Binding: ...
     @overload
     def task(
         self, *, name: str, bind: Literal[False] = False, **options: Any
     ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
-    @overload
-    def task(self, fn: Callable[..., Any], /) -> Any: ...
 
-    def task(self, fn: Any = None, /, *, name: str = "", bind: bool = False, **options: Any) -> Any:
+    def task(self, *functions: Any, **options: Any) -> Any:
         """Register a function: ``@namespace.task(name="payments.charge", deadline=30)``.
 
         Options: ``name`` (required: it is what messages carry, whatever the function is called later),
@@ -276,11 +285,11 @@ class Namespace:
         ``expires``, ``at_most_once``; and Celery's ``max_retries``, ``default_retry_delay``,
         ``autoretry_for``, ``retry_backoff``, ``queue``.
         """
-        if fn is not None:
+        for fn in functions:  # @namespace.task, without a name
             raise TypeError(_name_missing(fn))
 
         def declare(fn: Callable[..., Any]) -> Task[..., Any]:
-            return self._declare(fn, name=name, bind=bind, **options)
+            return self._declare(fn, **options)
 
         return declare
 

@@ -89,7 +89,6 @@ class Reading:
 class Intake:
     """Rows into the store, offsets out of it. Every method is called on the event loop.
 
-    ``commit`` is given offsets to commit, one call at a time, each answered by ``commit_done``.
     ``reset``: where to start when nothing is known, "earliest" or "latest".
     """
 
@@ -98,11 +97,12 @@ class Intake:
         store: Inflight,
         topic: str,
         broker_id: str,
-        commit: Callable[[Sequence[Position]], None],
         reset: str = "earliest",
     ) -> None:
         self.store = store
         self.topic = topic
+        # Given offsets to commit, one call at a time, each answered by ``commit_done``.
+        self.commit: Callable[[Sequence[Position]], None] = lambda positions: None
         self.me = Me(broker_id, store.store_id)
         self.gate = Gate()
         # Assigned partitions; the metrics read it too.
@@ -112,7 +112,6 @@ class Intake:
         self.offsets_skipped = 0
         self.commits_failed = 0
         self.committed_at_ms = store.clock.mono_ms()
-        self._commit = commit
         self._reset = reset
         self._committing = False
         # Commits refused in a row.
@@ -160,7 +159,7 @@ class Intake:
         if not positions:
             return
         self._committing = True
-        self._commit(positions)
+        self.commit(positions)
 
     @property
     def committing(self) -> bool:
@@ -238,7 +237,8 @@ class Intake:
         return begun
 
     def _begin_at(self, start: Start, source: Source, found: Found) -> Begun:
-        assert start.offset is not None and start.since is not None
+        assert start.offset is not None
+        assert start.since is not None
         if start.skipped:
             self.offsets_skipped += start.skipped
             log.error(

@@ -11,6 +11,7 @@ from penstock_broker.config import Settings
 # Messages fetched ahead, in KiB, over all partitions.
 QUEUED_KIB_MAX = 16 * 1024
 STATISTICS_MS = 5000
+RESTART = "restart the broker; nothing that is stored is lost"
 
 Config = dict[str, object]
 

@@ -1,0 +1,36 @@
+"""How a thread of ours speaks to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+ANSWER_SECONDS_MAX = 30.0
+
+
+class EventLoop:
+    """Made on the event loop, used on another thread. What is told and asked arrives in that order."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def tell(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Have it called there, and do not wait."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def ask(self, question: Coroutine[Any, Any, T]) -> T:
+        """Have it run there, and wait for what it returns or raises.
+
+        Raises TimeoutError when the loop does not answer; then it is cancelled.
+        """
+        future = asyncio.run_coroutine_threadsafe(question, self._loop)
+        try:
+            return future.result(ANSWER_SECONDS_MAX)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise TimeoutError("the event loop did not answer") from None
