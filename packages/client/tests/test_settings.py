@@ -1,0 +1,82 @@
+"""Settings: defaults < file < environment < arguments; mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from penstock_client import ConfigError
+from penstock_client.settings import load_settings
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KAFKA", "BROKER", "TOPIC", "CONFIG", "ROUTE_OVERRIDES", "LINGER_MS"):
+        monkeypatch.delenv(f"PENSTOCK_{name}", raising=False)
+
+
+def test_later_sources_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "client.yaml"
+    path.write_text("kafka: file:9092\ntopic: from-file\nlinger_ms: 5\n")
+    monkeypatch.setenv("PENSTOCK_CONFIG", str(path))
+    monkeypatch.setenv("PENSTOCK_TOPIC", "from-environment")
+    settings = load_settings({"linger_ms": 2, "topic": None})
+    assert (settings.kafka, settings.topic, settings.linger_ms) == ("file:9092", "from-environment", 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "taskworker:\n  route:\n    overrides:\n      ingest.errors: slow\n",
+        "taskworker.route.overrides:\n  ingest.errors: slow\n",
+        "taskworker:\n  route.overrides: {ingest.errors: slow}\n",
+        "route_overrides: {ingest.errors: slow}\n",
+    ],
+)
+def test_routes_are_written_as_operators_know_them(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "client.yaml"
+    path.write_text(text)
+    settings = load_settings({}, path)
+    assert settings.topic_of("ingest.errors") == ("slow", "taskworker.route.overrides")
+    assert settings.topic_of("other") == ("taskworker", "topic")
+
+
+def test_routes_in_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_ROUTE_OVERRIDES", '{"reports": "slow"}')
+    assert load_settings({}).route_overrides == {"reports": "slow"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kafak: a:1", ["client.yaml", "'kafak'", "'kafka'"]),
+        ("taskworker: {route: {overides: {a: b}}}", ["overides", "taskworker.route.overrides"]),
+        ("linger_ms: soon", ["linger_ms", "'soon'", "client.yaml"]),
+        ("linger_ms: -1", ["negative"]),
+        ("topic: 7", ["topic", "a text is expected"]),
+        ("strict_kwargs: maybe", ["off, warn or error"]),
+        ("route_overrides: [a]", ["mapping of namespace to topic"]),
+        ("- a list", ["must be a mapping"]),
+        ("a: [", ["no YAML"]),
+        ("{kafka: 'a:1', broker: 'b:1'}", ["both kafka", "remove one"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "client.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_settings({}, path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        load_settings({}, tmp_path / "nowhere.yaml")
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_LINGER_MS", "soon")
+    with pytest.raises(ConfigError, match="PENSTOCK_LINGER_MS"):
+        load_settings({})

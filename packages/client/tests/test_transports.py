@@ -1,0 +1,177 @@
+"""Transports against real counterparts: a mock cluster, a port where nobody listens, a gRPC server."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from confluent_kafka import Consumer, Producer
+
+from penstock_client import App, BufferFull, ConfigError, SendError, Task
+from penstock_protocol import signature
+from penstock_protocol.v1 import activation_pb2, producer_pb2
+
+METHOD = "/penstock.v1.ProducerService/SendTasks"
+
+
+def task_of(app: App) -> Task[[int], None]:
+    @app.namespace("main").task(name="t", retry=None)
+    def task(n: int) -> None: ...
+
+    return task
+
+
+def send_many(task: Task[[int], None], count: int) -> None:
+    for n in range(count):
+        task.delay(n)
+
+
+def unused_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def mock_kafka() -> Iterator[str]:
+    cluster = Producer({"bootstrap.servers": "unused", "test.mock.num.brokers": 1})
+    broker = next(iter(cluster.list_topics(timeout=10).brokers.values()))
+    yield f"{broker.host}:{broker.port}"
+    del cluster  # it lives as long as the producer
+
+
+def test_through_kafka(mock_kafka: str) -> None:
+    app = App("a", kafka=mock_kafka, strict_kwargs="off")
+    task = task_of(app)
+    refs = [task.delay(n) for n in range(500)]
+    keyed = task.options(task_id="mine", headers={"traceparent": "00-a-b-01"}).delay(1)
+    assert keyed.wait(20) is keyed
+    assert app.flush(20) == 0
+    assert all(ref.future.done() for ref in refs)
+    consumer = Consumer({"bootstrap.servers": mock_kafka, "group.id": "g", "auto.offset.reset": "earliest"})
+    consumer.subscribe(["taskworker"])
+    messages = []
+    deadline = time.monotonic() + 30
+    while len(messages) < 501 and time.monotonic() < deadline:
+        messages += [message for message in consumer.consume(500, 0.2) if message.error() is None]
+    consumer.close()
+    ids = [activation_pb2.TaskActivation.FromString(message.value() or b"").id for message in messages]
+    assert sorted(ids) == sorted([keyed.id, *(ref.id for ref in refs)])
+    (with_key,) = [message for message in messages if message.key()]
+    assert (with_key.key(), with_key.headers()) == (b"mine", [("traceparent", b"00-a-b-01")])
+    app.close()
+
+
+def test_without_kafka_sending_is_bounded_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    address = f"127.0.0.1:{unused_port()}"
+    app = App(
+        "a", kafka=address, strict_kwargs="off", send_timeout_seconds=0.3, delivery_timeout_seconds=1,
+        buffer_messages_max=10,
+    )  # fmt: skip
+    task = task_of(app)
+    first = task.delay(0)
+    with pytest.raises(SendError, match="not acknowledged within"):
+        task.options(wait=True).delay(1)
+    with pytest.raises(BufferFull, match=r"10 tasks wait for Kafka at .*buffer_messages_max"):
+        send_many(task, 50)
+    with pytest.raises(SendError, match=rf"task t \({first.id}\) was not sent to topic 'taskworker'"):
+        first.wait(20)
+    assert first.id in caplog.text
+    app.close()
+
+
+def test_nothing_says_where_tasks_go() -> None:
+    with pytest.raises(ConfigError, match=r"PENSTOCK_KAFKA for Kafka,.* or PENSTOCK_BROKER"):
+        task_of(App("a", strict_kwargs="off")).delay(1)
+
+
+def test_what_was_sent_is_flushed_at_the_exit(mock_kafka: str) -> None:
+    code = (
+        "import sys; from penstock_client import App\n"
+        f"app = App('a', kafka='{mock_kafka}', linger_ms=300, strict_kwargs='off')\n"
+        "task = app.namespace('n').task(name='t', retry=None)(lambda: None)\n"
+        "task.delay().future.add_done_callback(lambda f: sys.stderr.write(f'told {f.exception()}'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == "told None"
+
+
+class BrokerDouble(grpc.GenericRpcHandler):
+    """The other side of SendTasks: fails as told, then answers."""
+
+    def __init__(self) -> None:
+        self.failures: list[grpc.StatusCode] = []
+        self.requests: list[producer_pb2.SendTasksRequest] = []
+        self.signatures: list[bool] = []
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
+        return grpc.unary_unary_rpc_method_handler(self._send) if details.method == METHOD else None
+
+    def _send(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        if self.failures:
+            context.abort(self.failures.pop(0), "as told")
+        given = dict(context.invocation_metadata()).get(signature.HEADER, "")
+        self.signatures.append(signature.verify(["secret"], METHOD, request, str(given)))
+        parsed = producer_pb2.SendTasksRequest.FromString(request)
+        self.requests.append(parsed)
+        answers = []
+        for activation in parsed.activations:
+            rejected = activation.headers.get("bad") == "yes"
+            result = producer_pb2.SEND_RESULT_REJECTED if rejected else producer_pb2.SEND_RESULT_ACCEPTED
+            answers.append(producer_pb2.SendAnswer(result=result, reason="it is bad" if rejected else ""))
+        return producer_pb2.SendTasksResponse(answers=answers).SerializeToString()
+
+
+@pytest.fixture
+def broker() -> Iterator[tuple[BrokerDouble, str]]:
+    double, server = BrokerDouble(), grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((double,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield double, f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def test_straight_to_a_broker(broker: tuple[BrokerDouble, str]) -> None:
+    double, address = broker
+    app = App("a", broker=address, grpc_shared_secret="secret", strict_kwargs="off")
+    task = task_of(app)
+    task.delay(0).wait(10)
+    refs = [task.delay(n) for n in range(300)]
+    refused = task.options(headers={"bad": "yes"}).delay(1)
+    assert app.flush(10) == 0
+    assert all(ref.future.exception() is None for ref in refs)
+    with pytest.raises(SendError, match="the broker refused it: it is bad"):
+        refused.wait(1)
+    assert all(double.signatures)
+    # Many tasks share a call.
+    assert len(double.requests) < 100
+    app.close()
+
+
+def test_a_broker_that_restarts_is_tried_again_under_the_same_id(broker: tuple[BrokerDouble, str]) -> None:
+    double, address = broker
+    double.failures = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED]
+    app = App("a", broker=address, strict_kwargs="off")
+    ref = task_of(app).delay(1).wait(10)
+    assert [a.id for request in double.requests for a in request.activations] == [ref.id]
+    double.failures = [grpc.StatusCode.UNAUTHENTICATED]
+    with pytest.raises(SendError, match="unauthenticated: as told"):
+        task_of(app).delay(1).wait(10)
+    app.close()
+
+
+def test_a_broker_that_is_not_there_fails_the_future_in_time() -> None:
+    address = f"127.0.0.1:{unused_port()}"
+    app = App("a", broker=address, strict_kwargs="off", delivery_timeout_seconds=0.5)
+    with pytest.raises(SendError, match=rf"was not sent to the broker at {address}: unavailable"):
+        task_of(app).delay(1).wait(20)
+    app.close()

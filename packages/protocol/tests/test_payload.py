@@ -1,0 +1,138 @@
+"""Arguments as bytes: what goes in comes out, anything else is refused by name, and within bounds."""
+
+from __future__ import annotations
+
+import decimal
+import enum
+import json
+import resource
+import uuid
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock_protocol.payload import (
+    PAYLOAD_BYTES_MAX,
+    PayloadError,
+    compress,
+    decode_parameters,
+    encode_parameters,
+)
+from penstock_protocol.v1.activation_pb2 import TaskActivation
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(st.lists(values, max_size=4), st.dictionaries(st.text(), values, max_size=4), st.booleans())
+def test_what_goes_in_comes_out(args: list[object], kwargs: dict[str, object], compressed: bool) -> None:
+    packed = encode_parameters(args, kwargs)
+    activation = TaskActivation(parameters_bytes=compress(packed) if compressed else packed)
+    if compressed:
+        activation.headers["compression-type"] = "zstd"
+    assert decode_parameters(activation) == (args, kwargs)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Text(str):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (uuid.uuid4(), "uuid.UUID"),
+        (decimal.Decimal(1), "decimal.Decimal"),
+        (Colour.RED, "Colour"),
+        ({1, 2}, "set"),
+        (object(), "object"),
+        (1j, "complex"),
+        (bytearray(b"x"), "bytearray"),
+        (Text("subclass"), "Text"),
+    ],
+)
+def test_what_would_change_on_the_way_is_refused_by_name(value: object, kind: str) -> None:
+    with pytest.raises(PayloadError, match=rf"argument 1 is of type .*{kind}"):
+        encode_parameters([1, value], {})
+    with pytest.raises(PayloadError, match=rf"argument 'order'\['lines'\]\[2\] is of type .*{kind}"):
+        encode_parameters([], {"order": {"lines": [1, 2, value]}})
+
+
+def test_integers_keys_and_depth_have_limits() -> None:
+    with pytest.raises(PayloadError, match="argument 'n' is an int beyond 64 bits"):
+        encode_parameters([], {"n": 2**64})
+    with pytest.raises(PayloadError, match=r"argument 0 is a dict with the key 7 of type int"):
+        encode_parameters([{7: 1}], {})
+    nested: list[object] = []
+    for _ in range(100):
+        nested = [nested]
+    with pytest.raises(PayloadError, match="nested"):
+        encode_parameters([nested], {})
+    cycle: list[object] = []
+    cycle.append(cycle)
+    with pytest.raises(PayloadError, match="nested"):
+        encode_parameters([cycle], {})
+
+
+def test_a_tuple_becomes_a_list() -> None:
+    activation = TaskActivation(parameters_bytes=encode_parameters([(1, (2,))], {}))
+    assert decode_parameters(activation) == ([[1, [2]]], {})
+
+
+def test_the_older_json_is_read() -> None:
+    text = json.dumps({"args": [1, "x"], "kwargs": {"a": None}})
+    assert decode_parameters(TaskActivation(parameters=text)) == ([1, "x"], {"a": None})
+    assert decode_parameters(TaskActivation()) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("activation", "why"),
+    [
+        (TaskActivation(parameters_bytes=b"\xc1"), "no msgpack"),
+        (TaskActivation(parameters_bytes=b"\xdd\xff\xff\xff\xff"), "no msgpack"),
+        (TaskActivation(parameters_bytes=b"\x91" * 100_000), "no msgpack"),
+        (TaskActivation(parameters_bytes=b"\x90"), "not of the form"),
+        (TaskActivation(parameters_bytes=b"\x81\xa4args\xa1x"), "not of the form"),
+        (TaskActivation(parameters="{"), "no JSON"),
+        (TaskActivation(parameters="[" * 100_000), "no JSON"),
+        (TaskActivation(parameters="[]"), "not of the form"),
+        (TaskActivation(parameters_bytes=b"x", headers={"compression-type": "zstd"}), "no zstd frame"),
+        (TaskActivation(parameters_bytes=b"x", headers={"compression-type": "lzma"}), "lzma"),
+    ],
+)
+def test_what_is_not_ours_is_refused(activation: TaskActivation, why: str) -> None:
+    with pytest.raises(PayloadError, match=why):
+        decode_parameters(activation)
+
+
+def frames() -> dict[str, bytes]:
+    """Small frames that would become large."""
+    big = zstandard.ZstdCompressor().compress(bytes(512 * 1024 * 1024))
+    assert len(big) < 64 * 1024
+    streaming = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    unsized = b"".join(streaming.compress(bytes(1 << 20)) for _ in range(64)) + streaming.flush()
+    return {"declares 512 MiB": big, "does not say, and is 64 MiB": unsized}
+
+
+def test_a_bomb_is_refused_before_it_takes_memory() -> None:
+    bombs = frames()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for frame in bombs.values():
+        activation = TaskActivation(parameters_bytes=frame, headers={"compression-type": "zstd"})
+        with pytest.raises(PayloadError, match=str(PAYLOAD_BYTES_MAX)):
+            decode_parameters(activation)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 3 * PAYLOAD_BYTES_MAX // 1024
