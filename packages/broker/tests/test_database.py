@@ -34,7 +34,7 @@ def test_the_epoch_rises_with_every_start_and_the_store_keeps_its_id(tmp_path: P
 
 def test_the_settings_that_durability_needs_are_in_force(tmp_path: Path) -> None:
     database = open_database(tmp_path / "store.sqlite")
-    pragma = database._connection.pragma
+    pragma = database.connection.pragma
     assert pragma("journal_mode") == "wal"
     assert pragma("synchronous") == 2
     assert pragma("wal_autocheckpoint") == 0

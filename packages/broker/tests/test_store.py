@@ -414,11 +414,11 @@ async def test_large_bodies_have_a_row_of_their_own_that_goes_with_them(
     body = bytes(50_000)
     await insert(store, activation("a", clock, body=body))
     count = "SELECT count(*) FROM payload"
-    assert store.database._connection.execute(count).get == 1
+    assert store.database.connection.execute(count).get == 1
     row = claim_one(store)
     assert row.body == body
     assert await settled(store, token_of(store, row), Event.COMPLETE) is Answer.APPLIED
-    assert store.database._connection.execute(count).get == 0
+    assert store.database.connection.execute(count).get == 0
 
 
 async def test_a_client_without_tokens_settles_by_id(tmp_path: Path, clock: ManualClock) -> None:

@@ -54,6 +54,8 @@ def test_routes_in_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("taskworker: {route: {overides: {a: b}}}", ["overides", "taskworker.route.overrides"]),
         ("linger_ms: soon", ["linger_ms", "'soon'", "client.yaml"]),
         ("linger_ms: -1", ["negative"]),
+        ("delivery_timeout_seconds: 0", ["cannot be 0"]),
+        ("linger_ms: .nan", ["without end"]),
         ("topic: 7", ["topic", "a text is expected"]),
         ("strict_kwargs: maybe", ["off, warn or error"]),
         ("route_overrides: [a]", ["mapping of namespace to topic"]),
@@ -80,3 +82,15 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_LINGER_MS", "soon")
     with pytest.raises(ConfigError, match="PENSTOCK_LINGER_MS"):
         load_settings({})
+
+
+def test_of_several_secrets_the_first_signs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PENSTOCK_GRPC_SHARED_SECRET", '["new", "old"]')
+    assert load_settings({}).grpc_shared_secret == "new"
+    assert load_settings({"grpc_shared_secret": "given"}).grpc_shared_secret == "given"
+    path = tmp_path / "client.yaml"
+    path.write_text("grpc_shared_secret: {hush: 1}\n")
+    monkeypatch.delenv("PENSTOCK_GRPC_SHARED_SECRET")
+    with pytest.raises(ConfigError, match=r"grpc_shared_secret = \(hidden\)") as refusal:
+        load_settings({}, path)
+    assert "hush" not in str(refusal.value)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import decimal
 import logging
+import queue
 import subprocess
 import sys
+import threading
 import warnings
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
@@ -385,10 +387,16 @@ def test_a_discarding_policy_is_told_to_the_broker(app: App, sent: MemoryTranspo
 
 
 class Slow:
-    """A transport that never answers."""
+    """A transport that never answers, and takes tasks only while it is open."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.futures: queue.Queue[Future[None]] = queue.Queue()
 
     def send(self, message: Outgoing, future: Future[None]) -> None:
-        self.future = future
+        assert self.open.wait(30)
+        self.futures.put(future)
 
     def flush(self, seconds: float) -> int:
         return 1
@@ -402,12 +410,73 @@ async def test_waiting_is_bounded_and_failures_reach_the_caller() -> None:
     task = app.namespace("main").task(name="t", retry=None)(lambda: None)
     with pytest.raises(SendError, match=r"was not acknowledged within 0\.05 s; it is still being tried"):
         task.options(wait=True).delay()
+    transport.futures.get_nowait()
     sending = asyncio.ensure_future(task.delay_async())
-    await asyncio.sleep(0)
-    transport.future.set_exception(SendError("refused"))
+    (await asyncio.to_thread(transport.futures.get)).set_exception(SendError("refused"))
     with pytest.raises(SendError, match="refused"):
         await sending
     assert app.flush() == 1
+
+
+async def test_a_transport_that_blocks_does_not_block_the_event_loop() -> None:
+    transport = Slow()
+    transport.open.clear()
+    app = App("a", transport=transport, strict_kwargs="off")
+    sending = asyncio.ensure_future(
+        app.namespace("main").task(name="t", retry=None)(lambda: None).delay_async()
+    )
+    await asyncio.sleep(0)
+    transport.open.set()
+    (await asyncio.to_thread(transport.futures.get)).set_result(None)
+    assert (await sending).taskname == "t"
+
+
+async def test_who_stops_waiting_does_not_disturb_the_transport() -> None:
+    transport = Slow()
+    task = (
+        App("a", transport=transport, strict_kwargs="off")
+        .namespace("main")
+        .task(name="t", retry=None)(lambda: None)
+    )
+    sending = asyncio.ensure_future(task.delay_async())
+    future = await asyncio.to_thread(transport.futures.get)
+    await asyncio.sleep(0)
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    # A cancelled future would raise here, in the thread that collects acknowledgements.
+    future.set_result(None)
+
+
+def test_the_limit_of_arguments_holds_without_a_warning(sent: MemoryTransport) -> None:
+    app = App("a", transport=sent, strict_kwargs="off", payload_warn_bytes=10**9, payload_bytes_max=100)
+    task = app.namespace("main").task(name="t", retry=None)(lambda text: None)
+    with pytest.raises(PayloadError, match=r"payload_bytes_max \(100\)"):
+        task.delay("x" * 200)
+    assert not sent.messages
+
+
+def test_a_task_sent_by_name_has_what_its_namespace_says(sent: MemoryTransport) -> None:
+    app = App("a", transport=sent, strict_kwargs="off")
+    pay = app.namespace("pay", retry=Retry(max_attempts=5), deadline="90s", expires="1h")
+    pay.task(name="pay.here", retry=None)(lambda: None)
+    app.namespace("other")
+    app.send_task("pay.there", queue="pay")
+    activation = last(sent)
+    assert activation.retry_state.max_attempts == 5
+    assert (activation.processing_deadline_duration, activation.expires) == (90, 3600)
+    app.send_task("pay.there", queue="pay", retry=None, deadline=0.5)
+    assert (last(sent).retry_state.max_attempts, last(sent).processing_deadline_duration) == (1, 1)
+    app.send_task("pay.here", queue="pay")
+    for options in ({"queue": "other"}, {"deadline": 5}, {"retry": Retry(max_attempts=2)}):
+        with pytest.raises(TypeError, match="its declaration fixes"):
+            app.send_task("pay.here", **options)
+
+
+def test_a_topic_that_is_not_listed_is_found_when_its_namespace_is_declared(sent: MemoryTransport) -> None:
+    app = App("a", transport=sent, topics=["taskwork"], strict_kwargs="off")
+    with pytest.raises(AppError, match=r"'taskworker' is unknown; did you mean 'taskwork'"):
+        app.namespace("main")
 
 
 def test_types_reach_the_call_site(tmp_path: Path) -> None:

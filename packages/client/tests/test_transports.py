@@ -111,6 +111,7 @@ class BrokerDouble(grpc.GenericRpcHandler):
         self.failures: list[grpc.StatusCode] = []
         self.requests: list[producer_pb2.SendTasksRequest] = []
         self.signatures: list[bool] = []
+        self.answer: bytes | None = None
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         return grpc.unary_unary_rpc_method_handler(self._send) if details.method == METHOD else None
@@ -122,6 +123,8 @@ class BrokerDouble(grpc.GenericRpcHandler):
         self.signatures.append(signature.verify(["secret"], METHOD, request, str(given)))
         parsed = producer_pb2.SendTasksRequest.FromString(request)
         self.requests.append(parsed)
+        if self.answer is not None:
+            return self.answer
         answers = []
         for activation in parsed.activations:
             rejected = activation.headers.get("bad") == "yes"
@@ -175,3 +178,52 @@ def test_a_broker_that_is_not_there_fails_the_future_in_time() -> None:
     with pytest.raises(SendError, match=rf"was not sent to the broker at {address}: unavailable"):
         task_of(app).delay(1).wait(20)
     app.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b"\xff", "what answered there is no broker"),
+        (b"", "the broker's answer does not mention it"),
+        (producer_pb2.SendTasksResponse(answers=[{}]).SerializeToString(), "the broker refused it"),
+    ],
+    ids=["garbage", "too short", "unspecified"],
+)
+def test_an_answer_that_makes_no_sense_is_no_acknowledgement(
+    broker: tuple[BrokerDouble, str], answer: bytes, why: str
+) -> None:
+    double, address = broker
+    double.answer = answer
+    app = App("a", broker=address, strict_kwargs="off")
+    task = task_of(app)
+    with pytest.raises(SendError, match=why):
+        task.delay(1).wait(10)
+    double.answer = None
+    task.delay(2).wait(10)
+    app.close()
+
+
+def test_a_task_that_is_there_already_counts_as_sent(broker: tuple[BrokerDouble, str]) -> None:
+    double, address = broker
+    double.answer = producer_pb2.SendTasksResponse(
+        answers=[producer_pb2.SendAnswer(result=producer_pb2.SEND_RESULT_DUPLICATE)]
+    ).SerializeToString()
+    app = App("a", broker=address, strict_kwargs="off")
+    task_of(app).options(task_id="mine").delay(1).wait(10)
+    app.close()
+
+
+@pytest.mark.parametrize("way", ["kafka", "broker"])
+def test_a_future_on_its_way_cannot_be_cancelled(
+    mock_kafka: str, broker: tuple[BrokerDouble, str], way: str
+) -> None:
+    address = mock_kafka if way == "kafka" else broker[1]
+    app = App("a", strict_kwargs="off", **{way: address})  # type: ignore[arg-type]
+    task = task_of(app)
+    first = task.delay(1)
+    assert not first.future.cancel()
+    first.wait(20)
+    task.delay(2).wait(20)
+    app.close()
+    with pytest.raises(SendError, match="the client was closed"):
+        task.delay(3)

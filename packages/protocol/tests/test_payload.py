@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import decimal
 import enum
 import json
@@ -10,7 +11,7 @@ import uuid
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from penstock_protocol.payload import (
@@ -136,3 +137,17 @@ def test_a_bomb_is_refused_before_it_takes_memory() -> None:
             decode_parameters(activation)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 3 * PAYLOAD_BYTES_MAX // 1024
+
+
+@given(st.binary(max_size=200), st.booleans())
+@example(b"\x81\xa4args\x91\xa1\xff", False)  # a text that is not UTF-8
+@example(b"\x81\xa4args\xdd\xff\xff\xff\xff", False)  # a list that says it has 4 billion items
+@example(b"\x81\xa4args\x91\x81\x81\x01\x01\x01", False)  # a dict as a key
+def test_any_bytes_are_arguments_or_refused(data: bytes, compressed: bool) -> None:
+    activation = TaskActivation(parameters_bytes=compress(data) if compressed else data)
+    if compressed:
+        activation.headers["compression-type"] = "zstd"
+    with contextlib.suppress(PayloadError):
+        args, kwargs = decode_parameters(activation)
+        assert isinstance(args, list)
+        assert all(isinstance(name, str) for name in kwargs)

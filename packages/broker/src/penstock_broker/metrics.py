@@ -160,16 +160,16 @@ class Metrics:
         self.unclaimable = self._gauge(
             "penstock_unclaimable_tasks", "Pending activations that no worker asks for.", *pair
         )
-        self.added = self._counter(
-            "penstock_tasks_added", "Activations accepted, by where from.", *pair, "source"
-        )
+        self.added = self._counter("penstock_tasks_added", "Activations accepted.", *pair)
         self.finished = self._counter(
             "penstock_tasks_finished",
             "Activations gone, by the term of the books they ended in.",
             *pair,
             "outcome",
         )
-        self.attempts = self._counter("penstock_attempts", "Attempts ended, by how.", *pair, "outcome")
+        self.attempts = self._counter(
+            "penstock_attempts", "Reports that were applied, by outcome.", "outcome"
+        )
         self.deliveries_lost = self._plain_counter(
             "penstock_deliveries_lost", "Claims whose worker died, vanished or passed the deadline."
         )
@@ -218,10 +218,6 @@ class Metrics:
         )
         self.rejected = self._counter(
             "penstock_rejected_messages", "Messages that are no valid activation, by reason.", "reason"
-        )
-        self.forwarding_oldest = self._plain_gauge(
-            "penstock_forwarding_oldest_seconds",
-            "How long the oldest activation on its way to Kafka has waited.",
         )
         self.forward_failures = self._counter(
             "penstock_forward_failures", "Messages that Kafka did not take; they are sent again.", "topic"

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.lifecycle import OUTCOMES
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Batch
 from penstock_broker.store.inflight import Inflight
+
+# Longer than any poll waits: who has not asked for this long is not there.
+UNCLAIMABLE_MS = 120_000
 
 
 class Observer:
@@ -57,6 +61,9 @@ class Observer:
         store, metrics = self._store, self._metrics
         for answer, count in list(store.memory.tally.answers.items()):
             metrics.reports.labels(answer.name.lower()).inc(self._since(("answer", answer), count))
+        for event, number in OUTCOMES.items():
+            outcome = event.value.replace(" ", "_")
+            metrics.attempts.labels(outcome).inc(self._since(event, store.memory.tally.outcomes[number]))
         metrics.duplicates.inc(self._since("duplicates", store.memory.tally.duplicates))
         metrics.deliveries_lost.inc(self._since("lost", store.memory.tally.lost))
         state, reason = store.intake_state()
@@ -69,6 +76,8 @@ class Observer:
         store, metrics = self._store, self._metrics
         by_state = dict.fromkeys(list(Status)[1:], 0)
         pending: dict[tuple[str, ...], float] = {}
+        unclaimable: dict[tuple[str, ...], float] = {}
+        unasked_since = store.clock.mono_ms() - UNCLAIMABLE_MS
         oldest: list[int] = []
         for queue in list(store.memory.index.pairs.values()):
             counts = store.memory.counts[queue.pair]
@@ -76,10 +85,13 @@ class Observer:
                 by_state[status] += counts[status]
             if counts[Status.PENDING]:
                 pending[queue.application, queue.namespace] = counts[Status.PENDING]
+                if store.memory.index.asked_at(queue) < unasked_since:
+                    unclaimable[queue.application, queue.namespace] = counts[Status.PENDING]
             oldest += [row.ready_at for row in list(queue.ready)[:1]]
         for status, count in by_state.items():
             metrics.tasks.labels(status.name.lower()).set(count)
         metrics.pending.replace(pending)
+        metrics.unclaimable.replace(unclaimable)
         age = store.clock.wall_ms() - min(oldest) if oldest else 0
         metrics.oldest_pending.set(max(0, age) / 1000)
 
@@ -90,7 +102,7 @@ class Observer:
             names = (queue.application, queue.namespace)
             grown = self._since((pair, term), total)
             if term == "accepted":
-                metrics.added.labels(*names, "all").inc(grown)
+                metrics.added.labels(*names).inc(grown)
                 continue
             metrics.finished.labels(*names, term).inc(grown)
             if term.startswith("dead:"):

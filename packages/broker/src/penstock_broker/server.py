@@ -21,7 +21,7 @@ from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.lifecycle import Limits
 from penstock_broker.errors import FatalError
-from penstock_broker.ingest.direct import IntakePaused
+from penstock_broker.ingest.direct import IntakePaused, InvalidRequest
 from penstock_broker.ingest.parts import Ingest, build_ingest
 from penstock_broker.metrics import Exposition, Metrics, expose
 from penstock_broker.observe import Observer
@@ -124,6 +124,8 @@ class Broker:
             return await self.ingest.direct.send(request)
         except IntakePaused as paused:
             raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, str(paused)) from None
+        except InvalidRequest as invalid:
+            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(invalid)) from None
 
     async def _handoff(self, write: Callable[[Batch], Written], batch: Batch) -> Written:
         """Ticks are written on a thread of their own: only there may the broker wait for the disk."""

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import math
 import os
 import threading
 import warnings
@@ -107,6 +108,7 @@ class App:
     ) -> Namespace:
         """Declare a namespace with defaults for its tasks; a second time it must say the same."""
         namespace = Namespace(self, name, retry, deadline, expires, at_most_once)
+        self.topic_of(name)
         known = self._namespaces.setdefault(name, namespace)
         if known is not namespace and known.defaults != namespace.defaults:
             raise AppError(f"namespace {name!r} is declared twice with different defaults")
@@ -182,29 +184,31 @@ class App:
         kwargs: Mapping[str, object] | None = None,
         *,
         queue: str | None = None,
-        retry: Retry | None = None,
-        deadline: Duration = DEADLINE_SECONDS,
+        retry: RetryOption = UNSET,
+        deadline: Duration | None = None,
         **options: Any,
     ) -> TaskRef:
         """Send a task by name, without importing its code.
 
-        A registered one is sent with its own policy. Otherwise ``queue`` names the namespace; without
-        it, the only declared one. ``options`` are those of ``Task.options``.
+        A registered one is sent as it was declared. Otherwise ``queue`` names the namespace; without
+        it, the only declared one. ``retry`` and ``deadline`` are those of the namespace unless given.
+        ``options`` are those of ``Task.options``.
         """
         task = self._tasks.get(name)
         if task is None:
-            task = Task(
-                self, _elsewhere, name=name, namespace=self._queue_for(name, queue), bind=False, retry=retry,
-                deadline_seconds=round(seconds("deadline", deadline)), expires_seconds=None,
-                at_most_once=False,
-            )  # fmt: skip
+            task = self._queue_for(name, queue).unregistered(name, retry, deadline)
+        elif deadline is not None or not isinstance(retry, _Unset) or queue not in (None, task.namespace):
+            raise TypeError(
+                f"send_task({name!r}): the task is registered here, so its declaration fixes queue="
+                f" ({task.namespace!r}), retry= and deadline=; leave them out"
+            )
         return task.apply_async(args, kwargs, **options)
 
-    def _queue_for(self, name: str, queue: str | None) -> str:
+    def _queue_for(self, name: str, queue: str | None) -> Namespace:
         if queue is not None:
-            return self.queue(queue).name
+            return self.queue(queue)
         if len(self._namespaces) == 1:
-            return next(iter(self._namespaces))
+            return next(iter(self._namespaces.values()))
         raise AppError(
             f"send_task({name!r}): the task is not registered here, and {len(self._namespaces)} namespaces"
             " are declared: say which with queue="
@@ -337,9 +341,7 @@ class Namespace:
             namespace=namespace.name,
             bind=bind,
             retry=policy,
-            deadline_seconds=max(
-                1, round(seconds("deadline", namespace.deadline if deadline is None else deadline))
-            ),
+            deadline_seconds=_deadline(namespace.deadline if deadline is None else deadline),
             expires_seconds=None if expiry is None else seconds("expires", expiry),
             at_most_once=once,
         )
@@ -348,6 +350,21 @@ class Namespace:
         self._check_kwargs(task)
         self.app.register(task)
         return task
+
+    def unregistered(self, name: str, retry: RetryOption, deadline: Duration | None) -> Task[..., Any]:
+        """A task whose code is elsewhere: it can be sent only."""
+        policy = self.retry if isinstance(retry, _Unset) else retry
+        return Task(
+            self.app,
+            _elsewhere,
+            name=name,
+            namespace=self.name,
+            bind=False,
+            retry=None if isinstance(policy, _Unset) else policy,
+            deadline_seconds=_deadline(self.deadline if deadline is None else deadline),
+            expires_seconds=None if self.expires is None else seconds("expires", self.expires),
+            at_most_once=self.at_most_once,
+        )
 
     def _check_kwargs(self, task: Task[..., Any]) -> None:
         strict = self.app.settings.strict_kwargs
@@ -403,6 +420,10 @@ def _celery_retry(
         wait = backoff
     on = (Exception,) if autoretry_for is None else exception_types("autoretry_for", tuple(autoretry_for))
     return Retry(max_attempts=(3 if max_retries is None else max_retries) + 1, backoff=wait, on=on)
+
+
+def _deadline(deadline: Duration) -> int:
+    return max(1, math.ceil(seconds("deadline", deadline)))
 
 
 def _name_missing(fn: Callable[..., Any]) -> str:

@@ -80,6 +80,8 @@ def load_settings(
     return settings
 
 
+# 0 would mean "without bound" to librdkafka.
+_POSITIVE = ("delivery_timeout_seconds", "buffer_messages_max", "payload_bytes_max")
 _FIELDS = {f.name: f for f in dataclasses.fields(ClientSettings)}
 
 
@@ -149,14 +151,29 @@ def _checked(name: str, value: object, origin: str) -> object:
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise ValueError("a number is expected")
             number = int(value) if kind == "int" else float(value)
-            if number < 0:
-                raise ValueError("it cannot be negative")
+            if not 0 <= number < float("inf"):
+                raise ValueError("it cannot be negative or without end")
+            if not number and name in _POSITIVE:
+                raise ValueError("it cannot be 0")
             return number
+        if name == "grpc_shared_secret":
+            return _first_secret(value)
         if not isinstance(value, str):
             raise ValueError("a text is expected")
     except ValueError as error:
-        raise ConfigError(f"{name} = {value!r} ({origin}): {error}") from None
+        shown = "(hidden)" if name == "grpc_shared_secret" else repr(value)
+        raise ConfigError(f"{name} = {shown} ({origin}): {error}") from None
     return value
+
+
+def _first_secret(value: object) -> str:
+    """A secret, or of several, as brokers and workers take them, the first: it signs."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = json.loads(value)
+    secret = value[0] if isinstance(value, list) and value else value
+    if not isinstance(secret, str) or not secret:
+        raise ValueError("a text, or a list of texts of which the first signs, is expected")
+    return secret
 
 
 def _routes(value: object) -> dict[str, str]:

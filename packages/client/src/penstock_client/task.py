@@ -140,9 +140,7 @@ class Task(Generic[P, R]):
 
     async def delay_async(self, *args: P.args, **kwargs: P.kwargs) -> TaskRef:
         """Send it, and wait without blocking the event loop until it is acknowledged. Raises SendError."""
-        ref = self._send(args, kwargs, _PLAIN)
-        await asyncio.wrap_future(ref.future)
-        return ref
+        return await self._send_async(args, kwargs, _PLAIN)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call:
         """The call as a value; nothing is sent."""
@@ -211,9 +209,19 @@ class Task(Generic[P, R]):
             headers.get(TRACEPARENT) if headers else None,
         )
         future: Future[None] = Future()
+        # Under way from here on: a caller who stops waiting must not cancel what will be answered.
+        future.set_running_or_notify_cancel()
         self.app.transport.send(outgoing, future)
         ref = TaskRef(id, self.name, future)
         return ref.wait(self.app.settings.send_timeout_seconds) if options.wait else ref
+
+    async def _send_async(
+        self, args: Sequence[object], kwargs: Mapping[str, object], options: Options
+    ) -> TaskRef:
+        # In a thread: connecting takes time, and so does a full buffer.
+        ref = await asyncio.to_thread(self._send, args, kwargs, options)
+        await asyncio.wrap_future(ref.future)
+        return ref
 
     def _parameters(
         self, args: Sequence[object], kwargs: Mapping[str, object], message: activation_pb2.TaskActivation
@@ -223,13 +231,13 @@ class Task(Generic[P, R]):
         except PayloadError as error:
             raise PayloadError(f"task {self.name}: {error}") from None
         size, settings = len(parameters), self.app.settings
+        if size > settings.payload_bytes_max:
+            raise PayloadError(
+                f"task {self.name}: the arguments take {size} bytes, more than payload_bytes_max"
+                f" ({settings.payload_bytes_max}); the largest is {_largest(args, kwargs)}. Store the"
+                " data elsewhere and send its key"
+            )
         if size >= settings.payload_warn_bytes:
-            if size > settings.payload_bytes_max:
-                raise PayloadError(
-                    f"task {self.name}: the arguments take {size} bytes, more than payload_bytes_max"
-                    f" ({settings.payload_bytes_max}); the largest is {_largest(args, kwargs)}. Store the"
-                    " data elsewhere and send its key"
-                )
             warnings.warn(
                 f"task {self.name}: the arguments take {size} bytes (payload_warn_bytes is"
                 f" {settings.payload_warn_bytes}); the largest is {_largest(args, kwargs)}",
@@ -294,9 +302,7 @@ class Bound(Generic[P]):
         return self._task._send(args, kwargs, self._options)
 
     async def delay_async(self, *args: P.args, **kwargs: P.kwargs) -> TaskRef:
-        ref = self._task._send(args, kwargs, self._options)
-        await asyncio.wrap_future(ref.future)
-        return ref
+        return await self._task._send_async(args, kwargs, self._options)
 
 
 _PLAIN = Options()
@@ -363,5 +369,7 @@ def _id(task_id: str | None) -> str | None:
 def _largest(args: Sequence[object], kwargs: Mapping[str, object]) -> str:
     named = [(f"argument {n}", value) for n, value in enumerate(args)]
     named += [(f"argument {name!r}", value) for name, value in kwargs.items()]
+    if not named:
+        return "none"
     name, value = max(named, key=lambda item: len(encode_parameters((item[1],), {})))
     return f"{name} ({len(encode_parameters((value,), {}))} bytes)"

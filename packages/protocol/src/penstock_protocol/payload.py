@@ -97,7 +97,7 @@ def compress(parameters: bytes) -> bytes:
 
 
 def decode_parameters(activation: TaskActivation) -> tuple[list[object], dict[str, object]]:
-    """The args and kwargs of an activation. Raises PayloadError; needs at most 32 MiB."""
+    """The args and kwargs of an activation. Raises PayloadError, also beyond 32 MiB of msgpack."""
     packed = activation.parameters_bytes
     if not packed:
         return _from_json(activation.parameters)
@@ -110,7 +110,7 @@ def decode_parameters(activation: TaskActivation) -> tuple[list[object], dict[st
         raise PayloadError(f"the arguments have {len(packed)} bytes; at most {PAYLOAD_BYTES_MAX} are decoded")
     try:
         return _arguments(_unpack(packed))
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise PayloadError(f"the arguments are no msgpack: {error}") from None
 
 

@@ -62,7 +62,7 @@ class Forwarder:
             self._waiting.clear()
             self._idle.clear()
             while self._store.outbox.waits():
-                rows = self._present(await self._store.outbox.take(self._rows_max))
+                rows = await self._store.outbox.take(self._rows_max)
                 self._fit(rows)
                 if self._publisher is None:
                     await self._rest(rows)
@@ -72,11 +72,6 @@ class Forwarder:
                     self._idle.set()
                     await asyncio.sleep(self._back_off)
                     self._idle.clear()
-
-    def _present(self, rows: Sequence[Activation]) -> list[Activation]:
-        """Without those that were dropped meanwhile, because another broker reads them again."""
-        live = self._store.memory.live
-        return [row for row in rows if live.get(row.id_hash) == row.seq]
 
     def _fit(self, rows: Sequence[Activation]) -> None:
         """Take more or fewer next time, so that a batch's bytes stay bounded."""
@@ -92,8 +87,7 @@ class Forwarder:
         for trimmed in (False, True):
             safe, too_large, errors = await self._publish(rows, publisher, trimmed)
             failed += errors
-            if safe := self._present(safe):
-                await self._store.outbox.forwarded(safe)
+            await self._store.outbox.forwarded(safe)
             rows = too_large
             if not rows:
                 break
@@ -105,7 +99,7 @@ class Forwarder:
             )
             await self._rest(too_large)
         if failed:
-            self._store.outbox.give_back(self._present([row for row, _ in failed]))
+            self._store.outbox.give_back([row for row, _ in failed])
             self._on_failures(len(failed))
             self._raise_alarm(failed[0][1].str(), publisher.topic)
         elif not self._full:
@@ -128,7 +122,7 @@ class Forwarder:
         return safe, too_large, failed
 
     async def _rest(self, rows: Sequence[Activation]) -> None:
-        outbox, rows = self._store.outbox, self._present(rows)
+        outbox = self._store.outbox
         self._full = outbox.resting + len(rows) > self._store.limits.dead_letters_rest_max
         await outbox.rest(rows)
         if self._full:

@@ -33,6 +33,7 @@ from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_V
 
 # The WAL is copied back to the database once it is this long. docs/adr/0002 has the measurement.
 CHECKPOINT_BYTES = 16 * 1024 * 1024
+PAGE_BYTES = 4096
 DUE_ROWS_MAX = 2000
 
 _INSERT_COLUMNS = (
@@ -76,15 +77,15 @@ class Database:
         self.limits = limits
         self._lock = self._lock_file()
         try:
-            self._connection = self._open()
+            self.connection = self._open()
             self.store_id, self.epoch, self.nonces = self._boot(epoch_started_at)
         except BaseException:
             os.close(self._lock)
             raise
         self.nonce: int = self.nonces[self.epoch]
-        self._max_wal_frames = CHECKPOINT_BYTES // 4096
-        self._wal_frames = 0
-        self._connection.set_wal_hook(self._on_wal)
+        self.checkpoint_bytes = CHECKPOINT_BYTES
+        self._wal_bytes = 0
+        self.connection.set_wal_hook(self._on_wal)
 
     # -- opening and closing
 
@@ -167,7 +168,7 @@ class Database:
             connection.pragma("user_version", SCHEMA_VERSION)
 
     def _boot(self, started_at: int) -> tuple[str, int, dict[int, int]]:
-        c = self._connection
+        c = self.connection
         with c:
             epoch = (c.execute("SELECT max(epoch) FROM boot").get or 0) + 1
             c.execute("INSERT INTO boot VALUES (?, ?, ?)", (epoch, secrets.randbits(32), started_at))
@@ -180,13 +181,13 @@ class Database:
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
         try:
-            self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            self.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         finally:
-            self._connection.close()
+            self.connection.close()
             os.close(self._lock)
 
     def _on_wal(self, connection: apsw.Connection, name: str, frames: int) -> int:
-        self._wal_frames = frames
+        self._wal_bytes = frames * PAGE_BYTES
         return apsw.SQLITE_OK
 
     # -- a tick
@@ -194,7 +195,7 @@ class Database:
     def write(self, batch: Batch) -> Written:
         """Carry out ``batch`` in one durable transaction. On an error nothing of it has happened."""
         written = Written()
-        c = self._connection
+        c = self.connection
         c.execute("BEGIN IMMEDIATE")
         try:
             self._write(batch, written)
@@ -203,13 +204,13 @@ class Database:
                 c.execute("ROLLBACK")
             raise
         c.execute("COMMIT")
-        if self._wal_frames > self._max_wal_frames:
+        if self._wal_bytes > self.checkpoint_bytes:
             c.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-            self._wal_frames = 0
+            self._wal_bytes = 0
         return written
 
     def _write(self, batch: Batch, written: Written) -> None:
-        c = self._connection
+        c = self.connection
         if batch.new_pairs:
             c.executemany("INSERT INTO pair VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
@@ -263,7 +264,7 @@ class Database:
             )  # fmt: skip
         self._in_chunks(values, _INSERT_WIDTH, _INSERT_SQL)
         if payloads:
-            self._connection.executemany("INSERT INTO payload VALUES (?, ?)", payloads)
+            self.connection.executemany("INSERT INTO payload VALUES (?, ?)", payloads)
 
     def _move(self, moves: Sequence[Move]) -> None:
         self._in_chunks(list(chain.from_iterable(moves)), _MOVE_WIDTH, _MOVE_SQL)
@@ -273,15 +274,15 @@ class Database:
         at, rows = 0, len(values) // width
         for chunk in _CHUNKS:
             while rows >= chunk:
-                self._connection.execute(sql[chunk], values[at : at + chunk * width])
+                self.connection.execute(sql[chunk], values[at : at + chunk * width])
                 at += chunk * width
                 rows -= chunk
 
     def delete(self, gone: array[int], payloads: array[int]) -> None:
         if gone:
-            self._connection.execute("DELETE FROM activation WHERE seq IN carray(?)", (apsw.carray(gone),))
+            self.connection.execute("DELETE FROM activation WHERE seq IN carray(?)", (apsw.carray(gone),))
         if payloads:
-            self._connection.execute("DELETE FROM payload WHERE seq IN carray(?)", (apsw.carray(payloads),))
+            self.connection.execute("DELETE FROM payload WHERE seq IN carray(?)", (apsw.carray(payloads),))
 
     def _settle_cold(self, report: Report, batch: Batch) -> None:
         """Apply an event to a row that memory does not hold, by the same law as to one that it does."""
@@ -312,7 +313,7 @@ class Database:
 
     def _wake(self, now: int, ready_at: int, written: Written) -> None:
         """Delayed rows that are due become pending; expired ones are told to the caller."""
-        c = self._connection
+        c = self.connection
         due: list[Any] = c.execute(
             "UPDATE activation SET status = 1, spilled = 1, ready_at = ?2, wake_at = expires_at WHERE seq IN"
             " (SELECT seq FROM activation WHERE wake_at <= ?1 AND status = 2"
@@ -333,14 +334,12 @@ class Database:
 
     def next_wake_at(self, after: int) -> int | None:
         """The first wall clock time after ``after`` at which a delay or an expiry is due."""
-        value = self._connection.execute(
-            "SELECT min(wake_at) FROM activation WHERE wake_at > ?", (after,)
-        ).get
+        value = self.connection.execute("SELECT min(wake_at) FROM activation WHERE wake_at > ?", (after,)).get
         return None if value is None else int(value)
 
     def reclaim(self, seq: int, epoch: int) -> None:
         """A pending row is claimed again by the worker that a restart had forgotten."""
-        self._connection.execute(
+        self.connection.execute(
             "UPDATE activation SET status = 3, wake_at = NULL, spilled = 0, claim_epoch = ?2"
             " WHERE status = 1 AND seq = ?1",
             (seq, epoch),
@@ -350,7 +349,7 @@ class Database:
 
     def _page(self, page: PageRequest) -> Iterator[Activation]:
         taken = 0
-        for record in self._connection.execute(
+        for record in self.connection.execute(
             f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE a.status = 1 AND a.spilled = 1 AND a.pair = ?1"
             " AND (a.ready_at, a.seq) > (?2, ?3) ORDER BY a.ready_at, a.seq LIMIT ?4",
             (page.pair, page.after_ready_at, page.after_seq, page.rows),
@@ -372,59 +371,59 @@ class Database:
         if not seqs:
             return []
         sql = f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE a.seq IN carray(?) ORDER BY a.seq"
-        return [_load(r) for r in self._connection.execute(sql, (apsw.carray(array("q", seqs)),))]
+        return [_load(r) for r in self.connection.execute(sql, (apsw.carray(array("q", seqs)),))]
 
     def processing(self) -> Iterator[Activation]:
         """Claimed rows, without their bodies."""
         sql = f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.status = 3"
-        return (_load(r) for r in self._connection.execute(sql))
+        return (_load(r) for r in self.connection.execute(sql))
 
     def pairs(self) -> list[tuple[int, str, str]]:
-        return list(self._connection.execute("SELECT pair, application, namespace FROM pair"))
+        return list(self.connection.execute("SELECT pair, application, namespace FROM pair"))
 
     def sources(self) -> list[tuple[int, str, int, int, int, int]]:
         return list(
-            self._connection.execute("SELECT source, topic, partition, start, next, covered FROM source")
+            self.connection.execute("SELECT source, topic, partition, start, next, covered FROM source")
         )
 
     def counts(self) -> list[tuple[int, int, int, int]]:
         """(pair, status, rows, bytes)."""
         return list(
-            self._connection.execute(
+            self.connection.execute(
                 "SELECT pair, status, count(*), sum(size) FROM activation GROUP BY pair, status"
             )
         )
 
     def positions(self) -> Iterator[tuple[int, int, str, int, int]]:
         """(seq, status, id, source, offset) of every row."""
-        return iter(self._connection.execute("SELECT seq, status, id, source, log_offset FROM activation"))
+        return iter(self.connection.execute("SELECT seq, status, id, source, log_offset FROM activation"))
 
     def last_ready_at(self) -> int:
         """The latest place in the order of hand-out that any pending row has."""
-        return self._connection.execute("SELECT max(ready_at) FROM activation WHERE status = 1").get or 0
+        return self.connection.execute("SELECT max(ready_at) FROM activation WHERE status = 1").get or 0
 
     def finished(self) -> Iterator[tuple[int, bytes]]:
         """(time, packed entries), oldest first."""
-        return iter(self._connection.execute("SELECT at, entries FROM finished ORDER BY at"))
+        return iter(self.connection.execute("SELECT at, entries FROM finished ORDER BY at"))
 
     def forget_finished(self, before: int) -> None:
-        self._connection.execute("DELETE FROM finished WHERE at < ?", (before,))
+        self.connection.execute("DELETE FROM finished WHERE at < ?", (before,))
 
     def books(self) -> dict[tuple[int, str], int]:
-        return {(p, t): n for p, t, n in self._connection.execute("SELECT pair, term, count FROM books")}
+        return {(p, t): n for p, t, n in self.connection.execute("SELECT pair, term, count FROM books")}
 
     # -- dead letters that rest here
 
     def rest_dead_letters(self, letters: Iterable[tuple[object, ...]]) -> None:
-        self._connection.executemany("INSERT INTO dead_letter VALUES (?, ?, ?, ?, ?, ?, ?, ?)", letters)
+        self.connection.executemany("INSERT INTO dead_letter VALUES (?, ?, ?, ?, ?, ?, ?, ?)", letters)
 
     def dead_letter_count(self) -> int:
-        return int(self._connection.execute("SELECT count(*) FROM dead_letter").get)
+        return int(self.connection.execute("SELECT count(*) FROM dead_letter").get)
 
     def dead_letters(self, limit: int) -> list[tuple[int, int, str, str, str, str]]:
         """(seq, time, id, taskname, reason, story), newest first."""
         return list(
-            self._connection.execute(
+            self.connection.execute(
                 "SELECT seq, at, id, taskname, reason, story FROM dead_letter ORDER BY seq DESC LIMIT ?",
                 (limit,),
             )

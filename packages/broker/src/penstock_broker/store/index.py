@@ -16,6 +16,7 @@ class PairQueue:
 
     __slots__ = (
         "application",
+        "asked_at",
         "bytes",
         "in_ring",
         "namespace",
@@ -47,18 +48,21 @@ class PairQueue:
         self.in_ring = False
         # When it last had its turn, for workers that serve several of an application's namespaces.
         self.turn = 0
+        # When a worker last wanted this pair by its name; first, when the pair was made.
+        self.asked_at = -1
 
 
 class Application:
     """The pairs of one application, those with work in the order of their turns."""
 
-    __slots__ = ("in_ring", "queues", "ring")
+    __slots__ = ("asked_at", "in_ring", "queues", "ring")
 
     def __init__(self) -> None:
         self.queues: dict[str, PairQueue] = {}
         # May hold queues that have run empty; they are dropped when their turn comes.
         self.ring: deque[PairQueue] = deque()
         self.in_ring = False
+        self.asked_at = -1
 
 
 class ReadyIndex:
@@ -74,6 +78,7 @@ class ReadyIndex:
         self._ring: deque[Application] = deque()
         self._turn = 0
         self._bytes_left = 0
+        self._asked_at = -1
 
     def add_pair(self, pair: int, application: str, namespace: str) -> PairQueue:
         queue = self.pairs[pair] = PairQueue(pair, application, namespace)
@@ -147,6 +152,21 @@ class ReadyIndex:
         queue.bytes -= row.size
 
     # -- taking rows out
+
+    def ask(self, application: str | None, namespaces: tuple[str, ...], mono: int) -> None:
+        """Remember that a worker wanted these names at ``mono`` (monotonic ms)."""
+        if application is None:
+            self._asked_at = mono
+        elif app := self._applications.get(application):
+            if not namespaces:
+                app.asked_at = mono
+            for namespace in namespaces:
+                if queue := app.queues.get(namespace):
+                    queue.asked_at = mono
+
+    def asked_at(self, queue: PairQueue) -> int:
+        """When a worker last wanted this pair (monotonic ms); when it was made, if none has."""
+        return max(queue.asked_at, self._applications[queue.application].asked_at, self._asked_at)
 
     def take(
         self, application: str | None, namespaces: tuple[str, ...], rows_max: int, bytes_max: int

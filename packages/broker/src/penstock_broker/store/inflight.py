@@ -168,6 +168,7 @@ class Inflight:
         claimed: list[Activation] = []
         memory, limits = self.memory, self.limits
         now, mono = self.clock.wall_ms(), self.clock.mono_ms()
+        memory.index.ask(application, namespaces, mono)
         while len(claimed) < rows_max and bytes_max > 0:
             taken = memory.index.take(application, namespaces, rows_max - len(claimed), bytes_max)
             if not taken:
@@ -384,6 +385,8 @@ class Inflight:
     def begin_range(self, source: Source, start: int) -> None:
         """This broker reads the partition from ``start`` on: a new range."""
         source.start = source.next = start
+        # Read again from further back: what was covered once is not, when it comes again.
+        source.covered = min(source.covered, start)
         self._write(source)
 
     def cover(self, source: Source, offset: int) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from penstock_broker.clock import Clock
 from penstock_broker.domain.activation import NO_SOURCE, Activation, Status, hash_id
-from penstock_broker.domain.lifecycle import Change, Event, decide
+from penstock_broker.domain.lifecycle import OUTCOMES, Change, Event, decide
 from penstock_broker.store.batch import Answer, Batch, Report, move
 from penstock_broker.store.database import Database
 from penstock_broker.store.finished import Finished, last_of
@@ -37,6 +37,8 @@ class Tally:
     dropped: int = 0
     # Deliveries whose worker died or vanished.
     lost: int = 0
+    # Applied reports by the number of their outcome; 0 for what time or the broker caused.
+    outcomes: list[int] = field(default_factory=lambda: [0] * (max(OUTCOMES.values()) + 1))
     answers: dict[Answer, int] = field(default_factory=lambda: dict.fromkeys(Answer, 0))
 
 
@@ -106,10 +108,15 @@ class Memory:
         self.books = self.database.books()
         self.next_stamp = self.database.last_ready_at() + 1
         self.next_wake_at = self.database.next_wake_at(0)
+        if self.low:
+            # The first tick pages them in; nothing else need happen for it.
+            self.work.set()
 
     def add_pair(self, pair: int, application: str, namespace: str) -> PairQueue:
         self.counts[pair] = [0] * 5
-        return self.index.add_pair(pair, application, namespace)
+        queue = self.index.add_pair(pair, application, namespace)
+        queue.asked_at = self.clock.mono_ms()
+        return queue
 
     # -- a change
 
@@ -128,7 +135,7 @@ class Memory:
         """
         change = decide(row, event, now, self.limits.lifecycle, retry_delay_ms)
         batch = self.batch
-        self._account(row, change)
+        self._account(row, change, outcome)
         if change.status is Status.GONE:
             batch.gone.append(row.seq)
             if row.size > INLINE_BODY_BYTES_MAX:
@@ -156,7 +163,7 @@ class Memory:
         if row is None or change is None:
             return
         row.id_hash = hash_id(row.id)
-        self._account(row, change)
+        self._account(row, change, report.outcome)
         if row.status is Status.PENDING:
             self.index.pairs[row.pair].spilled -= 1
         if change.status is Status.GONE:
@@ -165,7 +172,8 @@ class Memory:
         else:
             self._stayed(row, change)
 
-    def _account(self, row: Activation, change: Change) -> None:
+    def _account(self, row: Activation, change: Change, outcome: int) -> None:
+        self.tally.outcomes[outcome] += 1
         self.tally.lost += change.lost - row.lost
         self._count(row, change)
         self.partitions.hold(row)

@@ -38,16 +38,21 @@ class Outbox:
         await self._writer.committed()
         for row in rows:
             row.id_hash = hash_id(row.id)
-        return rows
+        return self._present(rows)
+
+    def _present(self, rows: Sequence[Activation]) -> list[Activation]:
+        """Those that have not become another broker's meanwhile."""
+        live = self._memory.live
+        return [row for row in rows if live.get(row.id_hash) == row.seq]
 
     def give_back(self, rows: Sequence[Activation]) -> None:
         """Not acknowledged: they will be taken again."""
-        self._memory.outbox.extendleft(row.seq for row in reversed(rows))
+        self._memory.outbox.extendleft(row.seq for row in reversed(self._present(rows)))
 
     def forwarded(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
         """The log acknowledged these: they leave. Resolves when durable."""
         now = self._memory.clock.wall_ms()
-        for row in rows:
+        for row in self._present(rows):
             self._memory.resident[row.seq] = row
             self._memory.change(row, Event.FORWARDED, now)
         return asyncio.ensure_future(self._writer.committed())
@@ -58,7 +63,8 @@ class Outbox:
         Beyond the bound they stay in the outbox. Resolves when durable.
         """
         room = max(0, self._memory.limits.dead_letters_rest_max - self.resting)
-        rest, now = rows[:room], self._memory.clock.wall_ms()
+        rows, now = self._present(rows), self._memory.clock.wall_ms()
+        rest = rows[:room]
         self.give_back(rows[room:])
         self.resting += len(rest)
         letters = [(r.seq, now, r.pair, r.id, r.taskname, r.reason, self._story(r), r.body) for r in rest]

@@ -6,7 +6,10 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
+
+from google.protobuf.message import DecodeError
 
 from penstock_client.errors import BufferFull, SendError
 from penstock_client.settings import ClientSettings
@@ -37,6 +40,9 @@ _TRANSIENT = frozenset(
     )
 )
 
+# A duplicate is there already, which is what was asked for.
+_SAFE = frozenset((producer_pb2.SEND_RESULT_ACCEPTED, producer_pb2.SEND_RESULT_DUPLICATE))
+
 _Waiting = tuple[Outgoing, Future[None], float]
 
 
@@ -62,6 +68,8 @@ class GrpcTransport:
         self._thread.start()
 
     def send(self, message: Outgoing, future: Future[None]) -> None:
+        if self._closed:
+            raise SendError(f"task {message.taskname} ({message.id}) was not sent: the client was closed")
         with self._changed:
             self._unacknowledged += 1
         waiting = (message, future, time.monotonic() + self._settings.delivery_timeout_seconds)
@@ -107,18 +115,28 @@ class GrpcTransport:
                 response = producer_pb2.SendTasksResponse.FromString(
                     self._call(request, timeout=5.0, metadata=self._metadata(request))
                 )
+            except DecodeError:
+                for message, future, _ in batch:
+                    self._fail(message, future, "what answered there is no broker")
+                self._acknowledged(len(batch))
+                return
             except grpc.RpcError as error:
                 batch = self._failed(batch, error)
                 if batch:
                     time.sleep(RETRY_SECONDS)
                 continue
-            for (message, future, _), answer in zip(batch, response.answers, strict=True):
-                if answer.result == producer_pb2.SEND_RESULT_REJECTED:
-                    self._fail(message, future, f"the broker refused it: {answer.reason}")
-                else:
-                    future.set_result(None)
-            self._acknowledged(len(batch))
+            self._answered(batch, response.answers)
             return
+
+    def _answered(self, batch: list[_Waiting], answers: Sequence[producer_pb2.SendAnswer]) -> None:
+        for n, (message, future, _) in enumerate(batch):
+            if n >= len(answers):
+                self._fail(message, future, "the broker's answer does not mention it")
+            elif answers[n].result in _SAFE:
+                future.set_result(None)
+            else:
+                self._fail(message, future, f"the broker refused it: {answers[n].reason}")
+        self._acknowledged(len(batch))
 
     def _metadata(self, request: bytes) -> tuple[tuple[str, str], ...]:
         secret = self._settings.grpc_shared_secret

@@ -59,6 +59,9 @@ class KafkaTransport:
             self._unreachable = error.str()
 
     def send(self, message: Outgoing, future: Future[None]) -> None:
+        if self._closing.is_set():
+            raise SendError(f"task {message.taskname} ({message.id}) was not sent: the client was closed")
+
         def delivered(error: KafkaError | None, _: object) -> None:
             if error is None:
                 self._unreachable = ""
@@ -94,9 +97,9 @@ class KafkaTransport:
     def _full(self, message: Outgoing) -> BufferFull:
         why = f" ({self._unreachable})" if self._unreachable else ""
         return BufferFull(
-            f"task {message.taskname} ({message.id}) was not sent: {self._settings.buffer_messages_max} tasks"
-            f" wait for Kafka at {self._settings.kafka}{why}; buffer_messages_max bounds them"
-            " (PENSTOCK_BUFFER_MESSAGES_MAX)"
+            f"task {message.taskname} ({message.id}) was not sent: {len(self._producer)} tasks wait for"
+            f" Kafka at {self._settings.kafka}{why}; buffer_messages_max bounds them"
+            f" ({self._settings.buffer_messages_max}, PENSTOCK_BUFFER_MESSAGES_MAX)"
         )
 
     def flush(self, seconds: float) -> int:

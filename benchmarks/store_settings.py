@@ -1,0 +1,114 @@
+"""What each setting of the write-ahead log costs or saves: the store's own ticks, nothing around them.
+
+``python -m benchmarks.store_settings [--ticks N] [--repeat N]``. Each tick inserts, claims and completes
+256 rows of 300 bytes, over a backlog of 20,000. The settings run in turn, so that all see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+import uuid
+from array import array
+from collections import deque
+from pathlib import Path
+
+import apsw
+from penstock_broker.domain.activation import Activation, hash_id
+from penstock_broker.domain.lifecycle import Limits
+from penstock_broker.store import database as store
+from penstock_broker.store.batch import Batch
+
+from benchmarks.harness import save, spread
+
+ROWS = 256
+BACKLOG = 20_000
+
+# name -> pragmas over those that are shipped, and when to check-point ("tick", or bytes of WAL)
+VARIANTS: dict[str, tuple[dict[str, object], int | str]] = {
+    "as shipped": ({}, store.CHECKPOINT_BYTES),
+    "synchronous=NORMAL (not durable)": ({"synchronous": "NORMAL"}, store.CHECKPOINT_BYTES),
+    "synchronous=NORMAL, check-point each tick": ({"synchronous": "NORMAL"}, "tick"),
+    "check-point each tick": ({}, "tick"),
+    "check-point at 1 MiB": ({}, 1 << 20),
+    "check-point at 4 MiB (about SQLite's own)": ({}, 4 << 20),
+    "check-point at 64 MiB": ({}, 64 << 20),
+    "cache_size=2 MiB (SQLite's own)": ({"cache_size": -2000}, store.CHECKPOINT_BYTES),
+    "mmap_size=256 MiB": ({"mmap_size": 256 << 20}, store.CHECKPOINT_BYTES),
+    "temp_store=FILE": ({"temp_store": "FILE"}, store.CHECKPOINT_BYTES),
+    "journal_mode=DELETE (no WAL)": ({"journal_mode": "DELETE"}, store.CHECKPOINT_BYTES),
+}
+
+
+def rows(first: int, pair: int) -> list[Activation]:
+    made = []
+    for seq in range(first, first + ROWS):
+        id = uuid.uuid4().hex
+        row = Activation(id, "bench", "bench", "noop", bytes(300), 1, 1, None, 30_000, size=300)
+        row.seq, row.pair, row.id_hash = seq, pair, hash_id(id)
+        made.append(row)
+    return made
+
+
+def run(pragmas: dict[str, object], checkpoint: int | str, ticks: int) -> tuple[float, float]:
+    """Rows a second, and the largest WAL in MiB."""
+    folder = Path(tempfile.mkdtemp(prefix="penstock-bench-"))
+    try:
+        database = store.Database(folder / "store.sqlite", Limits(), 0)
+        connection = database.connection
+        for name, value in pragmas.items():
+            connection.pragma(name, value)
+        database.checkpoint_bytes = 0 if checkpoint == "tick" else int(checkpoint)
+        first = Batch(new_pairs=[(1, "bench", "bench")])
+        database.write(first)
+        waiting: deque[int] = deque()
+        seq, begun = 1, 0.0
+        for tick in range(-(BACKLOG // ROWS), ticks):
+            batch = Batch(rows=rows(seq, 1), stamp=1)
+            waiting.extend(range(seq, seq + ROWS))
+            seq += ROWS
+            if tick >= 0:
+                begun = begun or time.perf_counter()
+                done = array("q", (waiting.popleft() for _ in range(ROWS)))
+                batch.claims = array("q", list(waiting)[:ROWS])
+                batch.gone = done
+                batch.finished = array("q", (n for s in done for n in (s, 1)))
+            database.write(batch)
+        seconds = time.perf_counter() - begun
+        path = folder / "store.sqlite-wal"
+        size = path.stat().st_size / 2**20 if path.exists() else 0.0
+        database.close()
+        return ticks * ROWS / seconds, size
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ticks", type=int, default=300)
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    figures: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    sizes: dict[str, float] = {}
+    for _ in range(options.repeat):
+        for name, (pragmas, checkpoint) in VARIANTS.items():
+            rate, sizes[name] = run(pragmas, checkpoint, options.ticks)
+            figures[name].append(rate)
+    shipped = spread(figures["as shipped"])["median"]
+    print(f"SQLite {apsw.sqlite_lib_version()}, {ROWS} rows a tick")  # noqa: T201
+    for name, rates in figures.items():
+        s = spread(rates)
+        print(  # noqa: T201
+            f"{name:44} {s['median']:10,.0f} rows/s ({s['min']:,.0f} to {s['max']:,.0f})"
+            f"  {s['median'] / shipped:5.2f} x  WAL file {sizes[name]:5.1f} MiB"
+        )
+    save(
+        "store-settings",
+        {"rows_per_second": {name: spread(r) for name, r in figures.items()}, "wal_mib": sizes},
+    )
+
+
+if __name__ == "__main__":
+    main()
