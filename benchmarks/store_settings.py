@@ -16,12 +16,12 @@ from collections import deque
 from pathlib import Path
 
 import apsw
+
+from benchmarks.harness import save, spread
 from penstock_broker.domain.activation import Activation, hash_id
 from penstock_broker.domain.lifecycle import Limits
 from penstock_broker.store import database as store
 from penstock_broker.store.batch import Batch
-
-from benchmarks.harness import save, spread
 
 ROWS = 256
 BACKLOG = 20_000
@@ -97,10 +97,10 @@ def main() -> None:
             rate, sizes[name] = run(pragmas, checkpoint, options.ticks)
             figures[name].append(rate)
     shipped = spread(figures["as shipped"])["median"]
-    print(f"SQLite {apsw.sqlite_lib_version()}, {ROWS} rows a tick")  # noqa: T201
+    print(f"SQLite {apsw.sqlite_lib_version()}, {ROWS} rows a tick")
     for name, rates in figures.items():
         s = spread(rates)
-        print(  # noqa: T201
+        print(
             f"{name:44} {s['median']:10,.0f} rows/s ({s['min']:,.0f} to {s['max']:,.0f})"
             f"  {s['median'] / shipped:5.2f} x  WAL file {sizes[name]:5.1f} MiB"
         )

@@ -21,9 +21,14 @@ def v1_messages(pool: Pool) -> int:
     names = ["noop"] * 200 + ["retry_once"] * 20 + ["fail"] * 5
     for n, name in enumerate(names):
         message = pb.TaskActivation(
-            id=f"v1-{n}", application="v1", namespace="ns", taskname=name,
-            parameters='{"args": [], "kwargs": {}}', processing_deadline_duration=10, retry_state=pb.RetryState(max_attempts=1),
-        )  # fmt: skip
+            id=f"v1-{n}",
+            application="v1",
+            namespace="ns",
+            taskname=name,
+            parameters='{"args": [], "kwargs": {}}',
+            processing_deadline_duration=10,
+            retry_state=pb.RetryState(max_attempts=1),
+        )
         message.received_at.GetCurrentTime()
         producer.produce(pool.topic, message.SerializeToString())
     assert producer.flush(10) == 0

@@ -75,10 +75,10 @@ def test_a_batch_is_counted_at_once(metrics: Metrics) -> None:
 
 def test_label_values_are_capped_and_the_rest_is_still_counted(metrics: Metrics) -> None:
     for number in range(CHILDREN_MAX + 5):
-        metrics.added.labels("app", f"namespace-{number}", "grpc").inc()
+        metrics.added.labels("app", f"namespace-{number}").inc()
     text = generate_latest(metrics.registry).decode()
     assert text.count("\npenstock_tasks_added_total{") == CHILDREN_MAX + 1
-    assert value(metrics, "penstock_tasks_added_total", application=OTHER, namespace=OTHER, source=OTHER) == 5
+    assert value(metrics, "penstock_tasks_added_total", application=OTHER, namespace=OTHER) == 5
 
 
 @given(st.text())
