@@ -84,9 +84,9 @@ def test_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TASKBROKER_KAFKA_RETRY_TOPIC", "")
+    monkeypatch.setenv("TASKBROKER_KAFKA_DEADLETTER_CLUSTER", "")
     monkeypatch.setenv("TASKBROKER_NO_SUCH_THING", "")
-    assert load().settings.kafka_retry_topic is None
+    assert load().settings.kafka_deadletter_cluster is None
 
 
 def test_an_unknown_variable_names_the_nearest_setting(monkeypatch: pytest.MonkeyPatch) -> None:

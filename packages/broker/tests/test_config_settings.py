@@ -33,7 +33,6 @@ def test_the_defaults_that_operators_know() -> None:
     assert settings.kafka_cluster == "127.0.0.1:9092"
     assert settings.kafka_auto_offset_reset == "earliest"
     assert settings.kafka_deadletter_topic == "taskworker-dlq"
-    assert settings.kafka_retry_topic is None
     assert settings.grpc_address == "127.0.0.1:50051"
     assert settings.metrics_port == 51051
     assert settings.metrics_port_is_default
@@ -209,4 +208,4 @@ def test_every_setting_is_described_with_its_values() -> None:
     assert SECTIONS.keys() <= Settings.model_fields.keys()
     assert next(iter(SECTIONS)) == next(iter(Settings.model_fields))
     assert default_text("pending_bytes_max") == "8GiB"
-    assert default_text("kafka_retry_topic") == ""
+    assert default_text("kafka_deadletter_cluster") == ""

@@ -214,10 +214,6 @@ class Settings(BaseSettings):
         default=None,
         description="Accepted when it equals `kafka_cluster`: dead letters go to the cluster they came from.",
     )
-    kafka_retry_topic: TopicName | None = Field(
-        default=None,
-        description="Topic that retries are sent to. Without one they stay in the store, which is cheaper.",
-    )
     kafka_session_timeout_seconds: Annotated[float, Field(ge=6, le=300)] = Field(
         default=10.0,
         description="Seconds without a sign of life after which Kafka gives a broker's partitions away.",

@@ -30,12 +30,14 @@ CREATE TABLE pair (
 ) STRICT;
 
 -- Topic partitions this broker has taken from: [start, next) is stored, finished or skipped;
--- below covered an acknowledged offset commit of this broker has passed.
+-- below covered an acknowledged offset commit of this broker has passed. topic_id and owners: which
+-- topic of that name it was, and who read it, as last committed; for the ledger.
 CREATE TABLE source (
   source INTEGER PRIMARY KEY,
   topic TEXT NOT NULL,
   partition INTEGER NOT NULL,
   topic_id TEXT NOT NULL DEFAULT '',
+  owners TEXT NOT NULL DEFAULT '',
   start INTEGER NOT NULL,
   next INTEGER NOT NULL,
   covered INTEGER NOT NULL,
