@@ -29,6 +29,11 @@ UV = (sys.executable, "-m", "uv")
 DIST = ROOT / "dist"
 PROTO = "packages/protocol/proto"
 GENERATED = "packages/protocol/src"
+# Module that prints a page -> the page.
+GENERATED_PAGES = {
+    "penstock_broker.config.document": "docs/configuration.md",
+    "penstock_broker.domain.document": "docs/lifecycle.md",
+}
 
 # lock file -> (what is installed from this tree, dependency groups). `lock` comes first: the others follow
 # its versions, except those that stand alone.
@@ -145,10 +150,14 @@ def proto(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """docs/configuration.md is what the settings say (`-- write` replaces it)."""
+    """The generated pages are what the code says (`-- write` replaces them)."""
     install_everything(session)
-    check = [] if "write" in session.posargs else ["--check"]
-    session.run("python", "-m", "penstock_broker.config.document", "docs/configuration.md", *check)
+    for module, page in GENERATED_PAGES.items():
+        said = session.run("python", "-m", module, silent=True, log=False)
+        if "write" in session.posargs:
+            (ROOT / page).write_text(str(said))
+        elif str(said) != (ROOT / page).read_text():
+            session.error(f"{page} is not what the code says; next: nox -s docs -- write")
 
 
 @nox.session(python=["3.11", "3.13"])

@@ -52,7 +52,7 @@ class Part:
         """Raises DemoFailed when it has ended."""
         code = self._process.poll()
         if code is not None:
-            raise DemoFailed(f"the {self.name} has ended by itself, with exit code {code}", self.log)
+            raise DemoFailed(f"the {self.name} has ended before the demo: {how_it_ended(code)}", self.log)
 
     def stop(self) -> int:
         """SIGTERM, and SIGKILL if that does not help; the exit code."""
@@ -63,6 +63,11 @@ class Part:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+def how_it_ended(code: int) -> str:
+    """The exit code of a process, in words."""
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 class Counts(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import report
 import starts
-from processes import Counts, DemoFailed, Part, counts, free_ports
+from processes import Counts, DemoFailed, Part, counts, free_ports, how_it_ended
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -107,8 +108,7 @@ class Demo:
     def _until(self, ready: Callable[[], bool], otherwise: str) -> None:
         give_up_at = time.monotonic() + READY_SECONDS_MAX
         while not ready():
-            for part in self._parts:
-                part.check()
+            self._check()
             if time.monotonic() > give_up_at:
                 raise DemoFailed(f"{otherwise} after {READY_SECONDS_MAX:.0f} s", self._parts[-1].log)
             time.sleep(LOOK_SECONDS)
@@ -120,7 +120,9 @@ class Demo:
             part = self._parts.pop()
             code = part.stop()
             if code:
-                failure = DemoFailed(f"the {part.name} did not stop cleanly: exit code {code}", part.log)
+                failure = DemoFailed(
+                    f"the {part.name} did not stop as it should: {how_it_ended(code)}", part.log
+                )
         if failure is not None:
             raise failure
 
@@ -174,19 +176,25 @@ class Demo:
             self._finish(tasks, show)
 
     def _flush(self) -> None:
+        """Until the broker has acknowledged everything."""
         import shop
 
-        left = shop.app.flush(STALL_SECONDS_MAX)
-        if left:
-            raise DemoFailed(f"{left} tasks were not acknowledged by the broker", PLACE / "broker.log")
+        give_up_at = time.monotonic() + STALL_SECONDS_MAX
+        while left := shop.app.flush(LOOK_SECONDS):
+            self._check()
+            if time.monotonic() > give_up_at:
+                raise DemoFailed(f"the broker has not acknowledged {left} tasks", PLACE / "broker.log")
+
+    def _check(self) -> None:
+        for part in self._parts:
+            part.check()
 
     def _finish(self, tasks: int, show: Callable[[int], None], others: int = 0) -> None:
         """Until the broker has counted all of them as done or dead."""
         before, self._sent = self._sent, self._sent + tasks + others
         finished, changed_at = -1, time.monotonic()
         while finished < self._sent:
-            for part in self._parts:
-                part.check()
+            self._check()
             now: Counts = counts(self._metrics_port)
             if now.done + now.dead != finished:
                 finished, changed_at = now.done + now.dead, time.monotonic()
@@ -201,9 +209,23 @@ class Demo:
                 time.sleep(LOOK_SECONDS)
 
 
-def prepare() -> int:
-    """An empty place for this run; a lock on it."""
+def prepare() -> None:
+    """An empty place for this run, held by a lock; nothing of the caller's settings."""
+    try:
+        empty_place()
+    except OSError as error:
+        raise DemoFailed(f"cannot prepare {PLACE}: {error.strerror}") from None
+    # What the producer's side has to say.
+    logging.basicConfig(filename=PLACE / "producer.log")
+    # Settings of the caller's shell are for other brokers; and none of this goes through a proxy.
+    for name in [name for name in os.environ if name.startswith(("TASKBROKER_", "PENSTOCK_"))]:
+        del os.environ[name]
+    os.environ["no_proxy"] = "127.0.0.1"
+
+
+def empty_place() -> None:
     PLACE.mkdir(exist_ok=True)
+    # Held until this process ends.
     lock = os.open(PLACE / "lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,11 +236,6 @@ def prepare() -> int:
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
-    # Settings of the caller's shell are for other brokers; and none of this goes through a proxy.
-    for name in [name for name in os.environ if name.startswith(("TASKBROKER_", "PENSTOCK_"))]:
-        del os.environ[name]
-    os.environ["no_proxy"] = "127.0.0.1"
-    return lock
 
 
 def run(console: Console) -> None:
@@ -270,14 +287,20 @@ def main() -> int:
         console.print("\nStopped before its end; the broker and the workers are stopped too.")
         return 130
     except DemoFailed as failure:
-        console.print(f"\n[red]The demo has failed[/]: {escape(str(failure))}.")
+        console.print(f"\n[red]The demo has failed[/]: {escape(str(failure))}.", soft_wrap=True)
         for line in failure.last_lines():
             console.print(f"    {escape(line)}", soft_wrap=True)
         if failure.log is not None:
-            console.print(f"Next: read {shown(failure.log)}, correct the cause, and type: make demo")
+            console.print(
+                f"Next: read {shown(failure.log)}, correct the cause, and type: make demo", soft_wrap=True
+            )
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    if exit_code:
+        # The client would wait at the exit for a broker that is gone.
+        os._exit(exit_code)

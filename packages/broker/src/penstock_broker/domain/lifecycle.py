@@ -7,13 +7,13 @@ given activation. Both are pure. Nothing else in the broker chooses a status.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Status
 
 
-class Event(Enum):
+class Event(StrEnum):
     """What can happen to an activation."""
 
     CLAIM = "claim"

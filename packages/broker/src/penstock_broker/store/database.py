@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import struct
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,17 +53,26 @@ _LOAD_COLUMNS = (
     " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id,"
     " a.taskname, a.size, a.checksum"
 )
+_FIXED = struct.Struct(">9q")
 _BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
 _FROM = " FROM activation a JOIN pair p ON p.pair = a.pair"
 
 
 def checksum(row: Activation) -> int:
     """CRC-32 over the columns that never change and the body."""
-    fixed = (
-        f"{row.seq}|{row.pair}|{row.source}|{row.offset}|{row.received_at}|{row.expires_at}|{row.deadline_ms}"
-        f"|{row.on_exceeded:d}|{row.at_most_once:d}|{row.id}|{row.taskname}"
+    names = f"{row.id}\0{row.taskname}".encode("utf-8", "surrogatepass")
+    numbers = _FIXED.pack(
+        row.seq,
+        row.pair,
+        row.source,
+        row.offset,
+        row.received_at,
+        -1 if row.expires_at is None else row.expires_at,
+        row.deadline_ms,
+        row.on_exceeded,
+        row.at_most_once,
     )
-    return zlib.crc32(fixed.encode("utf-8", "surrogatepass"), zlib.crc32(row.body or b""))
+    return zlib.crc32(numbers, zlib.crc32(names, zlib.crc32(row.body or b"")))
 
 
 class Database:
