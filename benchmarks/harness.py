@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -69,7 +70,7 @@ def broker(settings: Mapping[str, str]) -> Iterator[BrokerProcess]:
 def _wait_until_serving(address: str, process: psutil.Popen, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     with grpc.insecure_channel(address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise SystemExit(f"the broker ended with {process.returncode} before it served")

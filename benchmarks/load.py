@@ -20,6 +20,7 @@ from penstock_protocol.v1 import consumer_pb2, raw_pb2
 
 SERVICE = "/penstock.v1.ConsumerService/"
 IDLE_POLLS_MAX = 20
+COMPLETE = consumer_pb2.TASK_OUTCOME_STATUS_COMPLETE
 
 
 async def run(address: str, batch: int, streams: int) -> dict[str, float]:
@@ -52,7 +53,8 @@ async def run(address: str, batch: int, streams: int) -> dict[str, float]:
                 idle = 0
                 first = first or time.time()
                 outcomes = [
-                    consumer_pb2.TaskOutcome(claim_token=task.claim_token, status=1) for task in answer.tasks
+                    consumer_pb2.TaskOutcome(claim_token=task.claim_token, status=COMPLETE)
+                    for task in answer.tasks
                 ]
                 answers = (await report(consumer_pb2.SetTaskStatusesRequest(outcomes=outcomes))).answers
                 if any(a != consumer_pb2.OUTCOME_ANSWER_APPLIED for a in answers):

@@ -143,11 +143,11 @@ def _show_next(console: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column()
     for what, why in (
-        (".demo/broker.sqlite", "the broker's database"),
-        (".demo/broker.log, .demo/worker.log", "what they said; each failed attempt with its traceback"),
-        ("demo/shop.py", "the tasks that ran"),
-        ("README.md", '"A task of your own", in ten lines; then the same through Kafka'),
-        ("make test", "the proof, on a real Kafka, with brokers killed under load (20 minutes)"),
+        (".demo/broker.sqlite", "the broker's database; .demo/broker.log is what it said"),
+        ("less .demo/worker.log", "each failed attempt, with its traceback"),
+        ("less demo/shop.py", "the tasks that ran"),
+        ("less README.md", "a task of your own in ten lines, and the same through Kafka"),
+        ("make test", "the proof: a real Kafka, brokers killed under load (20 minutes)"),
     ):
         table.add_row(f"  {what}", why)
     console.print(table)

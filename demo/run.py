@@ -226,7 +226,7 @@ def prepare() -> None:
 def empty_place() -> None:
     PLACE.mkdir(exist_ok=True)
     # Held until this process ends.
-    lock = os.open(PLACE / "lock", os.O_CREAT | os.O_RDWR)
+    lock = os.open(PLACE / "lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

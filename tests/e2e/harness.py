@@ -22,6 +22,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from penstock_client import App
 from tests.e2e import tasks
 from tests.kafka_server import free_port
 
@@ -110,7 +111,8 @@ class Broker(Process):
         if self.process.poll() is not None:
             raise AssertionError(f"{self.name} ended with {self.process.returncode}:\n{self.text()}")
         with contextlib.suppress(grpc.RpcError), grpc.insecure_channel(self.address) as channel:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2)
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
         return False
 
@@ -164,7 +166,7 @@ class Pool:
         self.records.mkdir()
         self.topic = f"e2e-{uuid.uuid4().hex[:10]}"
         self.processes: list[Process] = []
-        self._apps: list[tasks.App] = []
+        self._apps: list[App] = []
 
     # -- making
 
@@ -204,7 +206,7 @@ class Pool:
         worker.start()
         return worker
 
-    def app(self, **how: Any) -> tasks.App:
+    def app(self, **how: Any) -> App:
         """A producer."""
         if "broker" not in how:
             how = {"kafka": self.kafka, "topic": self.topic, **how}
@@ -274,8 +276,9 @@ class Pool:
 
 
 def _letter(message: Message) -> Letter:
-    headers = {k: (v or b"").decode("utf-8", "replace") for k, v in message.headers() or ()}  # type: ignore[union-attr]
-    return Letter((message.key() or b"").decode("utf-8", "replace"), message.value() or b"", headers)  # type: ignore[union-attr]
+    given: Any = message.headers() or ()
+    headers = {name: (value or b"").decode("utf-8", "replace") for name, value in given}
+    return Letter(str(message.key() or b"", "utf-8", "replace"), message.value() or b"", headers)
 
 
 @contextlib.contextmanager

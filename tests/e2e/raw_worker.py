@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
@@ -85,7 +86,7 @@ class RawWorker(threading.Thread):
 
     def _complete(
         self,
-        report: grpc.UnaryUnaryMultiCallable[pb.SetTaskStatusesRequest, pb.SetTaskStatusesResponse],
+        report: Any,
         claimed: Sequence[pb.ClaimedTask],
     ) -> None:
         """Report until there is an answer: the token stays good over a restart."""

@@ -39,9 +39,7 @@ def v1_messages(pool: Pool) -> int:
 @pytest.mark.parametrize("secret", ["", "a secret"])
 def test_the_published_stubs_of_taskbroker_v1_work(kafka_pool: Pool, secret: str) -> None:
     kafka_pool.create_topic(2)
-    broker = kafka_pool.broker(
-        **({"GRPC_SHARED_SECRET": json.dumps(["an older one", secret])} if secret else {})
-    )
+    broker = kafka_pool.broker(GRPC_SHARED_SECRET=json.dumps(["an older one", secret]) if secret else "")
     tasks = v1_messages(kafka_pool)
     python = os.environ.get("PENSTOCK_FOREIGN_PYTHON", sys.executable)
     client = subprocess.run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -102,7 +103,8 @@ def test_kafka_that_is_not_there_at_the_start(own_kafka: JavaKafka, kafka_pool: 
 
 def call(broker: Broker, method: str, request: pb.GetTasksRequest | pb.SetTaskStatusesRequest) -> bytes:
     with grpc.insecure_channel(broker.address) as channel:
-        answer: bytes = channel.unary_unary(SERVICE + method)(request.SerializeToString(), timeout=10)
+        raw: Any = channel.unary_unary(SERVICE + method)
+        answer: bytes = raw(request.SerializeToString(), timeout=10)
     return answer
 
 
@@ -111,8 +113,9 @@ def test_calls_that_are_wrong_and_reports_that_come_twice(direct_pool: Pool) -> 
     broker = direct_pool.broker()
     with pytest.raises(grpc.RpcError) as error:
         call(broker, "GetTasks", pb.GetTasksRequest(namespaces=["main"], max_tasks=1))
-    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
-    assert "application" in error.value.details()  # type: ignore[attr-defined]
+    refusal: Any = error.value
+    assert refusal.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "application" in refusal.details()
 
     app = direct_pool.app(broker=broker.address)
     app.tasks["noop"].delay().wait(10)

@@ -107,10 +107,8 @@ def check_store(store: Inflight) -> None:
         ]
         assert in_line == sorted(in_line), "the index is out of order"
         in_memory |= {seq for _, seq in memory}
-        reserved = [
-            *queue.ready,
-            *(r for source in store.sources() for r in source.held_starts if r.pair == queue.pair),
-        ]
+        held_starts = [r for source in store.sources() for r in source.held_starts if r.pair == queue.pair]
+        reserved = [row for row in [*queue.ready, *held_starts] if row.reserved]
         assert queue.bytes == sum(row.size for row in reserved), "room in memory is miscounted"
         assert queue.rows == len(reserved)
     claimed = {seq for seq, row in rows.items() if row.status is Status.PROCESSING}

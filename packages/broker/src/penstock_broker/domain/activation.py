@@ -103,6 +103,8 @@ class Activation:
     tokenless: bool = False
     # Pending, and the index may not hold it: it is paged in from the rows when its turn comes.
     spilled: int = 0
+    # Room in memory is reserved for it.
+    reserved: bool = False
 
 
 def hash_id(id: str) -> int:

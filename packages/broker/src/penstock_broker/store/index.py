@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 
-from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.activation import Activation
+
+# Void places that a queue may hold beside twice its rows.
+VOID_ROWS = 64
 
 
 class PairQueue:
@@ -139,6 +142,7 @@ class ReadyIndex:
         self._take_room(queue, row)
 
     def _take_room(self, queue: PairQueue, row: Activation) -> None:
+        row.reserved = True
         self.rows += 1
         self.bytes += row.size
         queue.rows += 1
@@ -146,10 +150,20 @@ class ReadyIndex:
 
     def unreserve(self, queue: PairQueue, row: Activation) -> None:
         """A row has left memory, or will not enter it after all."""
+        if not row.reserved:
+            return
+        row.reserved = False
         self.rows -= 1
         self.bytes -= row.size
         queue.rows -= 1
         queue.bytes -= row.size
+
+    def void(self, queue: PairQueue, row: Activation) -> None:
+        """A row that waits was settled, expired or dropped. Its place stays until its turn, or until such
+        places are most of the queue."""
+        self.unreserve(queue, row)
+        if len(queue.ready) > 2 * queue.rows + VOID_ROWS:
+            queue.ready = deque(row for row in queue.ready if row.reserved)
 
     # -- taking rows out
 
@@ -224,9 +238,9 @@ class ReadyIndex:
         ready = queue.ready
         while ready and rows and self._bytes_left > 0:
             row = ready.popleft()
-            self.unreserve(queue, row)
-            # What left while it waited (expired, settled late) stays in line until its turn.
-            if row.status is Status.PENDING:
+            # What left while it waited is void.
+            if row.reserved:
+                self.unreserve(queue, row)
                 taken.append(row)
                 rows -= 1
                 self._bytes_left -= row.size

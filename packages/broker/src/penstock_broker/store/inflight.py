@@ -336,6 +336,7 @@ class Inflight:
         """A claim that a restart had forgotten is re-established by its worker's heartbeat."""
         memory, claimed = self.memory, copy.copy(row)
         memory.void(row)
+        claimed.reserved = False
         memory.claimed(claimed, self.clock.wall_ms())
         claimed.claim_epoch = epoch
         claimed.body = None
@@ -405,10 +406,8 @@ class Inflight:
         Resolves to how many were dropped; reports on them are STALE.
         """
         memory, boundary = self.memory, max(boundary, source.covered)
-        dropped, starts = memory.partitions.drop(source, boundary)
+        dropped = memory.partitions.drop(source, boundary)
         self._write(source)
-        for row in starts:
-            memory.index.unreserve(memory.index.pairs[row.pair], row)
         seqs = array("q")
         for seq, id_hash in dropped:
             if memory.live.get(id_hash) == seq:

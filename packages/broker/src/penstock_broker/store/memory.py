@@ -202,8 +202,11 @@ class Memory:
         self.wake_earlier(row.expires_at)
 
     def void(self, row: Activation) -> None:
-        """Memory forgets a row; a place it still has in the order is void."""
+        """Memory forgets a row; a place it has in the order is void."""
         del self.resident[row.seq]
+        if row.reserved:
+            self.index.void(self.index.pairs[row.pair], row)
+            self.low.add(row.pair)
         row.status = Status.GONE
         row.body = None
 
@@ -263,11 +266,8 @@ class Memory:
     def start_covered(self, rows: Iterable[Activation]) -> None:
         """At-most-once rows that waited for cover take their place."""
         for row in rows:
-            queue = self.index.pairs[row.pair]
-            if row.status is Status.PENDING:
-                self.index.enter(queue, row)
-            else:
-                self.index.unreserve(queue, row)
+            if row.reserved:
+                self.index.enter(self.index.pairs[row.pair], row)
 
     # -- time
 

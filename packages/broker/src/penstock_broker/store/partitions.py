@@ -114,16 +114,15 @@ class Partitions:
             starts.append(source.held_starts.popleft())
         return starts
 
-    def drop(self, source: Source, boundary: int) -> tuple[list[tuple[int, int]], list[Activation]]:
+    def drop(self, source: Source, boundary: int) -> list[tuple[int, int]]:
         """Uncovered rows at or above ``boundary`` are someone else's now.
 
-        Their (seq, id hash), those included that have left; and the at-most-once rows that waited.
+        Their (seq, id hash), those included that have left.
         """
         dropped = [(seq, id_hash) for offset, seq, id_hash in source.uncovered if offset >= boundary]
         for _, id_hash in dropped:
             self._held.pop(id_hash, None)
         source.uncovered = deque(entry for entry in source.uncovered if entry[0] < boundary)
-        starts = [row for row in source.held_starts if row.offset >= boundary]
         source.held_starts = deque(row for row in source.held_starts if row.offset < boundary)
         source.next = min(source.next, boundary)
         waiting, source.waiting = source.waiting, []
@@ -132,7 +131,7 @@ class Partitions:
                 heapq.heappush(source.waiting, wait)
             else:
                 _resolve(wait[2], covered=False)
-        return dropped, starts
+        return dropped
 
 
 def _resolve(future: asyncio.Future[bool], *, covered: bool) -> None:
