@@ -116,9 +116,7 @@ class GrpcTransport:
                     self._call(request, timeout=5.0, metadata=self._metadata(request))
                 )
             except DecodeError:
-                for message, future, _ in batch:
-                    self._fail(message, future, "what answered there is no broker")
-                self._acknowledged(len(batch))
+                self._fail(batch, "what answered there is no broker")
                 return
             except grpc.RpcError as error:
                 batch = self._failed(batch, error)
@@ -129,14 +127,15 @@ class GrpcTransport:
             return
 
     def _answered(self, batch: list[_Waiting], answers: Sequence[producer_pb2.SendAnswer]) -> None:
-        for n, (message, future, _) in enumerate(batch):
-            if n >= len(answers):
-                self._fail(message, future, "the broker's answer does not mention it")
-            elif answers[n].result in _SAFE:
-                future.set_result(None)
+        self._fail(batch[len(answers) :], "the broker's answer does not mention it")
+        safe = 0
+        for waiting, answer in zip(batch, answers, strict=False):
+            if answer.result in _SAFE:
+                waiting[1].set_result(None)
+                safe += 1
             else:
-                self._fail(message, future, f"the broker refused it: {answers[n].reason}")
-        self._acknowledged(len(batch))
+                self._fail([waiting], f"the broker refused it: {answer.reason}")
+        self._acknowledged(safe)
 
     def _metadata(self, request: bytes) -> tuple[tuple[str, str], ...]:
         secret = self._settings.grpc_shared_secret
@@ -148,19 +147,24 @@ class GrpcTransport:
         now = time.monotonic()
         left = [w for w in batch if code in _TRANSIENT and now < w[2] and not self._closed]
         kept = {id(w) for w in left}
-        for waiting in batch:
-            if id(waiting) not in kept:
-                self._fail(waiting[0], waiting[1], f"{code.name.lower()}: {detail}")
-        self._acknowledged(len(batch) - len(left))
+        self._fail([w for w in batch if id(w) not in kept], f"{code.name.lower()}: {detail}")
         return left
 
-    def _fail(self, message: Outgoing, future: Future[None], why: str) -> None:
-        failure = SendError(
-            f"task {message.taskname} ({message.id}) was not sent to the broker at"
-            f" {self._settings.broker}: {why}"
-        )
-        log.error("%s", failure)
-        future.set_exception(failure)
+    def _fail(self, batch: Sequence[_Waiting], why: str) -> None:
+        """Each future is told; the log has one line for all."""
+        failures = [
+            SendError(
+                f"task {message.taskname} ({message.id}) was not sent to the broker at"
+                f" {self._settings.broker}: {why}"
+            )
+            for message, _, _ in batch
+        ]
+        if failures:
+            more = f", and {len(failures) - 1} more with it" if len(failures) > 1 else ""
+            log.error("%s%s", failures[0], more)
+        for (_, future, _), failure in zip(batch, failures, strict=True):
+            future.set_exception(failure)
+        self._acknowledged(len(batch))
 
     def flush(self, seconds: float) -> int:
         with self._changed:
@@ -169,13 +173,12 @@ class GrpcTransport:
 
     def close(self) -> None:
         self._closed = True
-        while True:
-            try:
-                waiting = self._queue.get_nowait()
-            except queue.Empty:
-                break
+        left: list[_Waiting] = []
+        while not self._queue.empty():
+            waiting = self._queue.get_nowait()
             if waiting is not None:
-                self._fail(waiting[0], waiting[1], "the client was closed")
+                left.append(waiting)
+        self._fail(left, "the client was closed")
         self._queue.put(None)
         self._thread.join()
         self._channel.close()
