@@ -130,7 +130,7 @@ def test_what_cannot_be_honoured_is_refused_and_not_ignored(app: App, word: str)
     def task() -> None: ...
 
     with pytest.raises(TypeError, match=word):
-        task.apply_async(**{word: 1})
+        task.apply_async((), None, **{word: 1})
 
 
 def test_calling_runs_it_here(app: App, sent: MemoryTransport) -> None:
@@ -395,7 +395,7 @@ class Slow:
         self.futures: queue.Queue[Future[None]] = queue.Queue()
 
     def send(self, message: Outgoing, future: Future[None]) -> None:
-        assert self.open.wait(30)
+        assert self.open.wait(10)
         self.futures.put(future)
 
     def flush(self, seconds: float) -> int:
@@ -412,7 +412,7 @@ async def test_waiting_is_bounded_and_failures_reach_the_caller() -> None:
         task.options(wait=True).delay()
     transport.futures.get_nowait()
     sending = asyncio.ensure_future(task.delay_async())
-    (await asyncio.to_thread(transport.futures.get)).set_exception(SendError("refused"))
+    (await asyncio.to_thread(transport.futures.get, timeout=10)).set_exception(SendError("refused"))
     with pytest.raises(SendError, match="refused"):
         await sending
     assert app.flush() == 1
@@ -427,7 +427,7 @@ async def test_a_transport_that_blocks_does_not_block_the_event_loop() -> None:
     )
     await asyncio.sleep(0)
     transport.open.set()
-    (await asyncio.to_thread(transport.futures.get)).set_result(None)
+    (await asyncio.to_thread(transport.futures.get, timeout=10)).set_result(None)
     assert (await sending).taskname == "t"
 
 
@@ -439,7 +439,7 @@ async def test_who_stops_waiting_does_not_disturb_the_transport() -> None:
         .task(name="t", retry=None)(lambda: None)
     )
     sending = asyncio.ensure_future(task.delay_async())
-    future = await asyncio.to_thread(transport.futures.get)
+    future = await asyncio.to_thread(transport.futures.get, timeout=10)
     await asyncio.sleep(0)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):

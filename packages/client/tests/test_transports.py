@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, Message, Producer
 
 from penstock_client import App, BufferFull, ConfigError, SendError, Task
 from penstock_protocol import signature
@@ -56,7 +56,7 @@ def test_through_kafka(mock_kafka: str) -> None:
     assert all(ref.future.done() for ref in refs)
     consumer = Consumer({"bootstrap.servers": mock_kafka, "group.id": "g", "auto.offset.reset": "earliest"})
     consumer.subscribe(["taskworker"])
-    messages = []
+    messages: list[Message] = []
     deadline = time.monotonic() + 30
     while len(messages) < 501 and time.monotonic() < deadline:
         messages += [message for message in consumer.consume(500, 0.2) if message.error() is None]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from penstock_protocol.v1 import activation_pb2, consumer_pb2, producer_pb2, raw_pb2
 
-V1 = {
+V1: dict[type[Message], dict[str, int]] = {
     activation_pb2.TaskActivation: {
         "id": 1, "namespace": 2, "taskname": 3, "parameters": 4, "headers": 5, "received_at": 6,
         "retry_state": 7, "processing_deadline_duration": 8, "expires": 9, "delay": 11, "application": 12,
@@ -37,7 +38,7 @@ def test_the_numbers_are_those_of_taskbroker_v1() -> None:
 
 
 def test_raw_views_are_wire_identical() -> None:
-    views = {
+    views: dict[type[Message], type[Message]] = {
         raw_pb2.RawGetTaskResponse: consumer_pb2.GetTaskResponse,
         raw_pb2.RawSetTaskStatusResponse: consumer_pb2.SetTaskStatusResponse,
         raw_pb2.RawClaimedTask: consumer_pb2.ClaimedTask,
