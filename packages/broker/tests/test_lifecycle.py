@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ LIMITS = Limits(max_deliveries=3, unknown_task_ms=600_000)
 
 
 def row(status: Status = Status.PROCESSING, **changed: object) -> Activation:
-    values: dict[str, object] = {"max_attempts": 3, "on_exceeded": OnExceeded.DEADLETTER, **changed}
+    values: dict[str, Any] = {"max_attempts": 3, "on_exceeded": OnExceeded.DEADLETTER, **changed}
     return Activation(
         id="a",
         application="shop",
@@ -37,7 +38,7 @@ def row(status: Status = Status.PROCESSING, **changed: object) -> Activation:
         received_at=NOW,
         ready_at=NOW,
         status=status,
-        **values,  # type: ignore[arg-type]
+        **values,
     )
 
 
@@ -97,7 +98,7 @@ def test_every_status_can_be_left_and_reached() -> None:
     assert len(set(OUTCOMES.values())) == len(OUTCOMES)
 
 
-def failed(starts: int, event: Event = Event.RETRY, **how: object) -> list[Change]:
+def failed(starts: int, event: Event = Event.RETRY, **how: Any) -> list[Change]:
     """The changes of a task that fails at each of its starts."""
     activation, changes = row(**how), []
     for _ in range(starts):

@@ -134,10 +134,12 @@ class Poller:
         partitions = consumer.assignment()
         (consumer.pause if pause else consumer.resume)(partitions)
         self.paused = pause
-        if pause:
-            log.warning("intake paused: the store has no room", topic=self.topic)
+        limit = self._intake.limit()
+        if pause and limit:
+            log.warning("intake paused: a limit is reached", topic=self.topic, limit=limit)
         else:
-            log.info("intake resumed", topic=self.topic)
+            # Without a limit the store is only slower than Kafka: nothing an operator must know.
+            log.debug("intake paused" if pause else "intake resumed", topic=self.topic)
 
     def _chores(self, consumer: Consumer) -> None:
         """What could not be done when it came up, because Kafka was away."""
