@@ -161,10 +161,6 @@ class Intake:
         self._committing = True
         self.commit(positions)
 
-    def limit(self) -> str:
-        """The store's limit that is reached, or "". For the poll thread's log."""
-        return self.store.intake_state()[1]
-
     @property
     def committing(self) -> bool:
         """Whether a commit is under way, whose effect is not known yet."""

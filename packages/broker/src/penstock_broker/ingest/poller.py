@@ -134,12 +134,8 @@ class Poller:
         partitions = consumer.assignment()
         (consumer.pause if pause else consumer.resume)(partitions)
         self.paused = pause
-        limit = self._intake.limit()
-        if pause and limit:
-            log.warning("intake paused: a limit is reached", topic=self.topic, limit=limit)
-        else:
-            # Without a limit the store is only slower than Kafka: nothing an operator must know.
-            log.debug("intake paused" if pause else "intake resumed", topic=self.topic)
+        # At a limit the store says so; without one it is only slower than Kafka.
+        log.debug("paused" if pause else "resumed", topic=self.topic)
 
     def _chores(self, consumer: Consumer) -> None:
         """What could not be done when it came up, because Kafka was away."""

@@ -12,6 +12,8 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import structlog
+
 from penstock_broker.clock import Clock
 from penstock_broker.domain.activation import NO_SOURCE, Activation, Reason, Status, hash_id
 from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
@@ -25,6 +27,8 @@ from penstock_broker.store.memory import Memory
 from penstock_broker.store.outbox import Outbox
 from penstock_broker.store.partitions import Source
 from penstock_broker.store.writer import Handoff, StoreStopped, Writer
+
+log = structlog.get_logger("store")
 
 T = TypeVar("T")
 
@@ -61,8 +65,14 @@ class Inflight:
     def room(self) -> int:
         """Rows that may still be accepted; 0 while the intake is paused."""
         rows = self.limits.rows_max - self.memory.rows
-        if rows <= 0 or self.memory.bytes >= self.limits.bytes_max:
+        if not self._paused and (rows <= 0 or self.memory.bytes >= self.limits.bytes_max):
             self._paused = "bytes" if rows > 0 else "rows"
+            log.warning(
+                "intake paused: a limit is reached",
+                limit="pending_bytes_max" if rows > 0 else "max_pending_count",
+                rows=self.memory.rows,
+                bytes=self.memory.bytes,
+            )
         return 0 if self._paused or self.writer.stopping else rows
 
     def intake_state(self) -> tuple[str, str]:
@@ -80,6 +90,7 @@ class Inflight:
         rows, size = self.limits.rows_max * 19 // 20, self.limits.bytes_max * 19 // 20
         if self.memory.rows <= rows and self.memory.bytes <= size:
             self._paused = ""
+            log.info("intake open again", rows=self.memory.rows, bytes=self.memory.bytes)
             for callback in self._on_room:
                 callback()
 
