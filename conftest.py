@@ -3,8 +3,14 @@
 import logging
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import structlog
+
+# The same examples every time, so that a run says something about a change. To look for more:
+# pytest --hypothesis-profile=default --hypothesis-seed=N
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)

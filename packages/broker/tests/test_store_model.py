@@ -30,7 +30,7 @@ OUTCOMES = (
     Event.RETRY,
     Event.DEADLINE_EXCEEDED,
     Event.WORKER_DIED,
-    Event.EXPIRE,
+    Event.EXPIRED_AT_START,
     Event.RELEASE,
     Event.UNKNOWN_TASK,
     Event.ARGUMENTS_MISMATCH,

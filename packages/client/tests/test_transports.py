@@ -104,6 +104,21 @@ def test_what_was_sent_is_flushed_at_the_exit(mock_kafka: str) -> None:
     assert done.stderr == "told None"
 
 
+def test_a_forked_child_connects_anew(mock_kafka: str) -> None:
+    code = (
+        "import os, sys; from penstock_client import App\n"
+        f"app = App('a', kafka='{mock_kafka}', strict_kwargs='off')\n"
+        "task = app.namespace('n').task(name='t', retry=None)(lambda: None)\n"
+        "task.delay().wait(20)\n"
+        "child = os.fork()\n"
+        "task.delay().wait(20)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 7)\n"
+    )
+    # The child leaves as any program does, with all its clean-up: 7 is what it has to say.
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=50, check=False)
+    assert done.returncode == 7
+
+
 class BrokerDouble(grpc.GenericRpcHandler):
     """The other side of SendTasks: fails as told, then answers."""
 

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import worker_tasks
 
+from penstock_client import App
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 from penstock_worker.execution import Execution
@@ -117,3 +118,25 @@ def test_what_cannot_be_read_fails_for_good() -> None:
     assert outcome.status == pb.TASK_OUTCOME_STATUS_FAILURE
     assert outcome.error is not None
     assert "PayloadError" in outcome.error.type
+
+
+class Undelivered:
+    """A transport that never gets an acknowledgement."""
+
+    def send(self, message: object, future: object) -> None: ...
+
+    def flush(self, seconds: float) -> int:
+        return 2
+
+    def close(self) -> None: ...
+
+
+def test_a_task_is_done_only_when_what_it_sent_is_safe() -> None:
+    app = App("worker-tests", transport=Undelivered(), strict_kwargs="off")
+    follow_up = app.namespace("tests").task(name="follow up", retry=None)(lambda: None)
+    app.namespace("tests").task(name="first", retry=None)(lambda: follow_up.delay())
+    assignment = Assignment(1, TaskActivation(id="i", taskname="first").SerializeToString(), b"t", 1, None)
+    outcome = Execution(app).run(assignment, monotonic()).outcome
+    assert outcome.status == pb.TASK_OUTCOME_STATUS_FAILURE
+    assert outcome.error is not None
+    assert "2 tasks that this one sent" in outcome.error.message

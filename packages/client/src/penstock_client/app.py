@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
+from penstock_client import forks
 from penstock_client.context import TaskContext
 from penstock_client.durations import Duration, seconds
 from penstock_client.errors import AppError
@@ -175,7 +176,15 @@ class App:
                 if self._transport is None:
                     self._transport = connect(self.settings)
                     atexit.register(self._flush_at_exit)
+                    forks.watch(self)
         return self._transport
+
+    def forget_transport(self) -> Transport | None:
+        """Connect anew for the next task. For a forked child: what waits is its parent's to send."""
+        transport, self._transport = self._transport, None
+        self._connecting = threading.Lock()
+        atexit.unregister(self._flush_at_exit)
+        return transport
 
     def send_task(
         self,

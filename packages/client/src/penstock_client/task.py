@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import math
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -189,7 +190,8 @@ class Task(Generic[P, R]):
     def _send(self, args: Sequence[object], kwargs: Mapping[str, object], options: Options) -> TaskRef:
         id = options.task_id or uuid.uuid4().hex
         message = activation_pb2.TaskActivation(id=id)
-        message.received_at.GetCurrentTime()
+        received_at = message.received_at
+        received_at.seconds, received_at.nanos = divmod(time.time_ns(), 1_000_000_000)
         headers = options.headers
         if headers:
             message.headers.update(headers)

@@ -110,7 +110,8 @@ def decode_parameters(activation: TaskActivation) -> tuple[list[object], dict[st
         raise PayloadError(f"the arguments have {len(packed)} bytes; at most {PAYLOAD_BYTES_MAX} are decoded")
     try:
         return _arguments(_unpack(packed))
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    # TypeError: a key that is a list or a dict, to an older msgspec.
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, TypeError) as error:
         raise PayloadError(f"the arguments are no msgpack: {error}") from None
 
 

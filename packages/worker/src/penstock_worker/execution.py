@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from penstock_client import App, ArgumentsMismatch, RetryRequested, Task, TaskContext, Verdict
+from penstock_client import App, ArgumentsMismatch, RetryRequested, SendError, Task, TaskContext, Verdict
 from penstock_protocol.payload import decode_parameters
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import TaskActivation
@@ -38,7 +38,7 @@ class Execution:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, assignment: Assignment, started_at: float) -> Finished:
-        """Load, find, bind, call, classify. The parent holds the deadline: it kills."""
+        """Load, find, bind, call, deliver, classify. The parent holds the deadline: it kills."""
         activation = TaskActivation()
         try:
             activation.ParseFromString(assignment.activation)
@@ -68,6 +68,7 @@ class Execution:
         context = TaskContext.from_activation(activation, assignment.attempt, assignment.claim_token)
         try:
             self._call(task, context, args, kwargs)
+            self._deliver()
         # SystemExit too: it ends the task, not the process.
         except BaseException as error:  # noqa: BLE001
             return classify(task, error, assignment.attempt)
@@ -97,6 +98,12 @@ class Execution:
             result = task.fn(context, *args, **kwargs) if task.bind else task.fn(*args, **kwargs)
             if inspect.isawaitable(result):
                 self._await(result)
+
+    def _deliver(self) -> None:
+        """What the task has sent is safe before the task counts as done: this process may die next."""
+        left = self._app.flush()
+        if left:
+            raise SendError(f"{left} tasks that this one sent were not acknowledged in time")
 
     def _await(self, awaitable: Awaitable[object]) -> None:
         if self._loop is None:

@@ -29,6 +29,7 @@ class Event(StrEnum):
     ARGUMENTS_MISMATCH = "arguments mismatch"
     DUE = "due"
     EXPIRE = "expire"
+    EXPIRED_AT_START = "expired at start"
     CANCEL = "cancel"
     HAND_OVER = "hand over"
     FORWARDED = "forwarded"
@@ -59,6 +60,7 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_P, Event.RELEASE): _t("Given back under a claim that a restart had forgotten.", _P),
     (_P, Event.UNKNOWN_TASK): _t("Given back under a claim that a restart had forgotten.", _D, _F),
     (_P, Event.ARGUMENTS_MISMATCH): _t("Given back under a claim that a restart had forgotten.", _D, _F),
+    (_P, Event.EXPIRED_AT_START): _t("Reported under a claim that a restart had forgotten.", _F, _G),
     (_P, Event.EXPIRE): _t("Its time to start has passed.", _F, _G),
     (_P, Event.CANCEL): _t("An operator cancelled it.", _G),
     (_P, Event.HAND_OVER): _t("The broker is being drained; another one runs it.", _F),
@@ -80,7 +82,7 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_R, Event.RELEASE): _t("Given back before it started.", _P),
     (_R, Event.UNKNOWN_TASK): _t("This worker does not know it; another may.", _D, _F),
     (_R, Event.ARGUMENTS_MISMATCH): _t("Its arguments do not fit this worker's code; another's may.", _D, _F),
-    (_R, Event.EXPIRE): _t("It had expired when the worker was about to start it.", _F, _G),
+    (_R, Event.EXPIRED_AT_START): _t("It had expired when the worker was about to start it.", _F, _G),
     (_R, Event.CANCEL): _t("An operator cancelled it; its worker learns so and kills it.", _G),
     (_F, Event.FORWARDED): _t("The log acknowledged it, or it rests in the store's own dead letters.", _G),
 }
@@ -93,7 +95,7 @@ OUTCOMES: dict[Event, int] = {
     Event.RETRY: 4,
     Event.DEADLINE_EXCEEDED: 5,
     Event.WORKER_DIED: 6,
-    Event.EXPIRE: 7,
+    Event.EXPIRED_AT_START: 7,
     Event.RELEASE: 8,
     Event.UNKNOWN_TASK: 9,
     Event.ARGUMENTS_MISMATCH: 10,
@@ -262,7 +264,7 @@ def _due(row: Activation, event: Event, now: int, limits: Limits, delay: int | N
 
 
 def _expire(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _give_up(row, Reason.EXPIRED, now, ends_claim=row.status is Status.PROCESSING)
+    return _give_up(row, Reason.EXPIRED, now, ends_claim=event is Event.EXPIRED_AT_START)
 
 
 def _cancel(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
@@ -292,6 +294,7 @@ _DECISIONS = {
     Event.ARGUMENTS_MISMATCH: _give_back,
     Event.DUE: _due,
     Event.EXPIRE: _expire,
+    Event.EXPIRED_AT_START: _expire,
     Event.CANCEL: _cancel,
     Event.HAND_OVER: _hand_over,
     Event.FORWARDED: _forwarded,

@@ -120,6 +120,8 @@ class Batch:
 
     rows: list[Activation] = field(default_factory=list)
     claims: array[int] = field(default_factory=lambda: array("q"))
+    # Claims that a restart had forgotten, under their epoch: (seq, epoch).
+    reclaims: list[tuple[int, int]] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     gone: array[int] = field(default_factory=lambda: array("q"))
     # Those of ``gone`` whose body has a row of its own.
@@ -146,6 +148,7 @@ class Batch:
         return bool(
             self.rows
             or self.claims
+            or self.reclaims
             or self.moves
             or self.gone
             or self.reports

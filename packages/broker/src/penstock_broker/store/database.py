@@ -230,12 +230,7 @@ class Database:
                 " ON CONFLICT (source) DO UPDATE SET start = ?4, next = ?5, covered = ?6",
                 [(source, *values) for source, values in batch.sources.items()],
             )
-        if batch.claims:
-            c.execute(
-                "UPDATE activation SET status = 3, wake_at = NULL, spilled = 0, claim_epoch = ?"
-                " WHERE status = 1 AND seq IN carray(?)",
-                (self.epoch, apsw.carray(batch.claims)),
-            )
+        self._claim(batch)
         if batch.moves:
             self._move(batch.moves)
         self.delete(batch.gone, batch.gone_payloads)
@@ -256,6 +251,20 @@ class Database:
             self._wake(batch.due_at, batch.stamp + 1, written)
         for page in batch.pages:
             written.pages[page.pair] = list(self._page(page))
+
+    def _claim(self, batch: Batch) -> None:
+        if batch.claims:
+            self.connection.execute(
+                "UPDATE activation SET status = 3, wake_at = NULL, spilled = 0, claim_epoch = ?"
+                " WHERE status = 1 AND seq IN carray(?)",
+                (self.epoch, apsw.carray(batch.claims)),
+            )
+        if batch.reclaims:
+            self.connection.executemany(
+                "UPDATE activation SET status = 3, wake_at = NULL, spilled = 0, claim_epoch = ?2"
+                " WHERE status = 1 AND seq = ?1",
+                batch.reclaims,
+            )
 
     def _insert(self, rows: Sequence[Activation]) -> None:
         values: list[object] = []
@@ -346,14 +355,6 @@ class Database:
         """The first wall clock time after ``after`` at which a delay or an expiry is due."""
         value = self.connection.execute("SELECT min(wake_at) FROM activation WHERE wake_at > ?", (after,)).get
         return None if value is None else int(value)
-
-    def reclaim(self, seq: int, epoch: int) -> None:
-        """A pending row is claimed again by the worker that a restart had forgotten."""
-        self.connection.execute(
-            "UPDATE activation SET status = 3, wake_at = NULL, spilled = 0, claim_epoch = ?2"
-            " WHERE status = 1 AND seq = ?1",
-            (seq, epoch),
-        )
 
     # -- reading
 

@@ -16,6 +16,10 @@ def pack(claim: int, outcome: int) -> int:
     return claim << 8 | outcome
 
 
+# Of what left without ever having been claimed.
+NEVER_CLAIMED = pack(0, 0)
+
+
 def unpack(value: int) -> tuple[int, int]:
     return value >> 8, value & 0xFF
 

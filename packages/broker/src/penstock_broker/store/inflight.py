@@ -20,7 +20,7 @@ from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, repeated
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import pack, unpack
+from penstock_broker.store.finished import NEVER_CLAIMED, unpack
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.memory import Memory
@@ -134,9 +134,8 @@ class Inflight:
             if change.status is Status.GONE:
                 memory.batch.count(row.pair, "accepted")
                 memory.batch.count(row.pair, change.term)
-                last = pack(0, OUTCOMES[Event.EXPIRE])
-                memory.finished.add(now, row.id_hash, last)
-                memory.batch.finished.extend((row.id_hash, last))
+                memory.finished.add(now, row.id_hash, NEVER_CLAIMED)
+                memory.batch.finished.extend((row.id_hash, NEVER_CLAIMED))
                 return False
         memory.live[row.id_hash] = row.seq
         memory.counts[row.pair][row.status] += 1
@@ -354,7 +353,7 @@ class Inflight:
         claimed.lease_until = self.clock.mono_ms()
         memory.resident[claimed.seq] = claimed
         memory.leases.add(claimed)
-        memory.batch.calls.append(lambda database: database.reclaim(claimed.seq, epoch))
+        memory.batch.reclaims.append((claimed.seq, epoch))
         memory.work.set()
         return claimed
 

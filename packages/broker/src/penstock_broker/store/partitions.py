@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 
 from penstock_broker.domain.activation import NO_SOURCE, Activation
 
+# Ids of dropped rows that are remembered, so that late reports on them are refused.
+DROPPED_IDS_MAX = 100_000
+
 
 @dataclass(slots=True)
 class Source:
@@ -50,6 +53,9 @@ class Partitions:
         self._ids: dict[tuple[str, int], int] = {}
         # Reported on, but not covered: answers to such reports, repeated ones too, wait.
         self._held: dict[int, tuple[Source, int]] = {}
+        # Id hashes of rows that are another broker's now, oldest first: what was done of them here
+        # is not acknowledged any more.
+        self._dropped: dict[int, None] = {}
         self._tie = 0
 
     def __getitem__(self, id: int) -> Source:
@@ -71,6 +77,7 @@ class Partitions:
 
     def took(self, row: Activation) -> None:
         """A row from the log was accepted; it is uncovered until a commit passes it."""
+        self._dropped.pop(row.id_hash, None)
         self._sources[row.source].uncovered.append((row.offset, row.seq, row.id_hash))
 
     def hold(self, row: Activation) -> None:
@@ -79,13 +86,13 @@ class Partitions:
             self._held[row.id_hash] = source, row.offset
 
     def is_held(self, id_hash: int) -> bool:
-        return id_hash in self._held
+        return id_hash in self._held or id_hash in self._dropped
 
     async def covered(self, id_hash: int) -> bool:
         """Wait until no other broker could run again what was reported on. False: one does."""
         held = self._held.get(id_hash)
         if held is None:
-            return True
+            return id_hash not in self._dropped
         source, offset = held
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._tie += 1
@@ -122,6 +129,9 @@ class Partitions:
         dropped = [(seq, id_hash) for offset, seq, id_hash in source.uncovered if offset >= boundary]
         for _, id_hash in dropped:
             self._held.pop(id_hash, None)
+            self._dropped[id_hash] = None
+        while len(self._dropped) > DROPPED_IDS_MAX:
+            del self._dropped[next(iter(self._dropped))]
         source.uncovered = deque(entry for entry in source.uncovered if entry[0] < boundary)
         source.held_starts = deque(row for row in source.held_starts if row.offset < boundary)
         source.next = min(source.next, boundary)
