@@ -67,7 +67,7 @@ def test_a_database_that_cannot_be_used(direct_pool: Pool, tmp_path: Path) -> No
 def test_settings_that_are_wrong(direct_pool: Pool) -> None:
     wrong = direct_pool.broker("wrong", start=False, GRPC_PROT="50051", MAX_DELIVERIES="many")
     wrong.start(serving=False)
-    refused(wrong, "TASKBROKER_GRPC_PROT", "grpc_port", "max_deliveries", "many", code=2)
+    refused(wrong, "TASKBROKER_GRPC_PROT", "TASKBROKER_GRPC_PORT", "max_deliveries", "many", code=2)
     open_to_all = direct_pool.broker("open", start=False, GRPC_ADDR="0.0.0.0")
     open_to_all.start(serving=False)
     refused(open_to_all, "TASKBROKER_GRPC_SHARED_SECRET", "TASKBROKER_INSECURE=1", code=2)

@@ -91,7 +91,15 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_unknown_variable_names_the_nearest_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKBROKER_GRPC_PRT", "1")
-    assert problems() == ["TASKBROKER_GRPC_PRT (environment) is not a setting; did you mean grpc_port?"]
+    assert problems() == [
+        "TASKBROKER_GRPC_PRT (environment) is not a setting; did you mean TASKBROKER_GRPC_PORT?"
+    ]
+
+
+def test_a_port_in_an_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKBROKER_GRPC_ADDR", "127.0.0.1:50077")
+    (problem,) = problems()
+    assert "an address without a port is expected: 127.0.0.1" in problem
 
 
 @pytest.mark.parametrize("variable", ["TASKBROKER_GRPC_PORT__X", "TASKBROKER_QQQ_WWW"])
@@ -131,7 +139,7 @@ def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_setting(
         monkeypatch.setenv(f"TASKBROKER_{name}", value)
     assert load().warnings == ()
     monkeypatch.setenv("TASKBROKER_GRCP_PORT", "50051")
-    assert "did you mean grpc_port?" in problems()[0]
+    assert "did you mean TASKBROKER_GRPC_PORT?" in problems()[0]
 
 
 def test_settings_of_taskbroker_without_a_meaning_warn(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

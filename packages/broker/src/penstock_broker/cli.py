@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -164,6 +165,8 @@ def _warn(loaded: Loaded) -> None:
 
 def main() -> None:
     """Runs the command line; what an operator can correct ends in a message and an exit code."""
+    # gRPC's own lines on stderr say in other words what the errors below say.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app()
     except FatalError as error:

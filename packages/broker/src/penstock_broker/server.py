@@ -212,4 +212,5 @@ class Broker:
             self._exposition.close()
         self._thread.shutdown()
         self.database.close()
-        log.info("stopped", rows=self.store.memory.rows)
+        if self.port:
+            log.info("stopped", rows=self.store.memory.rows)

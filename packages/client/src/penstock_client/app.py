@@ -237,7 +237,11 @@ class App:
             atexit.unregister(self._flush_at_exit)
 
     def _flush_at_exit(self) -> None:
-        left = self.flush()
+        left = self.flush(1)
+        if left:
+            seconds = self.settings.delivery_timeout_seconds
+            log.warning("waiting up to %g s for %d tasks of %s to be acknowledged", seconds, left, self.name)
+            left = self.flush()
         if left:
             log.error("%d tasks of %s were not acknowledged before the exit and may be lost", left, self.name)
 
@@ -385,7 +389,9 @@ class Namespace:
         )
         if strict == "error":
             raise TypeError(f"{problem}. Add **kwargs, or set strict_kwargs")
-        warnings.warn(f"{problem}. strict_kwargs='off' silences this", stacklevel=4)
+        warnings.warn(
+            f"{problem}. Add **kwargs to it, or silence this with App(..., strict_kwargs='off')", stacklevel=4
+        )
 
 
 RETRY_WORDS = "__penstock_retry__"

@@ -54,7 +54,7 @@ async def _extend(
         try:
             body = await link.call(EXTEND_CLAIMS, request, timeout_seconds)
         except AioRpcError as error:
-            log.info("heartbeat not answered", broker=link.address, claims=len(part), code=error.code().name)
+            log.debug("heartbeat not answered", broker=link.address, claims=len(part), code=error.code().name)
             return False
         answers = pb.ExtendClaimsResponse.FromString(body).answers
         for claim, answer in zip(part, answers, strict=False):

@@ -86,7 +86,7 @@ class _Collected:
             )
         else:
             self.problems.append(
-                f"{written} ({origin}) is not a setting{_nearest(name, Settings.model_fields)}"
+                f"{written} ({origin}) is not a setting{_nearest(name, Settings.model_fields, written)}"
             )
 
 
@@ -214,9 +214,13 @@ def _describe(detail: dict[str, Any], origins: Mapping[str, str]) -> str:
     return f"{'.'.join(where)}{value} ({origin}): {said or expected(where)}"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str], written: str = "") -> str:
+    """A hint at the setting that is meant, in the form in which the wrong one was ``written``."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {nearest[0]}?" if nearest else "; penstock-broker serve --help lists them"
+    if not nearest:
+        return "; penstock-broker serve --help lists them"
+    variable = written.startswith(ENV_PREFIX)
+    return f"; did you mean {ENV_PREFIX + nearest[0].upper() if variable else nearest[0]}?"
 
 
 def _shown(value: object) -> str:

@@ -410,6 +410,16 @@ class Settings(BaseSettings):
                 )
         return topics
 
+    @field_validator("grpc_addr", "metrics_addr")
+    @classmethod
+    def _address_only(cls, value: str) -> str:
+        host, colon, port = value.rpartition(":")
+        if colon and port.isdecimal() and ":" not in host:
+            raise ValueError(
+                f"an address without a port is expected: {host}, and the port in its own setting"
+            )
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = self.model_fields_set

@@ -140,7 +140,7 @@ class KafkaConsumer:
             except KafkaException as error:
                 if not away:
                     log.warning(
-                        "Kafka cannot be reached; what is stored is served, and Kafka is tried on",
+                        "Kafka cannot be reached; what is stored is served; trying again until it answers",
                         cluster=self._settings.kafka_cluster,
                         error=error.args[0].str(),
                     )

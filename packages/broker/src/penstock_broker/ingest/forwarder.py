@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -88,6 +89,7 @@ class Forwarder:
             safe, too_large, errors = await self._publish(rows, publisher, trimmed)
             failed += errors
             await self._store.outbox.forwarded(safe)
+            _tell(safe, publisher.topic)
             rows = too_large
             if not rows:
                 break
@@ -125,6 +127,7 @@ class Forwarder:
         outbox = self._store.outbox
         self._full = outbox.resting + len(rows) > self._store.limits.dead_letters_rest_max
         await outbox.rest(rows)
+        _tell(rows, "the store")
         if self._full:
             self._raise_alarm("the store's own dead letters are full (dead_letters_rest_max)", "the store")
         elif self._publisher is None:
@@ -160,3 +163,12 @@ class Forwarder:
     async def failed(self) -> None:
         """Ends, with the cause, when forwarding ends by itself."""
         await asyncio.shield(self._task)
+
+
+def _tell(rows: Sequence[Activation], to: str) -> None:
+    """One line for a batch of dead letters, with the first of them."""
+    if rows:
+        reasons = dict(Counter(row.reason for row in rows))
+        log.warning(
+            "dead letters", count=len(rows), to=to, reasons=reasons, first=f"{rows[0].taskname} {rows[0].id}"
+        )

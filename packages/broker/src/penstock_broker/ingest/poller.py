@@ -314,7 +314,7 @@ class Poller:
             log.info("connected to Kafka", cluster=self._settings.kafka_cluster)
         else:
             log.warning(
-                "Kafka is away; what is stored is served, and Kafka is tried on",
+                "Kafka is away; what is stored is served; trying again until it answers",
                 cluster=self._settings.kafka_cluster,
             )
 

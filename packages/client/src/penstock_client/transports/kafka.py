@@ -69,7 +69,7 @@ class KafkaTransport:
                 return
             failure = SendError(
                 f"task {message.taskname} ({message.id}) was not sent to topic {message.topic!r} of"
-                f" {self._settings.kafka}: {error.str()}"
+                f" {self._settings.kafka}: {self._why(error)}"
             )
             # Whoever holds the future is told; if nobody does, the log has it.
             log.error("%s", failure)
@@ -93,6 +93,13 @@ class KafkaTransport:
                 raise SendError(
                     f"task {message.taskname} ({message.id}) was refused: {error.args[0].str()}"
                 ) from None
+
+    def _why(self, error: KafkaError) -> str:
+        if error.code() != KafkaError._MSG_TIMED_OUT:
+            return error.str()
+        reached = "could not be reached" if self._unreachable else "did not acknowledge it"
+        seconds = self._settings.delivery_timeout_seconds
+        return f"Kafka {reached} within {seconds:g} s (delivery_timeout_seconds)"
 
     def _full(self, message: Outgoing) -> BufferFull:
         why = f" ({self._unreachable})" if self._unreachable else ""
