@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,7 +30,8 @@ class Waiting:
     def __init__(self, store: Inflight, bytes_max: int) -> None:
         self._store = store
         self._bytes_max = bytes_max
-        self._waiters: dict[Wanted, deque[_Waiter]] = {}
+        # Ordered sets: whoever gives up leaves at once.
+        self._waiters: dict[Wanted, dict[_Waiter, None]] = {}
         self._closed = False
         # Told how many rows each match handed out.
         self.on_claimed: Callable[[list[Activation]], None] = lambda rows: None
@@ -59,7 +59,7 @@ class Waiting:
         if rows or self._closed or seconds <= 0:
             return rows
         waiter = _Waiter(rows_max, asyncio.get_running_loop().create_future())
-        self._waiters.setdefault(wanted, deque()).append(waiter)
+        self._waiters.setdefault(wanted, {})[waiter] = None
         timer = asyncio.get_running_loop().call_later(seconds, self._give_up, waiter)
         try:
             return await waiter.future
@@ -69,6 +69,13 @@ class Waiting:
             raise
         finally:
             timer.cancel()
+            self._leave(wanted, waiter)
+
+    def _leave(self, wanted: Wanted, waiter: _Waiter) -> None:
+        if (waiters := self._waiters.get(wanted)) is not None:
+            waiters.pop(waiter, None)
+            if not waiters:
+                del self._waiters[wanted]
 
     @staticmethod
     def _give_up(waiter: _Waiter) -> None:
@@ -82,18 +89,16 @@ class Waiting:
         for wanted in list(self._waiters):
             waiters = self._waiters[wanted]
             while waiters:
-                waiter = waiters[0]
+                waiter = next(iter(waiters))
                 if waiter.future.done():
-                    waiters.popleft()
+                    del waiters[waiter]
                     continue
                 share = max(1, -(-self._store.memory.index.rows // len(waiters)))
                 rows = self.claim(wanted, min(waiter.rows_max, share))
                 if not rows:
                     break
-                waiters.popleft()
+                del waiters[waiter]
                 waiter.future.set_result(rows)
-            if not waiters:
-                del self._waiters[wanted]
 
     def close(self) -> None:
         """Answer every poll empty and claim nothing any more."""

@@ -1,0 +1,87 @@
+"""Long polls: answered when work appears, shared, and gone when whoever waited has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from store_helpers import ManualClock, activation, check_store, open_store, settle_down
+
+from penstock_broker.dispatch.waiting import Waiting, Wanted
+from penstock_broker.domain.activation import Activation
+from penstock_broker.store.inflight import Inflight
+
+ANY = Wanted(None, ())
+
+
+@pytest.fixture
+async def store(tmp_path: Path):
+    store = open_store(tmp_path / "store.sqlite", ManualClock())
+    yield store
+    store.database.close()
+
+
+async def insert(store: Inflight, *ids: str, namespace: str = "pay") -> None:
+    store.insert([activation(id, store.clock, namespace=namespace) for id in ids])  # type: ignore[arg-type]
+    await settle_down(store)
+
+
+def polls(
+    waiting: Waiting, count: int, wanted: Wanted = ANY, rows: int = 10
+) -> list[asyncio.Task[list[Activation]]]:
+    return [asyncio.create_task(waiting.wait(wanted, rows, 30)) for _ in range(count)]
+
+
+async def test_work_that_appears_is_shared_among_those_who_wait(store: Inflight) -> None:
+    waiting = Waiting(store, 1 << 20)
+    tasks = polls(waiting, 4)
+    await asyncio.sleep(0)
+    assert len(waiting) == 4
+    await insert(store, *(str(n) for n in range(8)))
+    assert [len(rows) for rows in await asyncio.gather(*tasks)] == [2, 2, 2, 2]
+    assert len(waiting) == 0
+
+
+async def test_only_who_wants_it_gets_it(store: Inflight) -> None:
+    waiting = Waiting(store, 1 << 20)
+    (mail,) = polls(waiting, 1, Wanted("shop", ("mail",)))
+    (pay,) = polls(waiting, 1, Wanted("shop", ("pay",)))
+    await asyncio.sleep(0)
+    await insert(store, "a")
+    assert [row.id for row in await pay] == ["a"]
+    assert not mail.done()
+    waiting.close()
+    assert await mail == []
+
+
+async def test_whoever_gives_up_leaves_nothing_behind(store: Inflight) -> None:
+    waiting = Waiting(store, 1 << 20)
+    assert await waiting.wait(ANY, 1, 0.01) == []
+    (gone,) = polls(waiting, 1)
+    await asyncio.sleep(0)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert len(waiting) == 0
+
+
+async def test_a_poll_that_is_cancelled_after_its_match_gives_the_claims_back(store: Inflight) -> None:
+    waiting = Waiting(store, 1 << 20)
+    (gone,) = polls(waiting, 1)
+    await asyncio.sleep(0)
+    await insert(store, "a")  # matched, and not yet taken by the poll
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    await settle_down(store)
+    check_store(store)
+    assert [row.id for row in waiting.claim(ANY, 1)] == ["a"]
+
+
+async def test_after_closing_nothing_is_handed_out(store: Inflight) -> None:
+    waiting = Waiting(store, 1 << 20)
+    await insert(store, "a")
+    waiting.close()
+    assert waiting.claim(ANY, 1) == []
+    assert await waiting.wait(ANY, 1, 30) == []
