@@ -118,6 +118,41 @@ async def test_an_answer_is_repeated_after_a_restart(tmp_path: Path, clock: Manu
     store.database.close()
 
 
+async def test_a_claim_made_anew_after_a_restart_is_not_the_one_it_forgot(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Both have the same number; an outcome of the one says nothing of the other."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    forgotten = token_of(store, claim_one(store))
+    store = reopen(store, clock)
+    await settle_down(store)
+    anew = token_of(store, claim_one(store))
+    assert forgotten.claim == anew.claim
+    assert await settled(store, anew, Event.COMPLETE) is Answer.APPLIED
+    assert await settled(store, forgotten, Event.COMPLETE) is Answer.STALE
+    assert await settled(store, anew, Event.COMPLETE) is Answer.DUPLICATE
+    store.database.close()
+
+
+async def test_an_uncovered_outcome_is_held_over_a_restart(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    row = claim_one(store)
+    token = token_of(store, row)
+    assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
+    store = reopen(store, clock)
+    assert await settled(store, token, Event.COMPLETE) is Answer.DUPLICATE
+    assert store.is_held(row.id_hash)
+    told = asyncio.ensure_future(store.covered(row.id_hash))
+    await asyncio.sleep(0)
+    store.drop_uncovered(store.source("tasks", 0), 0)
+    await settle_down(store)
+    assert await told is False, "another broker runs it again"
+    store.database.close()
+
+
 async def test_tokens_that_were_never_given_are_unknown(store: Inflight, clock: ManualClock) -> None:
     await insert(store, activation("a", clock))
     token = token_of(store, claim_one(store))

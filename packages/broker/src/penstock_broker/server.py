@@ -142,6 +142,8 @@ class Broker:
 
     async def start(self) -> None:
         settings = self.settings
+        # What can be claimed is in memory before anybody asks.
+        await self.store.writer.catch_up()
         self._run("writer", self.store.writer.run())
         self._run("upkeep", self.upkeep.run())
         try:

@@ -34,6 +34,7 @@ class Move(NamedTuple):
     error: str | None
     max_attempts: int
     retry_delay_ms: int
+    claim_epoch: int
 
 
 def wake_at(status: int, ready_at: int, expires_at: int | None) -> int | None:
@@ -62,6 +63,7 @@ def move(row: Activation, change: Change, last_outcome: int, ready_at: int, erro
         error or row.error,
         row.max_attempts,
         row.retry_delay_ms,
+        row.claim_epoch,
     )
 
 
@@ -101,6 +103,8 @@ class Report:
     now: int
     seq: int
     claim: int | None = None
+    # The epoch of that claim.
+    epoch: int = 0
     # The number of the outcome; 0 for what time or the broker causes.
     outcome: int = 0
     # Only from these states; what a client without tokens may settle.

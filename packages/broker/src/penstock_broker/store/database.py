@@ -15,7 +15,7 @@ from typing import Any
 
 import apsw
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Status, hash_id
+from penstock_broker.domain.activation import NO_SOURCE, Activation, OnExceeded, Status, hash_id
 from penstock_broker.domain.lifecycle import IllegalTransition, Limits, decide
 from penstock_broker.errors import FatalError
 from penstock_broker.store.batch import (
@@ -29,7 +29,7 @@ from penstock_broker.store.batch import (
     repeated,
     wake_at,
 )
-from penstock_broker.store.finished import last_of
+from penstock_broker.store.finished import last_of, position
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_VERSION
 
 # The WAL is copied back to the database once it is this long. docs/adr/0002 has the measurement.
@@ -315,6 +315,8 @@ class Database:
             return
         if report.max_attempts is not None:
             row.max_attempts = report.max_attempts
+        if report.claim is not None:
+            row.claim_epoch = report.epoch
         try:
             change = decide(row, report.event, report.now, self.limits, report.retry_delay_ms)
         except IllegalTransition:
@@ -324,6 +326,8 @@ class Database:
             gone = array("q", (row.seq,))
             self.delete(gone, gone)
             batch.finished.extend((hash_id(row.id), last_of(row, outcome)))
+            if row.source != NO_SOURCE:  # whether it is covered, memory knows
+                batch.finished.extend((hash_id(row.id), position(row.source, row.offset)))
             batch.count(row.pair, change.term)
         else:
             ready_at = batch.stamp + 1 if change.status is Status.PENDING else change.ready_at

@@ -11,17 +11,32 @@ from penstock_broker.domain.activation import Activation
 BUCKETS = 8
 
 
-def pack(claim: int, outcome: int) -> int:
-    """A claim number and an outcome number in one integer."""
-    return claim << 8 | outcome
+_MASK = (1 << 24) - 1
+OFFSET_BITS = 40
+
+
+def pack(epoch: int, claim: int, outcome: int) -> int:
+    """A claim, by its epoch and number, and the number of its outcome, in one integer that is not negative.
+
+    The epoch belongs to it: a claim that a restart forgot, and the one that was made anew, have the
+    same number.
+    """
+    return (epoch & _MASK) << 32 | (claim & _MASK) << 8 | outcome
+
+
+def position(source: int, offset: int) -> int:
+    """A place in a log, as a negative integer: beside an id hash, that it left before it was covered."""
+    return -1 - (source << OFFSET_BITS | offset)
+
+
+def unpack_position(value: int) -> tuple[int, int]:
+    """(source id, offset)."""
+    value = -1 - value
+    return value >> OFFSET_BITS, value & (1 << OFFSET_BITS) - 1
 
 
 # Of what left without ever having been claimed.
-NEVER_CLAIMED = pack(0, 0)
-
-
-def unpack(value: int) -> tuple[int, int]:
-    return value >> 8, value & 0xFF
+NEVER_CLAIMED = pack(0, 0, 0)
 
 
 def last_of(row: Activation, outcome: int) -> int:
@@ -29,7 +44,9 @@ def last_of(row: Activation, outcome: int) -> int:
 
     Without an outcome (time, or the log, made it leave) those of the claim before.
     """
-    return pack(row.claim, outcome) if outcome else pack(max(0, row.claim - 1), row.last_outcome)
+    if outcome:
+        return pack(row.claim_epoch, row.claim, outcome)
+    return pack(row.claim_epoch, max(0, row.claim - 1), row.last_outcome)
 
 
 class Finished:
@@ -56,12 +73,16 @@ class Finished:
     def add(self, now: int, id_hash: int, value: int) -> None:
         self._bucket(now)[id_hash] = value
 
-    def load(self, now: int, entries: Iterable[tuple[int, bytes]]) -> None:
-        """Fill from stored (time, packed pairs), oldest first."""
+    def load(self, now: int, entries: Iterable[tuple[int, bytes]]) -> list[tuple[int, int]]:
+        """Fill from stored (time, packed pairs), oldest first. The (id hash, position) among them."""
+        positions: list[tuple[int, int]] = []
         for at, packed in entries:
             if at > now - self.window_ms:
-                pairs = array("q", packed)
-                self._bucket(at).update(zip(pairs[::2], pairs[1::2], strict=True))
+                flat = array("q", packed)
+                pairs = list(zip(flat[::2], flat[1::2], strict=True))
+                positions += [pair for pair in pairs if pair[1] < 0]
+                self._bucket(at).update(pair for pair in pairs if pair[1] >= 0)
+        return positions
 
     def _bucket(self, now: int) -> dict[int, int]:
         if self._buckets:

@@ -20,7 +20,7 @@ from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, repeated
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import NEVER_CLAIMED, unpack
+from penstock_broker.store.finished import NEVER_CLAIMED, pack
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.memory import Memory
@@ -242,6 +242,7 @@ class Inflight:
             return repeated(row, token.claim, OUTCOMES[event])
         if not self._is_holder(row, token):
             return Answer.STALE
+        row.claim_epoch = token.epoch
         self.memory.change(row, event, now, retry_delay_ms, error, OUTCOMES[event])
         return Answer.APPLIED
 
@@ -263,6 +264,7 @@ class Inflight:
                     now,
                     token.seq,
                     token.claim,
+                    token.epoch,
                     outcome,
                     # Unclaimed since the start, or it would be in memory.
                     frozenset((Status.PENDING,)) if token.epoch < self.epoch else frozenset(),
@@ -271,7 +273,7 @@ class Inflight:
                 )
             )
         last = self.memory.finished.get(token.id_hash)
-        repeated = last is not None and unpack(last) == (token.claim, outcome)
+        repeated = last == pack(token.epoch, token.claim, outcome)
         return Answer.DUPLICATE if repeated else Answer.STALE
 
     def settle_by_id(
@@ -297,7 +299,7 @@ class Inflight:
                 return Answer.STALE
             only = frozenset((Status.PENDING,))
             outcome = OUTCOMES[event]
-            return self._report(Report(event, now, seq, None, outcome, only, retry_delay_ms, max_attempts))
+            return self._report(Report(event, now, seq, None, 0, outcome, only, retry_delay_ms, max_attempts))
         if event is not Event.COMPLETE:
             restored = row.status is Status.PROCESSING and row.claim_epoch < self.epoch
             if not (row.tokenless or restored or (row.status is Status.PENDING and forgotten)):

@@ -16,7 +16,7 @@ from penstock_broker.domain.activation import NO_SOURCE, Activation, Status, has
 from penstock_broker.domain.lifecycle import OUTCOMES, Change, Event, decide
 from penstock_broker.store.batch import Answer, Batch, Report, move
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import Finished, last_of
+from penstock_broker.store.finished import Finished, last_of, position, unpack_position
 from penstock_broker.store.index import PairQueue, ReadyIndex
 from penstock_broker.store.leases import Leases
 from penstock_broker.store.limits import StoreLimits
@@ -77,7 +77,7 @@ class Memory:
         self._load()
 
     def _load(self) -> None:
-        self.finished.load(self.clock.wall_ms(), self.database.finished())
+        left = self.finished.load(self.clock.wall_ms(), self.database.finished())
         for pair, application, namespace in self.database.pairs():
             self.add_pair(pair, application, namespace)
         for source in self.database.sources():
@@ -94,8 +94,9 @@ class Memory:
             self.live[id_hash] = seq
             if status == Status.FORWARDING:
                 self.outbox.append(seq)
-            if source_id != NO_SOURCE and not self.partitions[source_id].is_covered(offset):
-                self.partitions[source_id].uncovered.append((offset, seq, id_hash))
+            self._restore_uncovered(source_id, offset, seq, id_hash)
+        for id_hash, place in left:
+            self._restore_uncovered(*unpack_position(place), 0, id_hash)
         for loaded in self.partitions.all():
             loaded.uncovered = deque(sorted(loaded.uncovered))
         mono = self.clock.mono_ms()
@@ -111,6 +112,10 @@ class Memory:
         if self.low:
             # The first tick pages them in; nothing else need happen for it.
             self.work.set()
+
+    def _restore_uncovered(self, source_id: int, offset: int, seq: int, id_hash: int) -> None:
+        if source_id != NO_SOURCE and not self.partitions[source_id].is_covered(offset):
+            self.partitions.restore(self.partitions[source_id], offset, seq, id_hash)
 
     def add_pair(self, pair: int, application: str, namespace: str) -> PairQueue:
         self.counts[pair] = [0] * 5
@@ -142,6 +147,8 @@ class Memory:
                 batch.gone_payloads.append(row.seq)
             last = last_of(row, outcome)
             batch.finished.extend((row.id_hash, last))
+            if row.source != NO_SOURCE and self.partitions.is_held(row.id_hash):
+                batch.finished.extend((row.id_hash, position(row.source, row.offset)))
             batch.count(row.pair, change.term)
             self._left(row, last)
         else:

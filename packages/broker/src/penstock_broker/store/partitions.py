@@ -85,6 +85,12 @@ class Partitions:
         if row.source != NO_SOURCE and not (source := self._sources[row.source]).is_covered(row.offset):
             self._held[row.id_hash] = source, row.offset
 
+    def restore(self, source: Source, offset: int, seq: int, id_hash: int) -> None:
+        """At the start: a row that was not covered. Whether it was reported on, and what the log knows of
+        it, will show; until then it is held."""
+        source.uncovered.append((offset, seq, id_hash))
+        self._held[id_hash] = source, offset
+
     def is_held(self, id_hash: int) -> bool:
         return id_hash in self._held or id_hash in self._dropped
 

@@ -58,8 +58,12 @@ class Writer:
         while self.work_waits() or not self.stopping:
             await self._memory.work.wait()
             self._memory.work.clear()
-            while self.work_waits():
-                await self.tick()
+            await self.catch_up()
+
+    async def catch_up(self) -> None:
+        """Write ticks until nothing waits for one."""
+        while self.work_waits():
+            await self.tick()
 
     def stop(self) -> None:
         """Write what is gathered, then return from ``run``."""
@@ -160,6 +164,8 @@ class Writer:
             elif report.claim not in (None, row.claim):
                 report.answer = repeated(row, report.claim or 0, report.outcome)
             elif row.status in report.only:
+                if report.claim is not None:
+                    row.claim_epoch = report.epoch
                 if report.max_attempts is not None:
                     row.max_attempts = report.max_attempts
                 self._memory.change(
