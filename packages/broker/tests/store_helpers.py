@@ -101,10 +101,8 @@ def check_store(store: Inflight) -> None:
         assert memory == order[: len(memory)], "the index is no prefix of the rows"
         assert queue.spilled == len(order) - len(memory), "the spilled rows are miscounted"
         assert memory or not order, "a pair with work has nothing in memory"
-        # An at-most-once row enters the order when it is covered, which may be after its neighbours.
-        in_line = [
-            (r.ready_at, r.seq) for r in queue.ready if r.status is Status.PENDING and not r.at_most_once
-        ]
+        # A row that was held back enters the order when it may start, which is after its neighbours.
+        in_line = [(r.ready_at, r.seq) for r in queue.ready if r.status is Status.PENDING and not r.source]
         assert in_line == sorted(in_line), "the index is out of order"
         in_memory |= {seq for _, seq in memory}
         held_starts = [r for source in store.sources() for r in source.held_starts if r.pair == queue.pair]

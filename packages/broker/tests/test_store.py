@@ -307,6 +307,43 @@ async def test_an_uncovered_outcome_is_refused_when_another_broker_reads_the_tas
     assert claim_one(store).id == "3"
 
 
+async def test_after_a_restart_an_uncovered_task_does_not_start_before_it_is_known_whose_it_is(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Another broker may have taken the partition over, and have finished it."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(4)]
+    await insert(store, *rows, taken={source.id: 4})
+    store.cover(source, 1)
+    await settle_down(store)
+    store = reopen(store, clock)
+    await settle_down(store)
+    source = store.source("tasks", 0)
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["0"]
+    store.drop_uncovered(source, 3)
+    store.settle_dispute(source)
+    await settle_down(store)
+    check_store(store)
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["1", "2"]
+    store.database.close()
+
+
+async def test_a_lost_partitions_uncovered_tasks_do_not_start(store: Inflight, clock: ManualClock) -> None:
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(3)]
+    await insert(store, *rows, taken={source.id: 3})
+    store.cover(source, 1)
+    store.dispute(source)
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["0"]
+    await settle_down(store)
+    check_store(store)
+    store.cover(source, 2)
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["1"]
+    store.settle_dispute(source)
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["2"]
+
+
 async def test_an_at_most_once_task_waits_for_cover_before_it_starts(
     store: Inflight, clock: ManualClock
 ) -> None:

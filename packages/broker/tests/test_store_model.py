@@ -170,6 +170,7 @@ class StoreMachine(RuleBasedStateMachine):
             source = self.store.source("tasks", 0)
             await settle_down(self.store)
             self.store.cover(source, max(0, source.next - behind))
+            self.store.settle_dispute(source)
 
         self.call(go())
 
@@ -186,6 +187,13 @@ class StoreMachine(RuleBasedStateMachine):
             # Whoever takes it back reads again from there.
             self.offset = max(self.offset, boundary)
             self.store.begin_range(source, self.offset)
+
+        self.call(go())
+
+    @rule()
+    def partition_disputed(self):
+        async def go():
+            self.store.dispute(self.store.source("tasks", 0))
 
         self.call(go())
 

@@ -303,6 +303,8 @@ class Intake:
             if refused is None:
                 self.store.cover(source, position.offset)
                 self.store.drop_uncovered(source, position.offset)
+            else:
+                self.store.dispute(source)
         if refused is not None:
             log.warning("the last commit of revoked partitions failed", topic=self.topic, error=refused)
         await self._settled()
@@ -311,6 +313,7 @@ class Intake:
         """Another broker may read these already. Nothing can be committed any more."""
         for partition in partitions:
             self.readings.pop(partition, None)
+            self.store.dispute(self.store.source(self.topic, partition))
         await self._settled()
 
     async def resolve(self, found: Iterable[Found]) -> None:
@@ -330,10 +333,12 @@ class Intake:
         bound = boundary(found.owners, found.committed, self.me, assigned)
         if bound is None:
             self.store.cover(source, found.committed or 0)
+            self.store.settle_dispute(source)
             return
         dropped = sum(offset >= bound for offset, _, _ in source.uncovered)
         self.store.drop_uncovered(source, bound)
         self.store.cover(source, bound)
+        self.store.settle_dispute(source)
         if dropped:
             log.warning(
                 "another broker reads rows of this one again; they were dropped here",

@@ -107,7 +107,7 @@ class ReadyIndex:
             )
         )
         if fits:
-            self._take_room(queue, row)
+            self.take_room(queue, row)
         else:
             queue.spilled += 1
             row.spilled = 1
@@ -139,9 +139,10 @@ class ReadyIndex:
     def page_in(self, queue: PairQueue, row: Activation) -> None:
         """A spilled row, read in order after the tail, is about to enter memory."""
         queue.spilled -= 1
-        self._take_room(queue, row)
+        self.take_room(queue, row)
 
-    def _take_room(self, queue: PairQueue, row: Activation) -> None:
+    def take_room(self, queue: PairQueue, row: Activation) -> None:
+        """Count a row as held in memory."""
         row.reserved = True
         self.rows += 1
         self.bytes += row.size

@@ -188,6 +188,9 @@ class Inflight:
                 if row.expires_at is not None and row.expires_at <= now:
                     memory.change(row, Event.EXPIRE, now)
                     continue
+                if not memory.partitions.may_start(row):
+                    memory.hold_back(row)
+                    continue
                 bytes_max -= row.size
                 memory.claimed(row, now)
                 row.claim_epoch = self.epoch
@@ -405,7 +408,18 @@ class Inflight:
     def cover(self, source: Source, offset: int) -> None:
         """An acknowledged commit of this broker passed everything below ``offset``."""
         starts = self.memory.partitions.cover(source, offset)
-        self.memory.start_covered(starts)
+        self.memory.start_released(starts)
+        self._write(source)
+
+    def dispute(self, source: Source) -> None:
+        """The partition was lost: until it is known whose its uncovered rows are, none of them starts."""
+        source.disputed = True
+
+    def settle_dispute(self, source: Source) -> None:
+        """What another broker reads again was dropped; the rest is this broker's."""
+        source.disputed = False
+        self.memory.start_released(self.memory.partitions.released(source))
+        self.memory.work.set()
         self._write(source)
 
     def _write(self, source: Source) -> None:

@@ -268,10 +268,18 @@ class Memory:
             self.index.unreserve(queue, row)
             return
         self.resident[row.seq] = row
-        self.index.enter(queue, row, ready=not self.partitions.hold_start(row))
+        ready = self.partitions.may_start(row)
+        self.index.enter(queue, row, ready)
+        if not ready:
+            self.partitions.hold_start(row)
 
-    def start_covered(self, rows: Iterable[Activation]) -> None:
-        """At-most-once rows that waited for cover take their place."""
+    def hold_back(self, row: Activation) -> None:
+        """A row whose turn has come may not start yet."""
+        self.index.take_room(self.index.pairs[row.pair], row)
+        self.partitions.hold_start(row)
+
+    def start_released(self, rows: Iterable[Activation]) -> None:
+        """Rows that had to wait take their place in the order."""
         for row in rows:
             if row.reserved:
                 self.index.enter(self.index.pairs[row.pair], row)

@@ -32,8 +32,11 @@ class Source:
     covered: int = 0
     # (offset, seq, id hash) of stored rows at or above ``covered``, in the order of the log.
     uncovered: deque[tuple[int, int, int]] = field(default_factory=deque)
-    # At-most-once rows that may not start before they are covered.
-    held_starts: deque[Activation] = field(default_factory=deque)
+    # Another broker may read the uncovered rows again, or have done so: they do not start until it is
+    # known whose they are.
+    disputed: bool = False
+    # Pending rows that may not start yet: disputed ones, and at-most-once rows until they are covered.
+    held_starts: list[Activation] = field(default_factory=list)
     # (offset, tie breaker, future of whether it was covered) of those who wait.
     waiting: list[tuple[int, int, asyncio.Future[bool]]] = field(default_factory=list)
 
@@ -89,6 +92,7 @@ class Partitions:
         """At the start: a row that was not covered. Whether it was reported on, and what the log knows of
         it, will show; until then it is held."""
         source.uncovered.append((offset, seq, id_hash))
+        source.disputed = True
         self._held[id_hash] = source, offset
 
     def is_held(self, id_hash: int) -> bool:
@@ -105,27 +109,33 @@ class Partitions:
         heapq.heappush(source.waiting, (offset, self._tie, future))
         return await future
 
-    def hold_start(self, row: Activation) -> bool:
-        """Whether an at-most-once row must wait until nobody else can read it again; then it does."""
-        if not row.at_most_once or row.source == NO_SOURCE:
-            return False
+    def may_start(self, row: Activation) -> bool:
+        """Whether nobody else runs a row, as far as it must be known."""
+        if row.source == NO_SOURCE:
+            return True
         source = self._sources[row.source]
-        if source.is_covered(row.offset):
-            return False
-        source.held_starts.append(row)
-        return True
+        return source.is_covered(row.offset) or not (source.disputed or row.at_most_once)
+
+    def hold_start(self, row: Activation) -> None:
+        """A row waits, outside the order, until it may start."""
+        self._sources[row.source].held_starts.append(row)
+
+    def released(self, source: Source) -> list[Activation]:
+        """Rows that waited and may start now."""
+        if not source.held_starts:
+            return []
+        starts = [row for row in source.held_starts if self.may_start(row)]
+        source.held_starts = [row for row in source.held_starts if not self.may_start(row)]
+        return starts
 
     def cover(self, source: Source, offset: int) -> list[Activation]:
-        """An acknowledged commit passed everything below ``offset``. At-most-once rows that may start."""
+        """An acknowledged commit passed everything below ``offset``. Rows that may start now."""
         source.covered = max(source.covered, offset)
         while source.uncovered and source.uncovered[0][0] < offset:
             self._held.pop(source.uncovered.popleft()[2], None)
         while source.waiting and source.waiting[0][0] < offset:
             _resolve(heapq.heappop(source.waiting)[2], covered=True)
-        starts = []
-        while source.held_starts and source.held_starts[0].offset < offset:
-            starts.append(source.held_starts.popleft())
-        return starts
+        return self.released(source)
 
     def drop(self, source: Source, boundary: int) -> list[tuple[int, int]]:
         """Uncovered rows at or above ``boundary`` are someone else's now.
@@ -139,7 +149,7 @@ class Partitions:
         while len(self._dropped) > DROPPED_IDS_MAX:
             del self._dropped[next(iter(self._dropped))]
         source.uncovered = deque(entry for entry in source.uncovered if entry[0] < boundary)
-        source.held_starts = deque(row for row in source.held_starts if row.offset < boundary)
+        source.held_starts = [row for row in source.held_starts if row.offset < boundary]
         source.next = min(source.next, boundary)
         waiting, source.waiting = source.waiting, []
         for wait in waiting:
