@@ -84,6 +84,30 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings({})
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("PENSTOCK_KAKFA", "PENSTOCK_KAFKA"),
+        ("PENSTOCK_TOPICS", "PENSTOCK_TOPIC"),
+        ("PENSTOCK_ROUTES_OVERRIDE", "PENSTOCK_ROUTE_OVERRIDES"),
+    ],
+)
+def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, meant: str) -> None:
+    monkeypatch.setenv(variable, "x")
+    with pytest.raises(ConfigError, match=f"unknown setting {variable} .*did you mean {meant}\\?"):
+        load_settings({})
+
+
+def test_variables_of_others_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tests', the worker's, and what Kubernetes sets for services called penstock-broker and penstock.
+    for variable in (
+        "PENSTOCK_KAFKA_REQUIRED", "PENSTOCK_RPC_HOST_LIST", "PENSTOCK_BROKER_PORT",
+        "PENSTOCK_BROKER_SERVICE_HOST", "PENSTOCK_PORT", "PENSTOCK_CONFIG",
+    ):  # fmt: skip
+        monkeypatch.setenv(variable, "" if variable == "PENSTOCK_CONFIG" else "tcp://10.0.0.1:50051")
+    assert load_settings({}).broker == ""
+
+
 def test_of_several_secrets_the_first_signs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PENSTOCK_GRPC_SHARED_SECRET", '["new", "old"]')
     assert load_settings({}).grpc_shared_secret == "new"

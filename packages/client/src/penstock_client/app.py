@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import difflib
 import importlib
 import inspect
 import logging
@@ -17,7 +16,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, over
 from penstock_client import forks
 from penstock_client.context import TaskContext
 from penstock_client.durations import Duration, seconds
-from penstock_client.errors import AppError
+from penstock_client.errors import AppError, nearest
 from penstock_client.retry import Backoff, Exponential, Fixed, Retry, exception_types
 from penstock_client.settings import ClientSettings, load_settings
 from penstock_client.task import Task, TaskRef, _refuse
@@ -452,10 +451,8 @@ def _name_missing(fn: Callable[..., Any]) -> str:
 
 def _named(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = (
-        f"did you mean {near[0]!r}?" if near else f"known are {', '.join(map(repr, sorted(known))) or 'none'}"
-    )
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else f"known are {', '.join(map(repr, sorted(known))) or 'none'}"
     return f"{name!r} is unknown; {hint}"
 
 

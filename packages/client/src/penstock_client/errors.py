@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class AppError(Exception):
     """The application is declared wrongly, or one of its modules cannot be imported."""
@@ -35,3 +37,11 @@ class RetryRequested(Exception):
 
     def __reduce__(self) -> tuple[type[RetryRequested], tuple[float | None]]:
         return type(self), (self.countdown,)
+
+
+def nearest(name: str, known: Iterable[str], similarity: float = 0.5) -> str | None:
+    """The one of ``known`` that ``name`` was probably meant to be."""
+    import difflib  # for mistakes only
+
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=similarity)
+    return near[0] if near else None

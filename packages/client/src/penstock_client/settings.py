@@ -6,15 +6,14 @@ The file is named by PENSTOCK_CONFIG, the variables are PENSTOCK_ and the name o
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from penstock_client.errors import ConfigError
+from penstock_client.errors import ConfigError, nearest
 
 KIB, MIB = 1024, 1024 * 1024
 OVERRIDES = "taskworker.route.overrides"
@@ -124,8 +123,8 @@ def _dotted(data: Mapping[object, object], prefix: str = "") -> list[tuple[str, 
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, [*_FIELDS, OVERRIDES], n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(_FIELDS))}"
+    near = nearest(name, [*_FIELDS, OVERRIDES])
+    return f"; did you mean {near!r}?" if near else f"; known are {', '.join(sorted(_FIELDS))}"
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
@@ -134,7 +133,25 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[object,
         variable = f"PENSTOCK_{name.upper()}"
         if text := environment.get(variable):
             values[name] = (text, variable)
+    known = {f"PENSTOCK_{name.upper()}" for name in _FIELDS}
+    for variable in sorted(environment.keys() - known):
+        _refuse_misspelt(variable, known)
     return values
+
+
+def _refuse_misspelt(variable: str, known: Collection[str]) -> None:
+    """Raises ConfigError for what is nearly one of ours.
+
+    Not for every unknown one: other parts of Penstock have variables of their own, and Kubernetes sets
+    PENSTOCK_BROKER_PORT and the like for a service of that name.
+    """
+    if not variable.startswith("PENSTOCK_"):
+        return
+    name = variable.removeprefix("PENSTOCK_")
+    names = {other.removeprefix("PENSTOCK_") for other in known}
+    near = nearest(name, names, similarity=0.8)
+    if near and abs(len(near) - len(name)) <= 2:
+        raise ConfigError(f"unknown setting {variable} in the environment; did you mean PENSTOCK_{near}?")
 
 
 def _checked(name: str, value: object, origin: str) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
@@ -220,6 +219,8 @@ class Task(Generic[P, R]):
     async def _send_async(
         self, args: Sequence[object], kwargs: Mapping[str, object], options: Options
     ) -> TaskRef:
+        import asyncio  # a quarter of this package's import time; who awaits has it already
+
         # In a thread: connecting takes time, and so does a full buffer.
         ref = await asyncio.to_thread(self._send, args, kwargs, options)
         await asyncio.wrap_future(ref.future)

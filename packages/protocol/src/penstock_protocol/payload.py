@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import zstandard
 
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 
@@ -93,6 +92,8 @@ def _name(kind: type) -> str:
 
 def compress(parameters: bytes) -> bytes:
     """One zstd frame that declares its size."""
+    import zstandard  # only large arguments need it, and every process pays for an import
+
     return zstandard.ZstdCompressor(level=3).compress(parameters)
 
 
@@ -117,6 +118,8 @@ def decode_parameters(activation: TaskActivation) -> tuple[list[object], dict[st
 
 def _decompress(frame: bytes) -> bytes:
     """A frame says how large it will be; that is read before anything is made."""
+    import zstandard
+
     try:
         declared = zstandard.frame_content_size(frame)
         window = zstandard.get_frame_parameters(frame).window_size
