@@ -134,6 +134,11 @@ class Broker(Process):
         """Activations in the store."""
         return int(sum(v for k, v in self.metrics().items() if k.startswith("penstock_tasks{")))
 
+    def done(self, namespace: str) -> int:
+        """Activations of the test application that ended done here, since the broker started."""
+        labels = f"application=e2e,namespace={namespace},outcome=done"
+        return int(self.metrics()[f"penstock_tasks_finished_total{{{labels}}}"])
+
     def check_books(self) -> None:
         assert self.metrics()["penstock_books_difference_tasks"] == 0
 
