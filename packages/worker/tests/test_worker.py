@@ -134,6 +134,7 @@ async def test_a_task_stuck_in_c_is_killed_at_its_deadline_and_others_go_on(
         assert monotonic() - started < 30
     assert outcomes[stuck].status == pb.TASK_OUTCOME_STATUS_DEADLINE_EXCEEDED
     assert "0.3 s" in outcomes[stuck].error.message
+    assert "in stuck_in_c" in outcomes[stuck].error.traceback
     assert all(outcomes[id].status == COMPLETE for id in others)
     assert not psutil.pid_exists(pid)
 
@@ -156,6 +157,7 @@ async def test_a_child_that_dies_is_replaced_and_its_task_reported(
     assert outcomes[dying].status == pb.TASK_OUTCOME_STATUS_WORKER_DIED
     assert evidence in outcomes[dying].error.message
     assert "peak RSS" in outcomes[dying].error.message
+    assert ("in die" in outcomes[dying].error.traceback) == (how == "SIGSEGV")
     assert all(outcomes[id].status == COMPLETE for id in after)
     ran = [line.split()[0] for line in (tmp_path / "ran").read_text().splitlines()]
     assert sorted(ran, key=int) == [str(number) for number in range(20)]

@@ -6,7 +6,6 @@ It knows no network: tasks come through one pipe, outcomes leave through another
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import io
 import logging
 import os
@@ -31,6 +30,7 @@ from penstock_worker.frames import (
     encode,
     to_child_decoder,
 )
+from penstock_worker.stack import write_stack_to
 
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 20
@@ -156,13 +156,13 @@ def ignore_signals() -> None:
 
 
 def main() -> None:
-    app_path, reads, writes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    app_path, (reads, writes, stack) = sys.argv[1], map(int, sys.argv[2:])
     die_with_parent()
     ignore_signals()
-    faulthandler.enable()
-    # Programs that tasks start get neither pipe.
-    os.set_inheritable(reads, False)
-    os.set_inheritable(writes, False)
+    write_stack_to(stack)
+    # Programs that tasks start get none of these.
+    for descriptor in (reads, writes, stack):
+        os.set_inheritable(descriptor, False)
     # What a task printed should not be lost with a child that is killed.
     cast("io.TextIOWrapper", sys.stdout).reconfigure(line_buffering=True)
     inbox, outbox = Inbox(), Outbox(writes)

@@ -284,4 +284,4 @@ def _killed(child: Child, death: Death, claim: Claim) -> Outcome:
         evidence = f"Killed at its deadline of {claim.deadline_seconds:g} s. {evidence}"
     elif child.kill_reason is KillReason.GRACE_OVER:
         evidence = f"The worker was stopped and did not wait for it any longer. {evidence}"
-    return Outcome(status, error=Error(kind, evidence, ""))
+    return Outcome(status, error=Error(kind, evidence, death.stack))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from penstock_worker.claim import Claim
@@ -21,6 +23,7 @@ from penstock_worker.frames import (
     encode,
     from_child_decoder,
 )
+from penstock_worker.stack import STACK_SIGNAL
 
 # While tasks are short a child is read from this often, not after every task.
 READ_PAUSE_SECONDS = 0.002
@@ -28,6 +31,9 @@ READ_PAUSE_SECONDS = 0.002
 EOF_SECONDS_MAX = 1.0
 # A stopped process cannot finish: what it has written by then is final.
 STOP_TO_KILL_SECONDS = 0.02
+# It writes down where it is, which needs no interpreter, and dies of that; if not in this time, of SIGKILL.
+STACK_SECONDS = 0.02
+STACK_BYTES_MAX = 8192
 
 
 class State(Enum):
@@ -51,6 +57,8 @@ class Death:
     exit_code: int | None
     signal: int | None
     peak_rss_bytes: int
+    # Where it was, if it could still write that down.
+    stack: str = ""
 
     @property
     def cause(self) -> str:
@@ -91,6 +99,8 @@ class Child:
         self.kill_reason: KillReason | None = None
         self.withdrawing = False
         self._frames = FrameReader(from_child_decoder)
+        # The child writes its last stack here.
+        self._stack = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is buried
         self._reader: asyncio.ReadTransport | None = None
         self._writer: asyncio.WriteTransport | None = None
         self._death: Death | None = None
@@ -105,13 +115,13 @@ class Child:
         loop = asyncio.get_running_loop()
         child_reads, parent_writes = os.pipe()
         parent_reads, child_writes = os.pipe()
-        pipes = (child_reads, child_writes)
+        given = (child_reads, child_writes, self._stack.fileno())
         try:
             # Returns as soon as the interpreter is loaded, within milliseconds.
             process = subprocess.Popen(  # noqa: ASYNC220
-                [sys.executable, "-m", "penstock_worker.child", app_path, *map(str, pipes)],
+                [sys.executable, "-m", "penstock_worker.child", app_path, *map(str, given)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=pipes,
+                pass_fds=given,
                 process_group=0,
             )
         except OSError:
@@ -176,10 +186,16 @@ class Child:
     def _kill_or_continue(self, claim: Claim, reason: KillReason) -> None:
         if self._death is not None:
             return
-        if self.running is claim:
+        if self.running is not claim:
+            self._signal(signal.SIGCONT)
+        elif STACK_SIGNAL is None:
             self.kill(reason)
         else:
+            self.kill_reason = reason
             self._signal(signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, STACK_SIGNAL)
+            asyncio.get_running_loop().call_later(STACK_SECONDS, self.kill, reason)
 
     def _signal(self, number: int) -> None:
         try:
@@ -215,9 +231,15 @@ class Child:
         if self.state is not State.STOPPING:
             # What its task started must not outlive it.
             self._signal(signal.SIGKILL)
-        self._on_death(self, self._death)
+        self._on_death(self, replace(self._death, stack=self._last_stack()))
+        self._stack.close()
         self.state = State.DEAD
         self._dead.set()
+
+    def _last_stack(self) -> str:
+        size = os.fstat(self._stack.fileno()).st_size
+        written = os.pread(self._stack.fileno(), STACK_BYTES_MAX, max(0, size - STACK_BYTES_MAX))
+        return written.decode("utf-8", "replace")
 
 
 class _Pipe(asyncio.Protocol):
@@ -238,6 +260,9 @@ def _await_exit(
     code = os.waitstatus_to_exitcode(status)
     process.returncode = code
     peak_bytes = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
-    death = Death(None if code < 0 else code, -code if code < 0 else None, peak_bytes)
+    number = -code if code < 0 else None
+    death = Death(
+        None if code < 0 else code, signal.SIGKILL if number == STACK_SIGNAL else number, peak_bytes
+    )
     if not loop.is_closed():
         loop.call_soon_threadsafe(exited, death)
