@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Status
+from penstock_broker.domain.activation import CONTENT_BITS, CONTENT_MASK, Activation, OnExceeded, Status
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
@@ -50,6 +51,7 @@ def activation(  # noqa: PLR0913 - one for each field that a test may want
     max_attempts: int = 1,
     on_exceeded: OnExceeded = OnExceeded.DEADLETTER,
     at_most_once: bool = False,
+    content: bytes = b"",
     source: int = 0,
     offset: int = -1,
 ) -> Activation:
@@ -71,6 +73,7 @@ def activation(  # noqa: PLR0913 - one for each field that a test may want
         source=source,
         offset=offset,
         status=Status.DELAYED if delay_ms else Status.PENDING,
+        content=crc32(content) % CONTENT_MASK + 1,
         size=len(body),
     )
 
@@ -127,7 +130,9 @@ def check_store(store: Inflight) -> None:
             if name == "claim_epoch" and row.status is not Status.PROCESSING:
                 continue
             assert getattr(row, name) == getattr(rows[seq], name), name
-    assert sorted(store.memory.live.values()) == sorted(rows)
+    assert sorted(store.memory.live.values()) == sorted(
+        row.seq << CONTENT_BITS | row.content for row in rows.values()
+    )
     assert store.memory.rows == len(rows)
     assert store.memory.bytes == sum(row.size for row in rows.values())
     for pair, counts in store.memory.counts.items():

@@ -101,6 +101,21 @@ def test_expiry_in_the_same_second_is_kept_and_left_to_the_store() -> None:
     assert admit(task(expires=0)).expires_at == NOW - 1000
 
 
+def test_content_is_the_task_and_its_arguments_not_when_or_how_it_was_sent() -> None:
+    first = admit(task(parameters_bytes=b"1")).content
+    again = task(parameters_bytes=b"1", headers={"traceparent": "x"}, delay=3, expires=9)
+    again.received_at.FromMilliseconds(NOW)
+    assert admit(again).content == first > 0
+    others = (
+        task(parameters_bytes=b"2"),
+        task(parameters_bytes=b"1", parameters="{}"),
+        task(parameters_bytes=b"1", taskname="shop.sent"),
+        task(parameters_bytes=b"1", namespace="shop.send"),
+        task(parameters_bytes=b"1", application="other"),
+    )
+    assert first not in [admit(other).content for other in others]
+
+
 def test_huge_durations_are_ten_years() -> None:
     most = 2**64 - 1
     row = admit(

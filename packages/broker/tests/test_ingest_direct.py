@@ -70,6 +70,20 @@ async def test_each_answer_is_its_own(store: Inflight) -> None:
     assert stored_ids(store) == ["new", "old"]
 
 
+async def test_an_id_taken_for_something_else_is_rejected(store: Inflight) -> None:
+    await send(store, task_bytes("a", parameters_bytes=b"1"))
+    answers = await send(
+        store,
+        task_bytes("a", parameters_bytes=b"2"),
+        task_bytes("a", parameters_bytes=b"1", delay=3),
+        task_bytes("b", taskname="one"),
+        task_bytes("b", taskname="other"),
+    )
+    assert [a.result for a in answers] == [REJECTED, DUPLICATE, ACCEPTED, REJECTED]
+    assert answers[0].reason.startswith("conflict: the id a belongs to another task already")
+    assert stored_ids(store) == ["a", "b"]
+
+
 async def test_a_duplicate_is_answered_once_its_first_copy_is_durable(store: Inflight) -> None:
     first = asyncio.create_task(send(store, task_bytes("a")))
     second = asyncio.create_task(send(store, task_bytes("a")))

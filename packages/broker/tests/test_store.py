@@ -47,6 +47,13 @@ async def settled(store: Inflight, token: ClaimToken, event: Event, delay: int |
     return answer.answer if isinstance(answer, Report) else answer
 
 
+async def take_outbox(store: Inflight) -> list[Activation]:
+    taking = asyncio.ensure_future(store.outbox.take(10))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    return await taking
+
+
 def reopen(store: Inflight, clock: ManualClock, limits: StoreLimits | None = None) -> Inflight:
     """As after SIGKILL: what was not in a tick is gone."""
     store.database.close()
@@ -356,6 +363,32 @@ async def test_an_at_most_once_task_waits_for_cover_before_it_starts(
     assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["careful"]
 
 
+@pytest.mark.parametrize("first", ["waits", "waits in its row", "is claimed", "is done"])
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_an_id_taken_for_something_else_is_a_conflict(
+    tmp_path: Path, clock: ManualClock, first: str, restarted: bool
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock, delay_ms=1000 if first == "waits in its row" else 0))
+    if first in ("is claimed", "is done"):
+        token = token_of(store, claim_one(store))
+    if first == "is done":
+        await settled(store, token, Event.COMPLETE)
+    if restarted:
+        store = reopen(store, clock)
+    before = store.memory.rows
+    for _ in range(2):
+        await insert(store, activation("a", clock, content=b"something else", body=b"other"))
+    assert store.memory.rows == before + 1
+    (letter,) = await take_outbox(store)
+    assert (letter.reason, letter.body) == (Reason.CONFLICT, b"other")
+    assert "the id a belongs to another task already" in (letter.error or "")
+    await insert(store, activation("a", clock))
+    assert store.memory.rows == before + 1
+    store.outbox.give_back([letter])
+    check_store(store)
+
+
 async def test_the_same_id_is_absorbed_while_it_is_here_and_after_it_left(
     tmp_path: Path, clock: ManualClock
 ) -> None:
@@ -447,17 +480,11 @@ async def test_a_dead_letter_leaves_only_when_it_was_acknowledged(
     await insert(store, activation("a", clock))
     assert await settled(store, token_of(store, claim_one(store)), Event.FAIL) is Answer.APPLIED
 
-    async def take() -> list[Activation]:
-        taking = asyncio.ensure_future(store.outbox.take(10))
-        await asyncio.sleep(0)
-        await settle_down(store)
-        return await taking
-
-    (letter,) = await take()
+    (letter,) = await take_outbox(store)
     assert (letter.reason, letter.body, letter.attempts) == (Reason.FAILED, b"body of a", 1)
-    assert await take() == []
+    assert await take_outbox(store) == []
     store.outbox.give_back([letter])
-    (again,) = await take()
+    (again,) = await take_outbox(store)
     store.outbox.forwarded([again])
     await settle_down(store)
     assert store.memory.rows == store.outbox.size() == 0
@@ -469,10 +496,7 @@ async def test_dead_letters_rest_in_the_store_up_to_the_bound(tmp_path: Path, cl
     await insert(store, *(activation(str(n), clock) for n in range(3)))
     for row in store.claim(None, (), 3, BYTES):
         await settled(store, token_of(store, row), Event.FAIL)
-    taking = asyncio.ensure_future(store.outbox.take(10))
-    await asyncio.sleep(0)
-    await settle_down(store)
-    store.outbox.rest(await taking)
+    store.outbox.rest(await take_outbox(store))
     await settle_down(store)
     assert store.outbox.size() == 1
     assert [letter[2] for letter in store.database.dead_letters(10)] == ["1", "0"]

@@ -38,6 +38,7 @@ class Reason(StrEnum):
     CANCELLED = "cancelled"
     NOT_AN_ACTIVATION = "not_an_activation"
     INVALID = "invalid"
+    CONFLICT = "conflict"
     HANDED_OVER = "handed_over"
     OVERFLOW = "overflow"
 
@@ -90,6 +91,9 @@ class Activation:
     # JSON of the last error or evidence, bounded.
     error: str | None = None
 
+    # What it asks for, as a number below 2**CONTENT_BITS; 0: not known.
+    content: int = 0
+
     seq: int = 0
     pair: int = 0
     id_hash: int = 0
@@ -105,6 +109,10 @@ class Activation:
     spilled: int = 0
     # Room in memory is reserved for it.
     reserved: bool = False
+
+
+CONTENT_BITS = 27
+CONTENT_MASK = (1 << CONTENT_BITS) - 1
 
 
 def hash_id(id: str) -> int:

@@ -6,11 +6,12 @@ import json
 import uuid
 from collections import Counter
 from dataclasses import dataclass
+from zlib import crc32
 
 from google.protobuf.message import DecodeError
 
 from penstock_broker.config import Settings
-from penstock_broker.domain.activation import NO_SOURCE, Activation, OnExceeded, Reason, Status
+from penstock_broker.domain.activation import CONTENT_MASK, NO_SOURCE, Activation, OnExceeded, Reason, Status
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 
 ID_CHARS_MAX = 256
@@ -19,6 +20,7 @@ APPLICATION_CHARS_MAX = 256
 TASKNAME_CHARS_MAX = 512
 # Ten years: any longer duration means the same.
 DURATION_SECONDS_MAX = 315_360_000
+NAMES_MAX = 10_000
 # A producer's clock may be ahead of ours by this much.
 CLOCK_AHEAD_MS_MAX = 60_000
 
@@ -70,6 +72,8 @@ class Admission:
         # Messages whose received_at was not believable and was replaced.
         self.clocks_corrected = 0
         self.refused: Counter[str] = Counter()
+        # (application, namespace, taskname) -> where the content of each such activation begins.
+        self._names: dict[tuple[str, str, str], int] = {}
 
     def admit(
         self,
@@ -144,7 +148,7 @@ class Admission:
         if not message.HasField("retry_state"):
             return Activation(
                 id, application, namespace, taskname, value, received_at, ready_at, expires_at, deadline_ms,
-                source=source, offset=offset, status=status, size=len(value),
+                source=source, offset=offset, status=status, content=self._content(message), size=len(value),
             )  # fmt: skip
         retry = message.retry_state
         policy = retry.on_attempts_exceeded
@@ -155,8 +159,22 @@ class Admission:
             retry.at_most_once,
             _ms(retry.delay_on_retry),
             source, offset, status,
-            attempts=retry.attempts, size=len(value),
+            attempts=retry.attempts, content=self._content(message), size=len(value),
         )  # fmt: skip
+
+    def _content(self, message: TaskActivation) -> int:
+        """What it asks for, hashed: the task and its arguments. Not when or how often: a copy of it may
+        have been sent at another time."""
+        names = (message.application, message.namespace, message.taskname)
+        begun = self._names.get(names)
+        if begun is None:
+            if len(self._names) >= NAMES_MAX:
+                self._names.clear()
+            begun = self._names[names] = crc32("\0".join(names).encode("utf-8", "surrogatepass"))
+        content = crc32(message.parameters_bytes, begun)
+        if message.parameters:
+            content = crc32(message.parameters.encode("utf-8", "surrogatepass"), content)
+        return content % CONTENT_MASK + 1
 
     def _received_at(self, message: TaskActivation, now: int) -> int:
         """When it was sent, in epoch ms, if that is believable; else now."""

@@ -6,7 +6,8 @@ import json
 
 from google.protobuf.message import DecodeError
 
-from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.activation import Activation, Reason, Status
+from penstock_broker.domain.conflict import conflict_text, in_conflict
 from penstock_broker.ingest.admission import Admission
 from penstock_broker.store.inflight import Inflight
 from penstock_protocol.v1 import producer_pb2
@@ -49,8 +50,13 @@ class Direct:
         for value in values:
             row = self.admission.admit(value, now)
             if row.status is Status.FORWARDING:
-                answers.append(_rejected(row))
-            elif row.id in accepted or self._store.known(row.id):
+                answers.append(_rejected(f"{row.reason}: {json.loads(row.error or '{}').get('message', '')}"))
+                continue
+            first = accepted.get(row.id)
+            known = self._store.content_of(row.id) if first is None else first.content
+            if known is not None and in_conflict(row, known):
+                answers.append(_rejected(f"{Reason.CONFLICT}: {conflict_text(row.id)}"))
+            elif known is not None:
                 answers.append(producer_pb2.SendAnswer(result=producer_pb2.SEND_RESULT_DUPLICATE))
             else:
                 accepted[row.id] = row
@@ -67,8 +73,5 @@ class Direct:
         return producer_pb2.SendTasksResponse(answers=answers).SerializeToString()
 
 
-def _rejected(row: Activation) -> producer_pb2.SendAnswer:
-    what = json.loads(row.error or "{}")
-    return producer_pb2.SendAnswer(
-        result=producer_pb2.SEND_RESULT_REJECTED, reason=f"{row.reason}: {what.get('message', '')}"
-    )
+def _rejected(reason: str) -> producer_pb2.SendAnswer:
+    return producer_pb2.SendAnswer(result=producer_pb2.SEND_RESULT_REJECTED, reason=reason)

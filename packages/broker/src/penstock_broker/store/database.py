@@ -40,7 +40,7 @@ DUE_ROWS_MAX = 2000
 _INSERT_COLUMNS = (
     "seq, status, pair, ready_at, wake_at, spilled, attempts, lost, reason, error, source, log_offset,"
     " received_at, expires_at, deadline_ms, max_attempts, on_exceeded, at_most_once, retry_delay_ms, id,"
-    " taskname, checksum, size, body"
+    " taskname, content, checksum, size, body"
 )
 _INSERT_WIDTH = _INSERT_COLUMNS.count(",") + 1
 _MOVE_WIDTH = len(Move._fields)
@@ -51,7 +51,7 @@ _LOAD_COLUMNS = (
     "a.seq, a.status, a.pair, p.application, p.namespace, a.ready_at, a.claim, a.claim_epoch, a.attempts,"
     " a.lost, a.last_outcome, a.given_back_at, a.reason, a.error, a.source, a.log_offset, a.received_at,"
     " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id,"
-    " a.taskname, a.size, a.checksum"
+    " a.taskname, a.content, a.size, a.checksum"
 )
 _FIXED = struct.Struct(">9q")
 _BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
@@ -278,7 +278,7 @@ class Database:
                 wake_at(row.status, row.ready_at, row.expires_at), row.spilled, row.attempts, row.lost,
                 row.reason, row.error, row.source, row.offset, row.received_at, row.expires_at,
                 row.deadline_ms, row.max_attempts, int(row.on_exceeded), int(row.at_most_once),
-                row.retry_delay_ms, row.id, row.taskname, checksum(row), row.size, body,
+                row.retry_delay_ms, row.id, row.taskname, row.content, checksum(row), row.size, body,
             )  # fmt: skip
         self._in_chunks(values, _INSERT_WIDTH, _INSERT_SQL)
         if payloads:
@@ -408,9 +408,11 @@ class Database:
             )
         )
 
-    def positions(self) -> Iterator[tuple[int, int, str, int, int]]:
-        """(seq, status, id, source, offset) of every row."""
-        return iter(self.connection.execute("SELECT seq, status, id, source, log_offset FROM activation"))
+    def positions(self) -> Iterator[tuple[int, int, str, int, int, int]]:
+        """(seq, status, id, content, source, offset) of every row."""
+        return iter(
+            self.connection.execute("SELECT seq, status, id, content, source, log_offset FROM activation")
+        )
 
     def last_ready_at(self) -> int:
         """The latest place in the order of hand-out that any pending row has."""
@@ -464,7 +466,7 @@ def _load(record: Sequence[Any]) -> Activation:
     (
         seq, status, pair, application, namespace, ready_at, claim, claim_epoch, attempts, lost,
         last_outcome, given_back_at, reason, error, source, offset, received_at, expires_at, deadline_ms,
-        max_attempts, on_exceeded, at_most_once, retry_delay_ms, id, taskname, size, _checksum, body,
+        max_attempts, on_exceeded, at_most_once, retry_delay_ms, id, taskname, content, size, _checksum, body,
     ) = record  # fmt: skip
     return Activation(
         id=id, application=application, namespace=namespace, taskname=taskname, body=body,
@@ -472,5 +474,6 @@ def _load(record: Sequence[Any]) -> Activation:
         max_attempts=max_attempts, on_exceeded=OnExceeded(on_exceeded), at_most_once=bool(at_most_once),
         retry_delay_ms=retry_delay_ms, source=source, offset=offset, status=Status(status), claim=claim,
         claim_epoch=claim_epoch, attempts=attempts, lost=lost, last_outcome=last_outcome,
-        given_back_at=given_back_at, reason=reason, error=error, seq=seq, pair=pair, size=size,
+        given_back_at=given_back_at, reason=reason, error=error, content=content, seq=seq, pair=pair,
+        size=size,
     )  # fmt: skip

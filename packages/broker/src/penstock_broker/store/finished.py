@@ -6,22 +6,34 @@ from array import array
 from collections import deque
 from collections.abc import Iterable
 
-from penstock_broker.domain.activation import Activation
+from penstock_broker.domain.activation import CONTENT_BITS, Activation
 
 BUCKETS = 8
 
 
-_MASK = (1 << 24) - 1
 OFFSET_BITS = 40
+_OUTCOME_BITS = 4
+_CLAIM_MASK = (1 << 12) - 1
+_EPOCH_MASK = (1 << 20) - 1
 
 
-def pack(epoch: int, claim: int, outcome: int) -> int:
-    """A claim, by its epoch and number, and the number of its outcome, in one integer that is not negative.
+def pack(epoch: int, claim: int, outcome: int, content: int) -> int:
+    """What is remembered of an activation, in one integer that is not negative: a claim, by its epoch and
+    number, the number of its outcome, and the activation's content.
 
     The epoch belongs to it: a claim that a restart forgot, and the one that was made anew, have the
     same number.
     """
-    return (epoch & _MASK) << 32 | (claim & _MASK) << 8 | outcome
+    return _report(epoch, claim, outcome) << CONTENT_BITS | content
+
+
+def _report(epoch: int, claim: int, outcome: int) -> int:
+    return ((epoch & _EPOCH_MASK) << 12 | claim & _CLAIM_MASK) << _OUTCOME_BITS | outcome
+
+
+def is_report(value: int, epoch: int, claim: int, outcome: int) -> bool:
+    """Whether a packed value remembers this outcome of this claim."""
+    return value >> CONTENT_BITS == _report(epoch, claim, outcome)
 
 
 def position(source: int, offset: int) -> int:
@@ -35,18 +47,14 @@ def unpack_position(value: int) -> tuple[int, int]:
     return value >> OFFSET_BITS, value & (1 << OFFSET_BITS) - 1
 
 
-# Of what left without ever having been claimed.
-NEVER_CLAIMED = pack(0, 0, 0)
-
-
 def last_of(row: Activation, outcome: int) -> int:
     """What is remembered of a row that leaves: its last reported claim and outcome, packed.
 
     Without an outcome (time, or the log, made it leave) those of the claim before.
     """
     if outcome:
-        return pack(row.claim_epoch, row.claim, outcome)
-    return pack(row.claim_epoch, max(0, row.claim - 1), row.last_outcome)
+        return pack(row.claim_epoch, row.claim, outcome, row.content)
+    return pack(row.claim_epoch, max(0, row.claim - 1), row.last_outcome, row.content)
 
 
 class Finished:

@@ -15,12 +15,21 @@ from typing import TypeVar
 import structlog
 
 from penstock_broker.clock import Clock
-from penstock_broker.domain.activation import NO_SOURCE, Activation, Reason, Status, hash_id
+from penstock_broker.domain.activation import (
+    CONTENT_BITS,
+    CONTENT_MASK,
+    NO_SOURCE,
+    Activation,
+    Reason,
+    Status,
+    hash_id,
+)
+from penstock_broker.domain.conflict import in_conflict, refuse_conflict
 from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, repeated
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import NEVER_CLAIMED, pack
+from penstock_broker.store.finished import is_report, last_of
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.memory import Memory
@@ -96,19 +105,24 @@ class Inflight:
 
     # -- insert
 
-    def known(self, id: str) -> bool:
-        """Whether an id is in flight here or was within the de-duplication window."""
-        return self._is_known(hash_id(id))
+    def content_of(self, id: str) -> int | None:
+        """The content of the activation with this id that is in flight here or was within the
+        de-duplication window; None when there is none."""
+        return self._content_of(hash_id(id))
 
-    def _is_known(self, id_hash: int) -> bool:
-        return id_hash in self.memory.live or self.memory.finished.get(id_hash) is not None
+    def _content_of(self, id_hash: int) -> int | None:
+        known = self.memory.live.get(id_hash)
+        if known is None:
+            known = self.memory.finished.get(id_hash)
+        return None if known is None else known & CONTENT_MASK
 
     def insert(
         self, activations: Sequence[Activation], taken: Mapping[int, int] | None = None
     ) -> asyncio.Future[None]:
         """Accept activations, in order; resolves when they are durable.
 
-        An id that is here, or was within the window, is absorbed and counted. ``taken``: source id ->
+        One that is here, or was within the window, is absorbed and counted; another one with its id is
+        in conflict with it, and becomes a dead letter. ``taken``: source id ->
         next offset, stored in the same transaction. The limits are the caller's to keep (``room``).
         Raises StoreStopped.
         """
@@ -121,7 +135,12 @@ class Inflight:
         """Number and count a row; False when there is nothing to store."""
         memory = self.memory
         row.id_hash = hash_id(row.id)
-        if self._is_known(row.id_hash):
+        known = self._content_of(row.id_hash)
+        if known is not None and in_conflict(row, known):
+            refuse_conflict(row)
+            row.id_hash = hash_id(row.id)
+            known = self._content_of(row.id_hash)
+        if known is not None:
             memory.tally.duplicates += 1
             return False
         row.pair = self._pair_of(row).pair
@@ -134,10 +153,11 @@ class Inflight:
             if change.status is Status.GONE:
                 memory.batch.count(row.pair, "accepted")
                 memory.batch.count(row.pair, change.term)
-                memory.finished.add(now, row.id_hash, NEVER_CLAIMED)
-                memory.batch.finished.extend((row.id_hash, NEVER_CLAIMED))
+                last = last_of(row, 0)
+                memory.finished.add(now, row.id_hash, last)
+                memory.batch.finished.extend((row.id_hash, last))
                 return False
-        memory.live[row.id_hash] = row.seq
+        memory.live[row.id_hash] = row.seq << CONTENT_BITS | row.content
         memory.counts[row.pair][row.status] += 1
         memory.rows += 1
         memory.bytes += row.size
@@ -260,7 +280,7 @@ class Inflight:
         self, token: ClaimToken, event: Event, now: int, retry_delay_ms: int | None, error: str | None
     ) -> Answer | Report:
         outcome = OUTCOMES[event]
-        if self.memory.live.get(token.id_hash) == token.seq:
+        if self.memory.is_live(token.id_hash, token.seq):
             return self._report(
                 Report(
                     event,
@@ -276,7 +296,7 @@ class Inflight:
                 )
             )
         last = self.memory.finished.get(token.id_hash)
-        repeated = last == pack(token.epoch, token.claim, outcome)
+        repeated = last is not None and is_report(last, token.epoch, token.claim, outcome)
         return Answer.DUPLICATE if repeated else Answer.STALE
 
     def settle_by_id(
@@ -292,9 +312,10 @@ class Inflight:
         COMPLETE settles what is processing or pending; RETRY and FAIL only what is processing under
         a claim without token, or pending because a restart lost its claim.
         """
-        seq = self.memory.live.get(id_hash)
-        if seq is None:
+        entry = self.memory.live.get(id_hash)
+        if entry is None:
             return Answer.UNKNOWN
+        seq = entry >> CONTENT_BITS
         row = self.memory.resident.get(seq)
         forgotten = seq >> SEQ_BITS < self.epoch
         if row is None:
@@ -436,7 +457,7 @@ class Inflight:
         self._write(source)
         seqs = array("q")
         for seq, id_hash in dropped:
-            if memory.live.get(id_hash) == seq:
+            if memory.is_live(id_hash, seq):
                 del memory.live[id_hash]
                 seqs.append(seq)
         queued = self._drop_queued(source, boundary)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from penstock_broker.clock import Clock
-from penstock_broker.domain.activation import NO_SOURCE, Activation, Status, hash_id
+from penstock_broker.domain.activation import CONTENT_BITS, NO_SOURCE, Activation, Status, hash_id
 from penstock_broker.domain.lifecycle import OUTCOMES, Change, Event, decide
 from penstock_broker.store.batch import Answer, Batch, Report, move
 from penstock_broker.store.database import Database
@@ -56,7 +56,7 @@ class Memory:
         self.partitions = Partitions()
         # Rows that memory holds: those in the index, and those claimed.
         self.resident: dict[int, Activation] = {}
-        # Every row: id hash -> seq.
+        # Every row: id hash -> seq and content.
         self.live: dict[int, int] = {}
         # Per pair, rows by status (the list's index is the status).
         self.counts: dict[int, list[int]] = {}
@@ -89,9 +89,9 @@ class Memory:
             if status == Status.PENDING:
                 self.index.pairs[pair].spilled = rows
                 self.low.add(pair)
-        for seq, status, id, source_id, offset in self.database.positions():
+        for seq, status, id, content, source_id, offset in self.database.positions():
             id_hash = hash_id(id)
-            self.live[id_hash] = seq
+            self.live[id_hash] = seq << CONTENT_BITS | content
             if status == Status.FORWARDING:
                 self.outbox.append(seq)
             self._restore_uncovered(source_id, offset, seq, id_hash)
@@ -122,6 +122,10 @@ class Memory:
         queue = self.index.add_pair(pair, application, namespace)
         queue.asked_at = self.clock.mono_ms()
         return queue
+
+    def is_live(self, id_hash: int, seq: int) -> bool:
+        """Whether this row is here (and not gone, or another broker's)."""
+        return self.live.get(id_hash, -1) >> CONTENT_BITS == seq
 
     # -- a change
 
@@ -255,7 +259,7 @@ class Memory:
         for row in rows:
             row.id_hash = hash_id(row.id)
             # What was dropped while the page was read is counted there.
-            if self.live.get(row.id_hash) == row.seq:
+            if self.is_live(row.id_hash, row.seq):
                 self.index.page_in(queue, row)
                 self.enter(row)
         if queue.spilled:
@@ -264,7 +268,7 @@ class Memory:
     def enter(self, row: Activation) -> None:
         """A stored row whose room is reserved takes its place in the order."""
         queue = self.index.pairs[row.pair]
-        if self.live.get(row.id_hash) != row.seq:
+        if not self.is_live(row.id_hash, row.seq):
             self.index.unreserve(queue, row)
             return
         self.resident[row.seq] = row

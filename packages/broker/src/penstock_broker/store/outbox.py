@@ -42,8 +42,7 @@ class Outbox:
 
     def _present(self, rows: Sequence[Activation]) -> list[Activation]:
         """Those that have not become another broker's meanwhile."""
-        live = self._memory.live
-        return [row for row in rows if live.get(row.id_hash) == row.seq]
+        return [row for row in rows if self._memory.is_live(row.id_hash, row.seq)]
 
     def give_back(self, rows: Sequence[Activation]) -> None:
         """Not acknowledged: they will be taken again."""

@@ -74,6 +74,8 @@ CREATE TABLE activation (
   at_most_once INTEGER NOT NULL,
   id TEXT NOT NULL,
   taskname TEXT NOT NULL,
+  -- What it asks for, hashed; 0: not known. Two with one id and different contents are in conflict.
+  content INTEGER NOT NULL,
   -- CRC-32 over the immutable columns and the body.
   checksum INTEGER NOT NULL,
   size INTEGER NOT NULL,

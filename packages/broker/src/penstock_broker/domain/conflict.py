@@ -1,0 +1,31 @@
+"""An id that is taken already, by an activation that asks for something else."""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+from penstock_broker.domain.activation import Activation, Reason, Status
+
+_CONFLICTS = uuid.UUID("0b1a6a44-9f3f-5c0e-8f0b-5d0a1d6f7e21")
+
+
+def in_conflict(row: Activation, known: int) -> bool:
+    """Whether ``row`` is not a copy of the activation of its id whose content is ``known``."""
+    return bool(known and row.content) and known != row.content
+
+
+def refuse_conflict(row: Activation) -> None:
+    """The first one keeps the id. This one becomes a dead letter under a name of its own, the same for
+    each of its copies."""
+    row.status, row.reason = Status.FORWARDING, Reason.CONFLICT
+    row.error = json.dumps({"type": "conflict", "message": conflict_text(row.id)})
+    row.id = str(uuid.uuid5(_CONFLICTS, f"{row.id}/{row.content}"))
+
+
+def conflict_text(id: str) -> str:
+    """What a person is told."""
+    return (
+        f"the id {id} belongs to another task already, which has another name or other arguments; that one"
+        " was kept: send this one again under an id of its own"
+    )
