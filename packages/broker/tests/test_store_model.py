@@ -124,12 +124,14 @@ class StoreMachine(RuleBasedStateMachine):
         rows=st.integers(1, 5),
         application=st.sampled_from([None, "shop", "crm"]),
         namespaces=st.sampled_from([(), ("pay",), ("mail", "flood")]),
+        worker=st.sampled_from(["one", "two"]),
         tokenless=st.booleans(),
     )
-    def claim(self, rows, application, namespaces, tokenless):
+    def claim(self, rows, application, namespaces, worker, tokenless):
         async def go():
-            claimed = self.store.claim(application, namespaces, rows, 1 << 20, tokenless=tokenless)
+            claimed = self.store.claim(application, namespaces, rows, 1 << 20, worker, tokenless)
             for row in claimed:
+                assert not self.store.refusals.by(row.seq, worker, self.clock.mono)
                 assert row.body is not None
                 assert row.expires_at is None or row.expires_at > self.clock.wall
                 assert row.received_at <= self.clock.wall
@@ -143,6 +145,8 @@ class StoreMachine(RuleBasedStateMachine):
         async def go():
             for token in tokens:
                 answer = self.store.settle(token, event, self.clock.wall, delay, '{"type":"x"}')
+                if event in (Event.UNKNOWN_TASK, Event.ARGUMENTS_MISMATCH):
+                    self.store.refusals.add(token.seq, "one", self.clock.mono)
                 await settle_down(self.store)
                 first = answer.answer if isinstance(answer, Report) else answer
                 again = self.store.settle(token, event, self.clock.wall, delay)

@@ -6,10 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from store_helpers import ManualClock, activation, check_store, open_store, settle_down
+from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
 from penstock_broker.dispatch.waiting import Waiting, Wanted
 from penstock_broker.domain.activation import Activation
+from penstock_broker.domain.lifecycle import Event
 from penstock_broker.store.inflight import Inflight
 
 ANY = Wanted(None, ())
@@ -53,6 +54,32 @@ async def test_only_who_wants_it_gets_it(store: Inflight) -> None:
     assert not mail.done()
     waiting.close()
     assert await mail == []
+
+
+async def test_what_a_worker_gave_back_goes_to_another(store: Inflight) -> None:
+    waiting = Waiting(store, 1 << 20)
+    clock = store.clock
+    await insert(store, "a", "b")
+    (a,) = waiting.claim(ANY, 1, "old")
+    store.settle(token_of(store, a), Event.UNKNOWN_TASK, clock.wall_ms())
+    store.refusals.add(a.seq, "old", clock.mono_ms())
+    await settle_down(store)
+    assert [row.id for row in waiting.claim(ANY, 5, "old")] == ["b"]
+    old = asyncio.create_task(waiting.wait(ANY, 5, 30, "old"))
+    new = asyncio.create_task(waiting.wait(ANY, 5, 30, "new"))
+    await asyncio.sleep(0)
+    clock.advance(1_000)  # type: ignore[attr-defined]
+    await settle_down(store)
+    assert [row.id for row in await new] == ["a"]
+    assert not old.done()
+    check_store(store)
+    store.release(await new)
+    await settle_down(store)
+    assert not old.done()
+    clock.advance(60_000)  # type: ignore[attr-defined]
+    assert [row.id for row in waiting.claim(ANY, 5, "old")] == ["a"]
+    waiting.close()
+    assert await old == []
 
 
 async def test_whoever_gives_up_leaves_nothing_behind(store: Inflight) -> None:

@@ -136,6 +136,7 @@ class Consumers:
                 Wanted(asked.application if asked.HasField("application") else None, tuple(asked.namespaces)),
                 min(max(asked.max_tasks, 1), TASKS_MAX),
                 min(asked.wait_ms / 1000, WAIT_SECONDS_MAX),
+                asked.worker.worker_id,
             )
             if any(row.at_most_once for row in rows):
                 await self._durable(rows)
@@ -207,6 +208,8 @@ class Consumers:
             error = None
             if event is not Event.RELEASE:
                 error = json.dumps({"type": event.value, "message": task.detail[:ERROR_CHARS_MAX]})
+                if token is not None and released.worker_id:
+                    self.store.refusals.add(token.seq, released.worker_id, self.store.clock.mono_ms())
             settled.append(
                 Answer.UNKNOWN if token is None else self.store.settle(token, event, now, error=error)
             )

@@ -21,6 +21,7 @@ class Wanted(NamedTuple):
 @dataclass(slots=True, eq=False)
 class _Waiter:
     rows_max: int
+    worker: str
     future: asyncio.Future[list[Activation]]
 
 
@@ -40,25 +41,27 @@ class Waiting:
     def __len__(self) -> int:
         return sum(len(waiters) for waiters in self._waiters.values())
 
-    def claim(self, wanted: Wanted, rows_max: int, tokenless: bool = False) -> list[Activation]:
+    def claim(
+        self, wanted: Wanted, rows_max: int, worker: str = "", tokenless: bool = False
+    ) -> list[Activation]:
         """What is ready now."""
         if self._closed:
             return []
         rows = self._store.claim(
-            wanted.application, wanted.namespaces, rows_max, self._bytes_max, tokenless=tokenless
+            wanted.application, wanted.namespaces, rows_max, self._bytes_max, worker, tokenless
         )
         self.on_claimed(rows)
         return rows
 
-    async def wait(self, wanted: Wanted, rows_max: int, seconds: float) -> list[Activation]:
+    async def wait(self, wanted: Wanted, rows_max: int, seconds: float, worker: str = "") -> list[Activation]:
         """What is ready now, or becomes ready within ``seconds``; empty when nothing did.
 
         Cancelled after its match, the claims go back.
         """
-        rows = self.claim(wanted, rows_max)
+        rows = self.claim(wanted, rows_max, worker)
         if rows or self._closed or seconds <= 0:
             return rows
-        waiter = _Waiter(rows_max, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(rows_max, worker, asyncio.get_running_loop().create_future())
         self._waiters.setdefault(wanted, {})[waiter] = None
         timer = asyncio.get_running_loop().call_later(seconds, self._give_up, waiter)
         try:
@@ -88,17 +91,17 @@ class Waiting:
             return
         for wanted in list(self._waiters):
             waiters = self._waiters[wanted]
-            while waiters:
-                waiter = next(iter(waiters))
+            for waiter in list(waiters):
                 if waiter.future.done():
                     del waiters[waiter]
                     continue
                 share = max(1, -(-self._store.memory.index.rows // len(waiters)))
-                rows = self.claim(wanted, min(waiter.rows_max, share))
-                if not rows:
+                rows = self.claim(wanted, min(waiter.rows_max, share), waiter.worker)
+                if rows:
+                    del waiters[waiter]
+                    waiter.future.set_result(rows)
+                elif not self._store.memory.index.any_ready(*wanted):
                     break
-                del waiters[waiter]
-                waiter.future.set_result(rows)
 
     def close(self) -> None:
         """Answer every poll empty and claim nothing any more."""

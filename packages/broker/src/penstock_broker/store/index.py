@@ -128,6 +128,10 @@ class ReadyIndex:
         if not ready:
             return
         queue.ready.append(row)
+        self._call(queue)
+
+    def _call(self, queue: PairQueue) -> None:
+        """A pair that has work gets its turns."""
         if not queue.in_ring:
             app = self._applications[queue.application]
             queue.in_ring = True
@@ -135,6 +139,12 @@ class ReadyIndex:
             if not app.in_ring:
                 app.in_ring = True
                 self._ring.append(app)
+
+    def put_back(self, queue: PairQueue, row: Activation) -> None:
+        """A row that was taken just now takes its place at the front again."""
+        self.take_room(queue, row)
+        queue.ready.appendleft(row)
+        self._call(queue)
 
     def page_in(self, queue: PairQueue, row: Activation) -> None:
         """A spilled row, read in order after the tail, is about to enter memory."""
@@ -182,6 +192,15 @@ class ReadyIndex:
     def asked_at(self, queue: PairQueue) -> int:
         """When a worker last wanted this pair (monotonic ms); when it was made, if none has."""
         return max(queue.asked_at, self._applications[queue.application].asked_at, self._asked_at)
+
+    def any_ready(self, application: str | None, namespaces: tuple[str, ...]) -> bool:
+        """Whether there may be something for a worker that serves these names."""
+        if application is None:
+            return bool(self._ring)
+        app = self._applications.get(application)
+        if app is None or not namespaces:
+            return app is not None and bool(app.ring)
+        return any(queue.ready for name in namespaces if (queue := app.queues.get(name)))
 
     def take(
         self, application: str | None, namespaces: tuple[str, ...], rows_max: int, bytes_max: int

@@ -35,6 +35,7 @@ from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.memory import Memory
 from penstock_broker.store.outbox import Outbox
 from penstock_broker.store.partitions import Source
+from penstock_broker.store.refusals import Refusals
 from penstock_broker.store.writer import Handoff, StoreStopped, Writer
 
 log = structlog.get_logger("store")
@@ -44,6 +45,8 @@ T = TypeVar("T")
 # A sequence number is the boot epoch and a count: unique over restarts without being stored.
 SEQ_BITS = 36
 PAIRS_MAX = 10_000
+# Rows that one claim passes over because the worker has given them back; beyond it gets them again.
+PASSED_ROWS_MAX = 64
 
 _LEASE_LOST = '{"type":"lease lost","message":"no heartbeat and no report in time"}'
 
@@ -60,6 +63,7 @@ class Inflight:
         self.memory = Memory(database, clock, limits)
         self.writer = Writer(self.memory, handoff)
         self.outbox = Outbox(self.memory, self.writer)
+        self.refusals = Refusals()
         self._next_seq = self.epoch << SEQ_BITS
         self._paused = ""
         self._on_room: list[Callable[[], None]] = []
@@ -187,10 +191,12 @@ class Inflight:
         namespaces: tuple[str, ...],
         rows_max: int,
         bytes_max: int,
+        worker: str = "",
         tokenless: bool = False,
     ) -> list[Activation]:
-        """Claim the next rows for a worker. Their lease starts now; a client without tokens has no
-        heartbeat, so its lease ends after the deadline and the grace.
+        """Claim the next rows for a worker, but for what it gave back as unknown within the last minute.
+        Their lease starts now; a client without tokens has no heartbeat, so its lease ends after the
+        deadline and the grace.
 
         A row whose ``at_most_once`` is set may be handed out once ``committed`` resolves. The caller
         drops the body of a row when it has been sent.
@@ -199,6 +205,7 @@ class Inflight:
         memory, limits = self.memory, self.limits
         now, mono = self.clock.wall_ms(), self.clock.mono_ms()
         memory.index.ask(application, namespaces, mono)
+        passed: list[Activation] = []
         while len(claimed) < rows_max and bytes_max > 0:
             taken = memory.index.take(application, namespaces, rows_max - len(claimed), bytes_max)
             if not taken:
@@ -211,6 +218,10 @@ class Inflight:
                 if not memory.partitions.may_start(row):
                     memory.hold_back(row)
                     continue
+                given_back = row.given_back_at is not None and len(passed) < PASSED_ROWS_MAX
+                if given_back and self.refusals.by(row.seq, worker, mono):
+                    passed.append(row)
+                    continue
                 bytes_max -= row.size
                 memory.claimed(row, now)
                 row.claim_epoch = self.epoch
@@ -220,6 +231,8 @@ class Inflight:
                 memory.leases.add(row)
                 memory.batch.claims.append(row.seq)
                 claimed.append(row)
+        for row in reversed(passed):
+            memory.index.put_back(memory.index.pairs[row.pair], row)
         if claimed:
             memory.work.set()
         return claimed

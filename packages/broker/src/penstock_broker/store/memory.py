@@ -154,7 +154,7 @@ class Memory:
             if row.source != NO_SOURCE and self.partitions.is_held(row.id_hash):
                 batch.finished.extend((row.id_hash, position(row.source, row.offset)))
             batch.count(row.pair, change.term)
-            self._left(row, last)
+            self._left(row, last, now)
         else:
             back = change.status is Status.PENDING
             ready_at = self.stamp() + 1 if back else change.ready_at
@@ -178,7 +178,7 @@ class Memory:
         if row.status is Status.PENDING:
             self.index.pairs[row.pair].spilled -= 1
         if change.status is Status.GONE:
-            self._left(row, last_of(row, report.outcome))
+            self._left(row, last_of(row, report.outcome), report.now)
             self.add_to_books({(row.pair, change.term): 1})
         else:
             self._stayed(row, change)
@@ -195,9 +195,9 @@ class Memory:
         if change.status is not Status.GONE:
             counts[change.status] += 1
 
-    def _left(self, row: Activation, last: int) -> None:
+    def _left(self, row: Activation, last: int, now: int) -> None:
         self.live.pop(row.id_hash, None)
-        self.finished.add(self.clock.wall_ms(), row.id_hash, last)
+        self.finished.add(now, row.id_hash, last)
         self.rows -= 1
         self.bytes -= row.size
 
