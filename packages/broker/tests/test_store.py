@@ -389,6 +389,37 @@ async def test_an_id_taken_for_something_else_is_a_conflict(
     check_store(store)
 
 
+async def test_what_nobody_asks_for_ages_out_to_the_dead_letters(tmp_path: Path, clock: ManualClock) -> None:
+    day = 86_400_000
+    limits = StoreLimits(window_rows_max=2, unclaimable_ms=7 * day)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    rows = [
+        activation(f"{namespace} {n}", clock, namespace=namespace) for n in range(5) for namespace in "ab"
+    ]
+    await insert(store, *rows)
+
+    async def look() -> int:
+        store.unclaimable.look(clock.mono_ms())
+        await settle_down(store)
+        check_store(store)
+        return store.outbox.size()
+
+    clock.advance(6 * day)
+    assert store.claim("shop", ("b",), 1, 0) == []
+    await insert(store, activation("late", clock, namespace="a"))
+    clock.advance(day - 1)
+    assert await look() == 0
+    assert [queue.namespace for queue, _ in store.unclaimable.pending()] == ["a", "b"]
+    clock.advance(1)
+    while store.outbox.size() < 5:
+        assert await look() > 0
+    assert await look() == 5
+    assert store.memory.rows == 11
+    (letter, *others) = await take_outbox(store)
+    assert (letter.reason, len(others)) == (Reason.UNCLAIMED, 4)
+    assert "no worker has asked for namespace 'a' of application 'shop' for 604800 s" in (letter.error or "")
+
+
 async def test_the_same_id_is_absorbed_while_it_is_here_and_after_it_left(
     tmp_path: Path, clock: ManualClock
 ) -> None:

@@ -21,6 +21,7 @@ LIMITS = StoreLimits(
     window_rows_max=4,
     window_bytes_max=6_000,
     batch_rows_max=3,
+    unclaimable_ms=130_000,
     lifecycle=Limits(max_deliveries=3, unknown_task_ms=20_000),
 )
 OUTCOMES = (
@@ -174,7 +175,7 @@ class StoreMachine(RuleBasedStateMachine):
 
         self.call(go())
 
-    @rule(ms=st.sampled_from([1, 300, 1000, 6000, 16_000]))
+    @rule(ms=st.sampled_from([1, 300, 1000, 6000, 16_000, 140_000]))
     def time_passes(self, ms):
         async def go():
             self.clock.advance(ms)
@@ -212,6 +213,14 @@ class StoreMachine(RuleBasedStateMachine):
     def partition_disputed(self):
         async def go():
             self.store.dispute(self.store.source("tasks", 0))
+
+        self.call(go())
+
+    @rule()
+    def age_out(self):
+        async def go():
+            self.store.unclaimable.look(self.clock.mono)
+            await settle_down(self.store)
 
         self.call(go())
 

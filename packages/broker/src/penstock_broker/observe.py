@@ -12,9 +12,6 @@ from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Batch
 from penstock_broker.store.inflight import Inflight
 
-# Longer than any poll waits: who has not asked for this long is not there.
-UNCLAIMABLE_MS = 120_000
-
 
 class Observer:
     """Fills the metrics of one broker from its store."""
@@ -76,8 +73,6 @@ class Observer:
         store, metrics = self._store, self._metrics
         by_state = dict.fromkeys(list(Status)[1:], 0)
         pending: dict[tuple[str, ...], float] = {}
-        unclaimable: dict[tuple[str, ...], float] = {}
-        unasked_since = store.clock.mono_ms() - UNCLAIMABLE_MS
         oldest: list[int] = []
         for queue in list(store.memory.index.pairs.values()):
             counts = store.memory.counts[queue.pair]
@@ -85,13 +80,13 @@ class Observer:
                 by_state[status] += counts[status]
             if counts[Status.PENDING]:
                 pending[queue.application, queue.namespace] = counts[Status.PENDING]
-                if store.memory.index.asked_at(queue) < unasked_since:
-                    unclaimable[queue.application, queue.namespace] = counts[Status.PENDING]
             oldest += [row.ready_at for row in list(queue.ready)[:1]]
         for status, count in by_state.items():
             metrics.tasks.labels(status.name.lower()).set(count)
         metrics.pending.replace(pending)
-        metrics.unclaimable.replace(unclaimable)
+        metrics.unclaimable.replace(
+            {(queue.application, queue.namespace): n for queue, n in store.unclaimable.pending()}
+        )
         age = store.clock.wall_ms() - min(oldest) if oldest else 0
         metrics.oldest_pending.set(max(0, age) / 1000)
 

@@ -76,6 +76,7 @@ def store_limits(settings: Settings) -> StoreLimits:
         dead_letters_rest_max=settings.dead_letters_rest_max,
         lease_ms=int(settings.lease_seconds * 1000),
         grace_ms=int(settings.deadline_grace_seconds * 1000),
+        unclaimable_ms=int(settings.unclaimable_seconds * 1000),
         lifecycle=Limits(
             max_deliveries=settings.max_deliveries,
             unknown_task_ms=int(settings.unknown_task_seconds * 1000),

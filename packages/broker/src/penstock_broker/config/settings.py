@@ -299,6 +299,11 @@ class Settings(BaseSettings):
         default=3600.0,
         description="Seconds that a task is offered which no worker knows or whose arguments do not fit.",
     )
+    unclaimable_seconds: Annotated[float, Field(ge=0, le=366 * DAY)] = Field(
+        default=7 * DAY,
+        description="Seconds after which a task that no worker asks for becomes a dead letter, counted from"
+        " its arrival, the broker's start or the last request for its namespace; 0: never.",
+    )
     received_at_age_max_seconds: Seconds = Field(
         default=7 * DAY,
         description="Oldest `received_at` believed, in seconds; the time of arrival replaces an older one.",

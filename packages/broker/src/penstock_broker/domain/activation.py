@@ -39,6 +39,7 @@ class Reason(StrEnum):
     NOT_AN_ACTIVATION = "not_an_activation"
     INVALID = "invalid"
     CONFLICT = "conflict"
+    UNCLAIMED = "unclaimed"
     HANDED_OVER = "handed_over"
     OVERFLOW = "overflow"
 

@@ -30,6 +30,7 @@ class Event(StrEnum):
     DUE = "due"
     EXPIRE = "expire"
     EXPIRED_AT_START = "expired at start"
+    UNCLAIMED = "unclaimed"
     CANCEL = "cancel"
     HAND_OVER = "hand over"
     FORWARDED = "forwarded"
@@ -62,6 +63,7 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_P, Event.ARGUMENTS_MISMATCH): _t("Given back under a claim that a restart had forgotten.", _D, _F),
     (_P, Event.EXPIRED_AT_START): _t("Reported under a claim that a restart had forgotten.", _F, _G),
     (_P, Event.EXPIRE): _t("Its time to start has passed.", _F, _G),
+    (_P, Event.UNCLAIMED): _t("No worker has asked for its namespace for too long.", _F),
     (_P, Event.CANCEL): _t("An operator cancelled it.", _G),
     (_P, Event.HAND_OVER): _t("The broker is being drained; another one runs it.", _F),
     (_D, Event.DUE): _t("Its delay or back-off is over.", _P),
@@ -267,6 +269,10 @@ def _expire(row: Activation, event: Event, now: int, limits: Limits, delay: int 
     return _give_up(row, Reason.EXPIRED, now, ends_claim=event is Event.EXPIRED_AT_START)
 
 
+def _unclaimed(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
+    return _dead(row, Reason.UNCLAIMED, now, ends_claim=False)
+
+
 def _cancel(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
     return _keep(row, Status.GONE, now, reason=Reason.CANCELLED, term="cancelled")
 
@@ -295,6 +301,7 @@ _DECISIONS = {
     Event.DUE: _due,
     Event.EXPIRE: _expire,
     Event.EXPIRED_AT_START: _expire,
+    Event.UNCLAIMED: _unclaimed,
     Event.CANCEL: _cancel,
     Event.HAND_OVER: _hand_over,
     Event.FORWARDED: _forwarded,

@@ -374,6 +374,17 @@ class Database:
             if taken >= page.bytes:
                 return
 
+    def spilled_before(self, pair: int, ready_at: int, limit: int) -> list[int]:
+        """Spilled pending rows of a pair that became ready no later, the first ones."""
+        return [
+            seq
+            for (seq,) in self.connection.execute(
+                "SELECT seq FROM activation WHERE status = 1 AND spilled = 1 AND pair = ? AND ready_at <= ?"
+                " ORDER BY ready_at, seq LIMIT ?",
+                (pair, ready_at, limit),
+            )
+        ]
+
     def get(self, seq: int) -> Activation | None:
         """One row, with its body."""
         for row in self.load([seq]):

@@ -36,6 +36,7 @@ from penstock_broker.store.memory import Memory
 from penstock_broker.store.outbox import Outbox
 from penstock_broker.store.partitions import Source
 from penstock_broker.store.refusals import Refusals
+from penstock_broker.store.unclaimable import Unclaimable
 from penstock_broker.store.writer import Handoff, StoreStopped, Writer
 
 log = structlog.get_logger("store")
@@ -64,6 +65,7 @@ class Inflight:
         self.writer = Writer(self.memory, handoff)
         self.outbox = Outbox(self.memory, self.writer)
         self.refusals = Refusals()
+        self.unclaimable = Unclaimable(self.memory, limits.unclaimable_ms)
         self._next_seq = self.epoch << SEQ_BITS
         self._paused = ""
         self._on_room: list[Callable[[], None]] = []

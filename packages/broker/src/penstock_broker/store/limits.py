@@ -26,4 +26,6 @@ class StoreLimits:
     lease_ms: int = 15_000
     # What a worker gets beyond the deadline before the broker takes a task back by itself.
     grace_ms: int = 3_000
+    # Pending rows that no worker asks for become dead letters at this age; 0: never.
+    unclaimable_ms: int = 7 * 86_400_000
     lifecycle: Limits = field(default_factory=Limits)

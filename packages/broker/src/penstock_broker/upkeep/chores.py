@@ -43,6 +43,7 @@ class Upkeep:
             Chore("delays and expiry", self._wake_due, lambda mono: store.writer.wake()),
             Chore("leases", store.memory.leases.next_due, self._lapse),
             Chore("de-duplication window", lambda: self._forget_at, self._forget),
+            Chore("unclaimable", lambda: store.unclaimable.look_at, store.unclaimable.look),
         )
         store.writer.on_committed.append(self._reconsider)
 
