@@ -35,6 +35,8 @@ from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_V
 # The WAL is copied back to the database once it is this long. docs/adr/0002 has the measurement.
 CHECKPOINT_BYTES = 16 * 1024 * 1024
 PAGE_BYTES = 4096
+# No other process can open the file: a foreign reader would keep the WAL from being reused.
+VFS = "unix-excl"
 DUE_ROWS_MAX = 2000
 
 _INSERT_COLUMNS = (
@@ -124,7 +126,7 @@ class Database:
 
     def _open(self) -> apsw.Connection:
         try:
-            connection = apsw.Connection(str(self.path), vfs="unix-excl", statementcachesize=200)
+            connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
             connection.pragma("locking_mode", "exclusive")
             if connection.pragma("journal_mode", "wal") != "wal":
                 raise apsw.CantOpenError("the file system does not support a write-ahead log")
@@ -193,7 +195,11 @@ class Database:
             self.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         finally:
             self.connection.close()
-            os.close(self._lock)
+            self.release_lock()
+
+    def release_lock(self) -> None:
+        """Let another broker have the file."""
+        os.close(self._lock)
 
     def _on_wal(self, connection: apsw.Connection, name: str, frames: int) -> int:
         self._wal_bytes = frames * PAGE_BYTES
