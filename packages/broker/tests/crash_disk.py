@@ -233,7 +233,9 @@ def _torn(write: Write, rng: random.Random) -> list[Write]:
         case _:
             sectors = range(0, len(data), SECTOR_BYTES)
             return [
-                Write(inode, offset + at, data[at : at + SECTOR_BYTES]) for at in sectors if rng.random() < 0.5
+                Write(inode, offset + at, data[at : at + SECTOR_BYTES])
+                for at in sectors
+                if rng.random() < 0.5
             ]
 
 
