@@ -32,6 +32,7 @@ LIMITS = StoreLimits(
 CHECKPOINT_BYTES = 48 * 1024
 TOPIC = "tasks"
 FINAL = (Event.COMPLETE, Event.IGNORE)
+GIVEN_BACK = (Event.RELEASE, Event.UNKNOWN_TASK)
 OUTCOMES = (
     *(Event.COMPLETE,) * 5,
     Event.IGNORE,
@@ -46,7 +47,7 @@ OUTCOMES = (
 
 
 class Asked(NamedTuple):
-    """From now on ``what`` may have happened to ``subject``: insert (rows), settle (token), leave (id)."""
+    """From now on ``what`` may have happened to ``subject``: insert (rows), settle ((token, event)), leave (id)."""
 
     what: str
     subject: object
@@ -140,7 +141,7 @@ class Workload:
         answers = []
         for token in some:
             event = self.rng.choice(OUTCOMES)
-            self._asked("settle", token)
+            self._asked("settle", (token, event))
             delay = self.rng.choice((None, 0, 300))
             answers.append((token, event, self.store.settle(token, event, self.clock.wall, delay)))
         await settle_down(self.store)
@@ -232,8 +233,12 @@ class Promises:
             case "claim":
                 self.claims[subject[0]] = subject[1]
             case "settle":
-                self.asked.add(subject)
-                self.may_leave.add(self.claims[subject])
+                token, event = subject
+                self.asked.add(token)
+                self.may_leave.add(self.claims[token])
+                if event in GIVEN_BACK:
+                    # It was not started, so another worker may start it.
+                    self.claimed_once.pop(token, None)
             case "leave":
                 self.may_leave.add(subject)
             case "lapse":
