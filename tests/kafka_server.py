@@ -129,6 +129,11 @@ class JavaKafka:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the Java process while it runs."""
+        return self._process.pid if self._process is not None and self.running else None
+
     def _command(self, *arguments: str) -> list[str]:
         settings = f"-Dlog4j2.configurationFile={self._folder / 'log4j2.yaml'}"
         return ["java", "-Xmx512m", "-cp", f"{self._jars}/*", settings, *arguments]

@@ -1,0 +1,95 @@
+"""P1: one broker, a backlog in Kafka: stored, claimed and completed in batches."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from functools import partial
+
+from benchmarks.fill import fill
+from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target
+from benchmarks.processes import Meter, Script, broker, kafka_settings, new_topic
+from tests.kafka_server import free_port
+
+GENERATORS = 1
+
+
+def drain(bench: Bench, body: int, partitions: int, tasks: int, warm: int) -> Figures:
+    """Fill the window of remembered ids with ``warm`` tasks, stop, fill Kafka, start, measure."""
+    topic = new_topic(bench.kafka, partitions)
+    settings = kafka_settings(bench.kafka, topic)
+    folder = bench.folder / f"p1-{uuid.uuid4().hex[:8]}"
+    fill(bench.kafka, topic, warm, body)
+    with broker(folder, settings) as server:
+        Script("benchmarks.load", server.address).ready().result()
+    fill(bench.kafka, topic, tasks, body)
+    port = free_port()
+    # They wait for the broker, so that it has nothing stored when the first claim is answered.
+    load = [Script("benchmarks.load", f"127.0.0.1:{port}").ready() for _ in range(GENERATORS)]
+    with broker(folder, settings, port) as server:
+        meter = Meter(broker=server.process, kafka=bench.kafka_pid)
+        results = [script.result() for script in load]
+        done = int(sum(result["done"] for result in results))
+        if done != tasks:
+            raise SystemExit(f"{done} of {tasks} tasks were completed")
+        seconds = max(r["last"] for r in results) - min(r["first"] for r in results)
+        figures = {
+            "tasks_per_second": done / seconds,
+            "mb_per_second": done / seconds * body / 1e6,
+            **meter.cpu_us(done),
+            "generator_cpu_us": sum(r["cpu"] for r in results) / done * 1e6,
+            "broker_rss_mb": meter.rss_mb()["broker_rss_mb"],
+        }
+    shutil.rmtree(folder)
+    return figures
+
+
+def cases(bench: Bench) -> list[Case]:
+    shapes = [(300, 1), (300, 4), (300, 12), (5000, 1), (5000, 4), (5000, 12)]
+    if bench.short:
+        shapes = [(300, 4), (5000, 4)]
+    return [
+        Case(
+            "300 B" if body == 300 else "5 KB",
+            f"{partitions} partition{'s' if partitions > 1 else ''}",
+            partial(
+                drain,
+                body=body,
+                partitions=partitions,
+                tasks=bench.size(60_000, 120_000) // (1 if body == 300 else 3),
+                warm=bench.size(20_000, 100_000) // (1 if body == 300 else 3),
+            ),
+        )
+        for body, partitions in shapes
+    ]
+
+
+CLAIM = Claim(
+    name="P1",
+    title="One broker: a backlog in Kafka, stored, claimed, completed",
+    how="A backlog lies in a topic, the window of remembered ids is warm, the load generator waits. Then the"
+    " broker starts. The time runs from the first answered claim to the last acknowledged outcome.",
+    figures=(
+        Figure("tasks_per_second", "tasks/s", more_is_better=True, plotted=True, digits=0),
+        Figure("mb_per_second", "MB/s", more_is_better=True),
+        Figure("broker_cpu_us", "broker CPU, µs a task", plotted=True),
+        Figure("kafka_cpu_us", "Kafka CPU, µs a task"),
+        Figure("generator_cpu_us", "load generator CPU, µs a task"),
+        Figure("broker_rss_mb", "broker memory, MB", digits=0),
+    ),
+    cases=cases,
+    targets=(
+        Target("tasks/s, 300 B", "300 B, 4 partitions", "tasks_per_second", at_least=31_000),
+        Target("µs of broker CPU a task, 300 B", "300 B, 4 partitions", "broker_cpu_us", at_most=30),
+    ),
+    elsewhere=(
+        Elsewhere("River on PostgreSQL, workers in process", "", "tasks_per_second", 30_400),
+        Elsewhere("Rust taskbroker", "", "tasks_per_second", 3_500),
+    ),
+    pitfalls=(
+        "Broker, Kafka and the load generator share two cores. What the broker could do alone is"
+        " 1,000,000 divided by its CPU a task.",
+        "The memory includes the window of remembered ids, and up to a million rows that wait.",
+    ),
+    seconds=(60, 600),
+)
