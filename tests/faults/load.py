@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Sequence
 
+import grpc
+
+from penstock_protocol.v1 import producer_pb2
+from penstock_protocol.v1.activation_pb2 import TaskActivation
 from tests.e2e.harness import Broker, Pool, Process, eventually
 from tests.e2e.raw_worker import Acknowledgements, RawWorker
 
@@ -46,10 +51,10 @@ class Load:
         self.brokers = list(brokers)
         self.books = Acknowledgements()
         self.workers = [pool.worker(brokers, name=f"worker-{n}") for n in range(workers)]
-        self._raw = [RawWorker(broker.address, self.books) for broker in brokers for _ in range(2)]
+        self.raw = [RawWorker(broker.address, self.books) for broker in brokers for _ in range(2)]
         self._raw_producer = Producer(pool, "raw.noop", per_second)
         self._producer = Producer(pool, "sleep", max(1, per_second // 8), 0.005)
-        for thread in (*self._raw, self._raw_producer, self._producer):
+        for thread in (*self.raw, self._raw_producer, self._producer):
             thread.start()
         eventually("under load", lambda: len(self.books.acknowledged) > 100 and pool.ended())
 
@@ -61,18 +66,22 @@ class Load:
         before = self.done()
         eventually(f"{count} more tasks are done", lambda: self.done() > before + count, seconds)
 
+    def stop_sending(self) -> tuple[set[str], set[str]]:
+        """All that was sent: to raw workers, to workers."""
+        return set(self._raw_producer.stop()), set(self._producer.stop())
+
     def finish(self, seconds: float = 120.0) -> str:
         """No fault any more: all that was sent has ended, and nothing acknowledged ran again.
 
         Returns a line of figures.
         """
-        raw_ids, ids = set(self._raw_producer.stop()), set(self._producer.stop())
+        raw_ids, ids = self.stop_sending()
         eventually(
             "all sent to raw workers is acknowledged", lambda: raw_ids <= self.books.acknowledged, seconds
         )
         ended = self.pool.await_all(list(ids), seconds)
         self.pool.await_empty(*self.brokers)
-        for worker in self._raw:
+        for worker in self.raw:
             worker.stop()
         assert self.books.violations == [], "acknowledged, and handed out again"
         assert self.books.acknowledged == raw_ids, "never sent"
@@ -85,3 +94,22 @@ class Load:
 
     def processes(self) -> list[Process]:
         return [*self.brokers, *self.workers]
+
+
+def fill(broker: Broker, rows: int, *, namespace: str = "raw", payload: bytes = b"") -> None:
+    """Put pending activations into a broker, as fast as it takes them."""
+    with grpc.insecure_channel(broker.address) as channel:
+        send = channel.unary_unary(
+            "/penstock.v1.ProducerService/SendTasks",
+            request_serializer=producer_pb2.SendTasksRequest.SerializeToString,
+            response_deserializer=producer_pb2.SendTasksResponse.FromString,
+        )
+        one = TaskActivation(application="e2e", namespace=namespace, taskname=f"{namespace}.noop")
+        one.parameters_bytes = payload
+        for at in range(0, rows, 1_000):
+            request = producer_pb2.SendTasksRequest()
+            for _ in range(min(1_000, rows - at)):
+                one.id = uuid.uuid4().hex
+                one.received_at.GetCurrentTime()
+                request.activations.append(one)
+            send(request, timeout=60)
