@@ -186,6 +186,13 @@ def e2e(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def faults(session: nox.Session) -> None:
+    """Kills, power cuts, full and slow disks, partitions, clocks: for minutes (`-- --short`: seconds)."""
+    install_everything(session)
+    session.run("pytest", "tests/faults", *session.posargs, env={"PENSTOCK_KAFKA_REQUIRED": "1"})
+
+
+@nox.session(default=False)
 def matrix(session: nox.Session) -> None:
     """tox: the built wheels on every supported Python, with the oldest and the latest dependencies."""
     install_everything(session)

@@ -47,13 +47,13 @@ class Process:
         self.name = name
         self.log = folder / f"{name}.log"
         self._command = [sys.executable, *command]
-        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command, env=self._environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+                self._command, env=self.environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
             )
 
     @property

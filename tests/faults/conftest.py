@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.e2e.conftest import direct_pool, kafka, kafka_pool, own_kafka
+
+__all__ = ["direct_pool", "kafka", "kafka_pool", "own_kafka"]
+
+_figures = pytest.StashKey[list[str]]()
+
+Figure = Callable[[str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults")
+    group.addoption("--short", action="store_true", help="seconds of faults where it would be minutes")
+    group.addoption("--seed", type=int, help="repeat the faults of a run that printed this seed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_figures] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[_figures]:
+        terminalreporter.section("figures")
+        for line in config.stash[_figures]:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """Prints a figure at the end of the run; none of them decides whether a test passes."""
+    figures = request.config.stash[_figures]
+    return lambda text: figures.append(f"{request.node.name}: {text}")
+
+
+@pytest.fixture
+def seconds(request: pytest.FixtureRequest) -> float:
+    """For how long faults go on."""
+    return 6.0 if request.config.getoption("--short") else 120.0
+
+
+@pytest.fixture
+def dice(request: pytest.FixtureRequest, figure: Figure) -> random.Random:
+    """What chooses the faults."""
+    given = request.config.getoption("--seed")
+    seed = random.randrange(1 << 32) if given is None else int(given)
+    figure(f"--seed {seed}")
+    return random.Random(seed)

@@ -1,0 +1,115 @@
+"""Tasks sent, run and reported all the time while faults happen; and how each of them must have ended."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Sequence
+
+import grpc
+
+from penstock_protocol.v1 import producer_pb2
+from penstock_protocol.v1.activation_pb2 import TaskActivation
+from tests.e2e.harness import Broker, Pool, Process, eventually
+from tests.e2e.raw_worker import Acknowledgements, RawWorker
+
+# What one worker of two slots, or one raw worker, can hold: what a fault of it can make run twice.
+HELD_MAX = 64
+
+
+class Producer(threading.Thread):
+    """Sends at a steady rate until stopped; each send is waited for at the end."""
+
+    def __init__(self, pool: Pool, taskname: str, per_second: int, *arguments: object) -> None:
+        super().__init__(name=f"producer of {taskname}", daemon=True)
+        self._app = pool.app()
+        self._task = self._app.tasks[taskname]
+        self._arguments = arguments
+        self._pause = 1 / per_second
+        self._stopping = threading.Event()
+        self.ids: list[str] = []
+
+    def run(self) -> None:
+        while not self._stopping.wait(self._pause):
+            self.ids.append(self._task.delay(*self._arguments).id)
+
+    def stop(self) -> list[str]:
+        """The ids of all that was sent, each of them acknowledged by Kafka."""
+        self._stopping.set()
+        self.join()
+        assert self._app.flush() == 0, "sends that Kafka never acknowledged"
+        return self.ids
+
+
+class Load:
+    """Half of it is run by workers, half by raw workers that remember what was acknowledged to them."""
+
+    def __init__(
+        self, pool: Pool, brokers: Sequence[Broker], *, workers: int = 2, per_second: int = 400
+    ) -> None:
+        self.pool = pool
+        self.brokers = list(brokers)
+        self.books = Acknowledgements()
+        self.workers = [pool.worker(brokers, name=f"worker-{n}") for n in range(workers)]
+        self.raw = [RawWorker(broker.address, self.books) for broker in brokers for _ in range(2)]
+        self._raw_producer = Producer(pool, "raw.noop", per_second)
+        self._producer = Producer(pool, "sleep", max(1, per_second // 8), 0.005)
+        for thread in (*self.raw, self._raw_producer, self._producer):
+            thread.start()
+        eventually("under load", lambda: len(self.books.acknowledged) > 100 and pool.ended())
+
+    def done(self) -> int:
+        return len(self.books.acknowledged) + len(self.pool.ended())
+
+    def await_more(self, count: int = 200, seconds: float = 60.0) -> None:
+        """The pool works."""
+        before = self.done()
+        eventually(f"{count} more tasks are done", lambda: self.done() > before + count, seconds)
+
+    def stop_sending(self) -> tuple[set[str], set[str]]:
+        """All that was sent: to raw workers, to workers."""
+        return set(self._raw_producer.stop()), set(self._producer.stop())
+
+    def finish(self, seconds: float = 120.0) -> str:
+        """No fault any more: all that was sent has ended, and nothing acknowledged ran again.
+
+        Returns a line of figures.
+        """
+        raw_ids, ids = self.stop_sending()
+        eventually(
+            "all sent to raw workers is acknowledged", lambda: raw_ids <= self.books.acknowledged, seconds
+        )
+        ended = self.pool.await_all(list(ids), seconds)
+        self.pool.await_empty(*self.brokers)
+        for worker in self.raw:
+            worker.stop()
+        assert self.books.violations == [], "acknowledged, and handed out again"
+        assert self.books.acknowledged == raw_ids, "never sent"
+        twice = sum(n - 1 for n in self.books.handed_out.values()), sum(n - 1 for n in ended.values())
+        self.twice = sum(twice)
+        return (
+            f"{len(raw_ids) + len(ids)} tasks, each ended; handed out again before anything was acknowledged:"
+            f" {twice[0]} to raw workers; run twice by workers: {twice[1]}"
+        )
+
+    def processes(self) -> list[Process]:
+        return [*self.brokers, *self.workers]
+
+
+def fill(broker: Broker, rows: int, *, namespace: str = "raw", payload: bytes = b"") -> None:
+    """Put pending activations into a broker, as fast as it takes them."""
+    with grpc.insecure_channel(broker.address) as channel:
+        send = channel.unary_unary(
+            "/penstock.v1.ProducerService/SendTasks",
+            request_serializer=producer_pb2.SendTasksRequest.SerializeToString,
+            response_deserializer=producer_pb2.SendTasksResponse.FromString,
+        )
+        one = TaskActivation(application="e2e", namespace=namespace, taskname=f"{namespace}.noop")
+        one.parameters_bytes = payload
+        for at in range(0, rows, 1_000):
+            request = producer_pb2.SendTasksRequest()
+            for _ in range(min(1_000, rows - at)):
+                one.id = uuid.uuid4().hex
+                one.received_at.GetCurrentTime()
+                request.activations.append(one)
+            send(request, timeout=60)

@@ -1,0 +1,99 @@
+"""Kafka is killed, stopped, frozen or away for longer than a session; brokers come and go."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from tests.e2e.harness import Pool, eventually
+from tests.faults.conftest import Figure
+from tests.faults.load import HELD_MAX, Load
+from tests.kafka_server import JavaKafka
+
+SESSION_SECONDS = 6.0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["stopped", "killed", "frozen"])
+def test_kafka_is_away_under_load(
+    own_kafka: JavaKafka, kafka_pool: Pool, seconds: float, dice: random.Random, figure: Figure, how: str
+) -> None:
+    kafka_pool.create_topic(6)
+    brokers = [kafka_pool.broker(f"broker-{n}", LEASE_SECONDS="5") for n in range(2)]
+    load = Load(kafka_pool, brokers)
+    times = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        away = dice.uniform(0.2, 2 * SESSION_SECONDS)
+        leave, come_back = {
+            "stopped": (own_kafka.stop, own_kafka.start),
+            "killed": (own_kafka.kill, own_kafka.start),
+            "frozen": (own_kafka.pause, own_kafka.resume),
+        }[how]
+        leave()
+        try:
+            time.sleep(away)  # the outage
+            for broker in brokers:
+                assert broker.is_serving(), "a broker with its disk serves on without Kafka"
+        finally:
+            come_back()
+        times.append(away)
+        load.await_more()
+    longest = max(times)
+    figure(
+        f"{how} {len(times)} times, {longest:.1f} s at most (session {SESSION_SECONDS} s); {load.finish()}"
+    )
+    assert load.twice <= len(times) * len(brokers) * 2 * HELD_MAX
+
+
+@pytest.mark.timeout(300)
+def test_kafka_is_away_for_longer_than_a_session(
+    own_kafka: JavaKafka, kafka_pool: Pool, request: pytest.FixtureRequest, figure: Figure
+) -> None:
+    """What is stored is served on; nothing is lost; the brokers come back by themselves."""
+    away = SESSION_SECONDS + 4 if request.config.getoption("--short") else 10 * SESSION_SECONDS
+    kafka_pool.create_topic(6)
+    brokers = [kafka_pool.broker(f"broker-{n}") for n in range(2)]
+    load = Load(kafka_pool, brokers)
+    own_kafka.kill()
+    time.sleep(away)  # the outage
+    for broker in brokers:
+        assert broker.is_serving()
+        assert broker.metrics()["penstock_kafka_up"] == 0
+    own_kafka.start()
+    begun = time.monotonic()
+    load.await_more()
+    again = time.monotonic() - begun
+    figure(f"away {away:.0f} s; 200 tasks run within {again:.1f} s after it answers; {load.finish()}")
+    assert load.twice <= len(brokers) * 2 * HELD_MAX
+
+
+@pytest.mark.timeout(600)
+def test_brokers_join_and_leave_again_and_again(
+    kafka_pool: Pool, seconds: float, dice: random.Random, figure: Figure
+) -> None:
+    kafka_pool.create_topic(12)
+    brokers = [kafka_pool.broker(f"broker-{n}", LEASE_SECONDS="3") for n in range(3)]
+    load = Load(kafka_pool, brokers, per_second=600)
+    moves = {"stopped": 0, "killed": 0, "joined": 0}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or not moves["joined"]:
+        broker = dice.choice(brokers[1:])  # one stays
+        if not broker.running:
+            broker.start()
+            eventually("it has partitions", lambda b=broker: b.metrics()["penstock_kafka_partitions"] > 0)  # type: ignore[misc]
+            moves["joined"] += 1
+        elif dice.random() < 0.5:
+            broker.kill()
+            moves["killed"] += 1
+        else:
+            assert broker.terminate() == 0
+            moves["stopped"] += 1
+        load.await_more()
+    for broker in brokers:
+        if not broker.running:
+            broker.start()
+    figure(f"{moves}; {load.finish()}")
+    assert load.twice <= sum(moves.values()) * 2 * HELD_MAX
