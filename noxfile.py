@@ -164,7 +164,7 @@ def docs(session: nox.Session) -> None:
 def unit(session: nox.Session) -> None:
     """Unit tests of all packages: seconds, no network beyond loopback."""
     install_everything(session)
-    session.run("pytest", *(session.posargs or ["packages", "tests/repository"]))
+    session.run("pytest", *(session.posargs or ["--numprocesses=2", "packages", "tests/repository"]))
 
 
 @nox.session
