@@ -29,7 +29,7 @@ from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, repeated
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import is_report, last_of
+from penstock_broker.store.finished import is_report, last_of, place
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.memory import Memory
@@ -468,6 +468,7 @@ class Inflight:
         Resolves to how many were dropped; reports on them are STALE.
         """
         memory, boundary = self.memory, max(boundary, source.covered)
+        memory.batch.left += [place(source.id, at) for at, _, _ in source.uncovered if at >= boundary]
         dropped = memory.partitions.drop(source, boundary)
         self._write(source)
         seqs = array("q")

@@ -207,6 +207,11 @@ class Writer:
     def _release(self, batch: Batch, written: Written) -> None:
         """What the tick wrote becomes visible in memory."""
         memory = self._memory
+        # What left first: an offset may be dropped, read again and stored anew in one tick.
+        memory.unfinished.left(batch.left)
+        memory.unfinished.kept(batch.kept)
+        memory.unfinished.took(batch.rows)
+        memory.unfinished.ranged(batch.sources)
         for row in batch.rows:
             self._stored(row)
         for report in batch.reports:
