@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.activation import NO_SOURCE, Activation, Status
 from penstock_broker.domain.lifecycle import Change
 from penstock_broker.store.finished import OFFSET_BITS, place
 
@@ -97,10 +97,16 @@ class Unfinished:
                     self.dirty.add(key)
                 segment[at & _IN_SEGMENT] = 1  # type: ignore[index]
 
-    def add(self, at: int) -> None:
-        """The row of one place is stored, as found at the start."""
-        self._segments.setdefault(at >> SEGMENT_BITS, bytearray(SEGMENT_OFFSETS))[at & _IN_SEGMENT] = 1
-        self.dirty.add(at >> SEGMENT_BITS)
+    def add(self, source: int, offset: int) -> None:
+        """A row that is found in the store at the start."""
+        if source == NO_SOURCE:
+            return
+        key = place(source, offset) >> SEGMENT_BITS
+        segment = self._segments.get(key)
+        if segment is None:
+            segment = self._segments[key] = bytearray(SEGMENT_OFFSETS)
+            self.dirty.add(key)
+        segment[offset & _IN_SEGMENT] = 1
 
     def left(self, places: Iterable[int]) -> None:
         """The rows of these are gone, or another broker's."""

@@ -105,8 +105,7 @@ class Memory:
             if status == Status.FORWARDING:
                 self.outbox.append(seq)
             self._restore_uncovered(source_id, offset, seq, id_hash)
-            if source_id != NO_SOURCE:
-                self.unfinished.add(place(source_id, offset))
+            self.unfinished.add(source_id, offset)
         for row in self.database.with_state():
             self.unfinished.kept([(place(row.source, row.offset), state_of(row))])
         for id_hash, at in left:
