@@ -161,8 +161,8 @@ class Ledger:
         elif head.store_id == self.me.store_id:
             if head.sequence > self._sequence:
                 raise OldDatabase(
-                    f"the database {self.store.database.path} is an old copy: it has {self._sequence} records,"
-                    f" and the ledger has {head.sequence} of it",
+                    f"the database {self.store.database.path} is an old copy: it has written"
+                    f" {self._sequence} records, and the ledger has {head.sequence} of it",
                     _WAYS_OUT,
                 )
         elif not self._is_new():

@@ -69,7 +69,8 @@ async def adopt(ledger: Ledger, intake: Intake, broker_id: str, force: bool) -> 
         await ledger.record_with([_handed_head(ledger, broker_id, account)])
     except KafkaException as error:
         raise AdoptError(
-            f"Kafka did not answer while {broker_id!r} was adopted ({error.args[0].str()}): repeat the adoption"
+            f"Kafka did not answer while {broker_id!r} was adopted ({error.args[0].str()}):"
+            " repeat the adoption"
         ) from None
     except Fenced:
         raise AdoptError(
@@ -124,7 +125,8 @@ async def _settle_own(ledger: Ledger, intake: Intake, left: Left) -> None:
             await intake.resolve(await ledger.call(ledger.log.look_up, left.topic, [left.partition]))
         elif ledger.store.clock.mono_ms() > until:
             raise AdoptError(
-                f"this broker's own offsets of {left.topic}/{left.partition} are not committed: repeat the adoption"
+                f"this broker's own offsets of {left.topic}/{left.partition} are not committed:"
+                " repeat the adoption"
             )
         else:
             await asyncio.sleep(LOOK_SECONDS)
