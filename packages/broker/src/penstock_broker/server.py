@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -60,7 +61,9 @@ def serve(settings: Settings, reconcile: bool = False) -> int:
             if not reconcile:
                 raise
             set_aside(settings.db_path, error.message, clock, "old")
-        return runner.run(_serve(settings))
+    # In a process of its own making: nothing of the broker that stopped is left, its port least of all.
+    sys.stderr.flush()
+    os.execv(sys.executable, sys.orig_argv)
 
 
 async def _serve(settings: Settings) -> int:

@@ -59,9 +59,9 @@ Snapshot = tuple[dict[int, Segment], dict[int, Taken]]
 
 
 class Ledger:
-    """``open``, then ``run``, on the event loop; every call to Kafka on a thread of its own.
+    """Everything on the event loop; every call to Kafka on a thread of its own.
 
-    ``recorded`` and ``failing`` may be used before and while it is opened.
+    ``start``, ``open`` and ``stop`` once each; ``recorded`` from the start on.
     """
 
     def __init__(self, store: Inflight, settings: Settings) -> None:
@@ -240,8 +240,15 @@ class Ledger:
         unfinished.dirty.update(unfinished.keys())
         unfinished.dirty_ranges.update(unfinished.ranges)
 
-    async def run(self) -> None:
-        """Until cancelled. Raises Replaced, OldDatabase and FatalError when the broker must not go on."""
+    def start(self) -> None:
+        """Record, once it is opened."""
+        self._task = asyncio.create_task(self._run(), name="ledger")
+
+    async def failed(self) -> None:
+        """Ends, with the cause, when the broker must not go on: Replaced, OldDatabase, FatalError."""
+        await asyncio.shield(self._task)
+
+    async def _run(self) -> None:
         await self._opened.wait()
         loop = asyncio.get_running_loop()
         while True:
@@ -387,9 +394,12 @@ class Ledger:
 
     async def stop(self) -> None:
         """Record what is durable, if it can be done in a moment."""
+        self._task.cancel()
+        # If it has failed, ``failed`` has told.
+        await asyncio.gather(self._task, return_exceptions=True)
         if self.is_open:
-            with contextlib.suppress(TimeoutError, StoreStopped):
-                await asyncio.wait_for(self.recorded(), STOP_SECONDS_MAX)
+            with contextlib.suppress(TimeoutError, StoreStopped, KafkaException, Fenced):
+                await asyncio.wait_for(self._write_once(), STOP_SECONDS_MAX)
         self.log.close()
         self.thread.shutdown(wait=False, cancel_futures=True)
 

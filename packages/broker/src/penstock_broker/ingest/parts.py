@@ -43,6 +43,7 @@ class Ingest:
         if settings.ingest == "kafka":
             keep_orphans(store, settings.kafka_topic)
             self.ledger = Ledger(store, settings)
+            self.ledger.start()
             self.consumer = KafkaConsumer(store, settings, self.ledger)
             await self.consumer.start()
             publisher = Publisher(settings, settings.kafka_deadletter_topic)
@@ -66,7 +67,7 @@ class Ingest:
         if self.consumer is not None:
             parts.append(asyncio.create_task(self.consumer.run()))
         if self.ledger is not None:
-            parts.append(asyncio.create_task(self.ledger.run()))
+            parts.append(asyncio.create_task(self.ledger.failed()))
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         finally:
