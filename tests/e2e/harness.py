@@ -179,6 +179,8 @@ class Pool:
         admin = AdminClient({"bootstrap.servers": self.kafka or ""})
         name = topic or self.topic
         new = [NewTopic(name, partitions, 1), NewTopic(f"{name}-dlq", 1, 1)]
+        if topic is None:
+            new.append(NewTopic(f"{name}-ledger", 1, 1, config={"cleanup.policy": "compact"}))
         for future in admin.create_topics(new).values():
             future.result(30)
         return name
@@ -187,7 +189,8 @@ class Pool:
         if self.kafka is None:
             settings = {"INGEST": "grpc", **settings}
         else:
-            settings = {"KAFKA_CLUSTER": self.kafka, "KAFKA_TOPIC": self.topic, **settings}
+            own = {"KAFKA_TOPIC": self.topic, "KAFKA_LEDGER_TOPIC": f"{self.topic}-ledger"}
+            settings = {"KAFKA_CLUSTER": self.kafka, **own, **settings}
         broker = Broker(name, self.folder, settings)
         self.processes.append(broker)
         if start:

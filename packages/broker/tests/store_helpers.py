@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from zlib import crc32
 
-from penstock_broker.domain.activation import CONTENT_BITS, CONTENT_MASK, Activation, OnExceeded, Status
+from penstock_broker.domain.activation import (
+    CONTENT_BITS,
+    CONTENT_MASK,
+    NO_SOURCE,
+    Activation,
+    OnExceeded,
+    Status,
+)
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
+from penstock_broker.store.finished import place
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.ledger import State, state_of
 from penstock_broker.store.limits import StoreLimits
 
 
@@ -140,3 +149,24 @@ def check_store(store: Inflight) -> None:
             assert counts[status] == sum(r.pair == pair and r.status is status for r in rows.values())
     assert store.imbalance() == 0
     assert store.memory.books == store.database.books()
+    check_ledger(store, rows.values())
+
+
+def check_ledger(store: Inflight, rows: Iterable[Activation]) -> None:
+    """What the ledger would be told is what the rows say."""
+    stored = {place(row.source, row.offset): row for row in rows if row.source != NO_SOURCE}
+    unfinished = store.memory.unfinished
+    known = unfinished.places()
+    assert known.keys() == stored.keys(), "the unfinished offsets are not those of the rows"
+    for at, row in stored.items():
+        # A state that follows from the message need not be kept, and a back-off that is over is none.
+        follows = row.claim == 0 and row.attempts == row.lost == 0 and row.status is not Status.PROCESSING
+        assert _not_due(known[at], store) == _not_due(state_of(row), store) or (follows and not known[at])
+    sources = {record[0]: record[1:] for record in store.database.sources()}
+    assert unfinished.ranges == sources, "the ranges are not those of the rows"
+
+
+def _not_due(state: State | None, store: Inflight) -> State | None:
+    if state is not None and 0 < state.due_at <= store.clock.wall_ms():
+        state = state._replace(due_at=0)
+    return state if state is not None and any(state[:6]) else None

@@ -113,7 +113,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_serve_gets_the_settings_and_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Settings] = []
 
-    def serve(settings: Settings) -> int:
+    def serve(settings: Settings, reconcile: bool) -> int:
         served.append(settings)
         return 7
 
@@ -128,7 +128,7 @@ def test_serve_gets_the_settings_and_gives_the_exit_code(monkeypatch: pytest.Mon
 def test_a_fatal_error_is_a_message_a_hint_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def serve(settings: Settings) -> int:
+    def serve(settings: Settings, reconcile: bool) -> int:
         raise FatalError("the database\x1b[31m is locked", "stop the other broker", exit_code=4)
 
     monkeypatch.setattr(server, "serve", serve)

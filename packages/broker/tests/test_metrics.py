@@ -30,7 +30,7 @@ UNITS = {
     "state",
     "info",
 }
-BARE = {"penstock_tasks", "penstock_kafka_up"}
+BARE = {"penstock_tasks", "penstock_kafka_up", "penstock_ledger_up"}
 
 
 @pytest.fixture

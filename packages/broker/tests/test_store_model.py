@@ -10,7 +10,15 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule
-from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+from store_helpers import (
+    ManualClock,
+    activation,
+    check_ledger,
+    check_store,
+    open_store,
+    settle_down,
+    token_of,
+)
 
 from penstock_broker.domain.activation import OnExceeded, Status
 from penstock_broker.domain.lifecycle import Event, Limits
@@ -156,6 +164,9 @@ class StoreMachine(RuleBasedStateMachine):
                 assert second is not Answer.APPLIED, "one outcome per claim"
                 if first is Answer.APPLIED:
                     assert second is Answer.DUPLICATE
+            check_ledger(
+                self.store, self.store.database.load([r[0] for r in self.store.database.positions()])
+            )
 
         self.call(go())
 

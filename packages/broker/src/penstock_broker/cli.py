@@ -92,7 +92,17 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 @with_settings
-def serve(loaded: Loaded) -> None:
+def serve(
+    loaded: Loaded,
+    *,
+    reconcile: Annotated[
+        bool,
+        typer.Option(
+            "--reconcile",
+            help="If the database is an old copy, set it aside and restore what the ledger has.",
+        ),
+    ] = False,
+) -> None:
     """Run a broker until SIGTERM.
 
     Examples:
@@ -109,7 +119,7 @@ def serve(loaded: Loaded) -> None:
         structlog.get_logger().warning(warning)
     from penstock_broker import server  # late: the other commands need neither Kafka nor gRPC nor SQLite
 
-    raise typer.Exit(server.serve(settings))
+    raise typer.Exit(server.serve(settings, reconcile))
 
 
 @config.command()

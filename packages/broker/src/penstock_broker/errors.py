@@ -24,6 +24,14 @@ class FatalError(Exception):
         return f"{self.message}: {self.hint}" if self.hint else self.message
 
 
+class OldDatabase(FatalError):
+    """The database is not the one that the ledger knows: an old copy, or another broker's."""
+
+
+class Replaced(FatalError):
+    """The broker's tasks were taken over, by an adoption or a new disk: it must not go on with its own."""
+
+
 class ConfigError(FatalError):
     """The settings are wrong; ``problems`` has one text for each thing to correct."""
 

@@ -161,6 +161,9 @@ class Metrics:
             "penstock_unclaimable_tasks", "Pending activations that no worker asks for.", *pair
         )
         self.added = self._counter("penstock_tasks_added", "Activations accepted.", *pair)
+        self.restored = self._counter(
+            "penstock_tasks_restored", "Activations taken over from a broker whose disk is gone.", *pair
+        )
         self.finished = self._counter(
             "penstock_tasks_finished",
             "Activations gone, by the term of the books they ended in.",
@@ -221,6 +224,16 @@ class Metrics:
         )
         self.forward_failures = self._counter(
             "penstock_forward_failures", "Messages that Kafka did not take; they are sent again.", "topic"
+        )
+
+        self.ledger_up = self._plain_gauge(
+            "penstock_ledger_up", "Whether the loss of this broker's disk would lose no task."
+        )
+        self.ledger_age = self._plain_gauge(
+            "penstock_ledger_age_seconds", "For how long a change of the store is not in the ledger."
+        )
+        self.unrestorable = self._plain_counter(
+            "penstock_unrestorable_tasks", "Unfinished tasks of a lost disk that Kafka no longer held."
         )
 
     def _store(self) -> None:

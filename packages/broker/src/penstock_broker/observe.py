@@ -10,7 +10,7 @@ from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.domain.lifecycle import OUTCOMES
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Batch
-from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.inflight import ARRIVALS, Inflight
 
 
 class Observer:
@@ -96,8 +96,9 @@ class Observer:
             queue = store.memory.index.pairs[pair]
             names = (queue.application, queue.namespace)
             grown = self._since((pair, term), total)
-            if term == "accepted":
-                metrics.added.labels(*names).inc(grown)
+            if term in ARRIVALS:
+                family = metrics.added if term == "accepted" else metrics.restored
+                family.labels(*names).inc(grown)
                 continue
             metrics.finished.labels(*names, term).inc(grown)
             if term.startswith("dead:"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from penstock_broker.dispatch import rpc
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.lifecycle import Limits
-from penstock_broker.errors import FatalError
+from penstock_broker.errors import FatalError, OldDatabase, Replaced
 from penstock_broker.ingest.direct import IntakePaused, InvalidRequest
 from penstock_broker.ingest.parts import Ingest, build_ingest
 from penstock_broker.metrics import Exposition, Metrics, expose
@@ -29,6 +30,7 @@ from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.quarantine import set_aside
 from penstock_broker.upkeep.chores import Upkeep
 
 log = structlog.get_logger("server")
@@ -41,14 +43,27 @@ RESPONSE_BYTES_MAX = 3 * 1024 * 1024
 DRAIN_CALLS_SECONDS = 3.0
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, reconcile: bool = False) -> int:
     """Run a broker until SIGTERM or SIGINT. The exit code.
 
-    Raises FatalError when it cannot start or must not go on.
+    ``reconcile``: go on without a database that is not the one the ledger knows. Raises FatalError when
+    it cannot start or must not go on.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    clock = SystemClock()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings))
+        try:
+            return runner.run(_serve(settings))
+        except Replaced as error:
+            set_aside(settings.db_path, error.message, clock, "adopted")
+            raise
+        except OldDatabase as error:
+            if not reconcile:
+                raise
+            set_aside(settings.db_path, error.message, clock, "old")
+    # In a process of its own making: nothing of the broker that stopped is left, its port least of all.
+    sys.stderr.flush()
+    os.execv(sys.executable, sys.orig_argv)
 
 
 async def _serve(settings: Settings) -> int:

@@ -214,6 +214,11 @@ class Settings(BaseSettings):
         default=None,
         description="Accepted when it equals `kafka_cluster`: dead letters go to the cluster they came from.",
     )
+    kafka_ledger_topic: TopicName = Field(
+        default="penstock-ledger",
+        description="Compacted topic in which brokers record what is unfinished, so that none loses a task"
+        " with its disk. All pools may share it.",
+    )
     kafka_session_timeout_seconds: Annotated[float, Field(ge=6, le=300)] = Field(
         default=10.0,
         description="Seconds without a sign of life after which Kafka gives a broker's partitions away.",

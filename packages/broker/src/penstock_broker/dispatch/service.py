@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from penstock_broker.dispatch.waiting import Waiting, Wanted
-from penstock_broker.domain.activation import Activation, hash_id
+from penstock_broker.domain.activation import NO_SOURCE, Activation, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import decode_token, encode_parts
 from penstock_broker.store.batch import Answer, Report
@@ -229,9 +229,17 @@ class Consumers:
     # -- what must be true before an answer leaves
 
     async def _durable(self, rows: Sequence[Activation]) -> None:
-        """At-most-once claims are in the rows before they are handed out."""
+        """At-most-once claims are in the rows, and in the ledger, before they are handed out."""
         try:
-            await self.store.committed()
+            async with asyncio.timeout(COVER_SECONDS_MAX):
+                from_log = any(row.at_most_once and row.source != NO_SOURCE for row in rows)
+                await (self.store.recorded() if from_log else self.store.committed())
+        except TimeoutError:
+            self.store.release(rows)
+            raise Refused(
+                grpc.StatusCode.UNAVAILABLE,
+                "Kafka does not acknowledge the claim of an at-most-once task: repeat the call",
+            ) from None
         except BaseException:
             self.store.release(rows)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,7 @@ from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.event_loop import EventLoop
 from penstock_broker.ingest.intake import Intake
 from penstock_broker.ingest.kafka import RESTART
+from penstock_broker.ingest.ledger import Ledger
 from penstock_broker.ingest.poller import Poller
 from penstock_broker.ingest.topics import ensure_topics
 from penstock_broker.store.inflight import Inflight
@@ -25,13 +27,15 @@ log = structlog.get_logger("ingest")
 START_SECONDS_MAX = 3.0
 STOP_SECONDS_MAX = 5.0
 RETRY_SECONDS = 1.0
+POLL_SECONDS = 0.2
 
 
 class KafkaConsumer:
     """Takes a topic's activations into the store. Made, started and stopped on the event loop."""
 
-    def __init__(self, store: Inflight, settings: Settings) -> None:
+    def __init__(self, store: Inflight, settings: Settings, ledger: Ledger | None = None) -> None:
         self._settings = settings
+        self._ledger = ledger
         self._clock = store.clock
         self.topic = settings.kafka_topic
         self.admission = Admission(AdmissionLimits.of(settings))
@@ -121,7 +125,7 @@ class KafkaConsumer:
     def _main(self, loop: EventLoop) -> None:
         error: Exception | None = None
         try:
-            if self._await_topics(loop):
+            if self._await_topics(loop) and self._await_ledger(loop):
                 self._poller.run(loop, self._stopping)
         except StoreStopped:
             log.debug("the store has stopped, and with it the intake")
@@ -148,6 +152,19 @@ class KafkaConsumer:
                 loop.tell(self._set_checked)
                 self._stopping.wait(RETRY_SECONDS)
             else:
-                loop.tell(self._set_checked)
                 return True
+        return False
+
+    def _await_ledger(self, loop: EventLoop) -> bool:
+        """Wait until it is known what was left by a disk that is lost; False when stopped before."""
+        if self._ledger is None:
+            loop.tell(self._set_checked)
+            return True
+        opening = loop.start(self._ledger.open(self._set_checked))
+        while not self._stopping.is_set():
+            done, _ = concurrent.futures.wait((opening,), POLL_SECONDS)
+            if done:
+                opening.result()
+                return True
+        opening.cancel()
         return False

@@ -23,12 +23,16 @@ class EventLoop:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *arguments)
 
+    def start(self, question: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Have it run there; the future has what it returns or raises."""
+        return asyncio.run_coroutine_threadsafe(question, self._loop)
+
     def ask(self, question: Coroutine[Any, Any, T]) -> T:
         """Have it run there, and wait for what it returns or raises.
 
         Raises TimeoutError when the loop does not answer; then it is cancelled.
         """
-        future = asyncio.run_coroutine_threadsafe(question, self._loop)
+        future = self.start(question)
         try:
             return future.result(ANSWER_SECONDS_MAX)
         except concurrent.futures.TimeoutError:

@@ -216,7 +216,9 @@ class Intake:
         Returns when it is durable, so that no commit that names us as the owner can be older.
         """
         begun = [self._begin(partition) for partition in found]
-        await self.store.committed()
+        # The ledger names this range before a commit does: else its loss could not be told from nothing,
+        # and a broker that was adopted meanwhile learns it before it takes anything.
+        await self.store.recorded()
         self._find_unresolved()
         return begun
 

@@ -68,3 +68,36 @@ def producer_config(
 
 def admin_config(settings: Settings) -> dict[str, str | int | float | bool]:
     return {"bootstrap.servers": settings.kafka_cluster, "client.id": settings.broker_id, "log_level": 2}
+
+
+def ledger_producer_config(settings: Settings, transactional_id: str) -> Config:
+    return {
+        "bootstrap.servers": settings.kafka_cluster,
+        "client.id": settings.broker_id,
+        "log_level": 2,
+        "transactional.id": transactional_id,
+        # Until then a broker that vanished in the middle of a write keeps others from reading.
+        "transaction.timeout.ms": 10_000,
+        "message.timeout.ms": 10_000,
+        "linger.ms": 0,
+        "compression.type": "lz4",
+        "message.max.bytes": 16 * 1024 * 1024,
+        "socket.keepalive.enable": True,
+    }
+
+
+def reader_config(settings: Settings, outside: str) -> Config:
+    """A consumer that is told what to read and joins no group. ``outside``: auto.offset.reset."""
+    return {
+        "bootstrap.servers": settings.kafka_cluster,
+        "client.id": settings.broker_id,
+        "log_level": 2,
+        # Its offsets are looked up, never committed.
+        "group.id": settings.kafka_consumer_group,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "enable.partition.eof": True,
+        "isolation.level": "read_committed",
+        "auto.offset.reset": outside,
+        "queued.max.messages.kbytes": QUEUED_KIB_MAX,
+    }

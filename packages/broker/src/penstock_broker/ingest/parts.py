@@ -10,6 +10,8 @@ from penstock_broker.ingest.consumer import KafkaConsumer
 from penstock_broker.ingest.direct import Direct
 from penstock_broker.ingest.forwarder import Forwarder
 from penstock_broker.ingest.intake import keep_orphans
+from penstock_broker.ingest.ledger import Ledger
+from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport, adopt
 from penstock_broker.ingest.publisher import Publisher
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.inflight import Inflight
@@ -28,6 +30,8 @@ class Ingest:
         self.direct = Direct(store, Admission(AdmissionLimits.of(settings)))
         self.consumer: KafkaConsumer | None = None
         self.forwarder: Forwarder | None = None
+        self.ledger: Ledger | None = None
+        self._adopting = asyncio.Lock()
         # What the counters were told.
         self._told: dict[str, int] = {}
         metrics.before_scrape(self._refresh)
@@ -38,7 +42,9 @@ class Ingest:
         failures = self._metrics.forward_failures.labels(settings.kafka_deadletter_topic)
         if settings.ingest == "kafka":
             keep_orphans(store, settings.kafka_topic)
-            self.consumer = KafkaConsumer(store, settings)
+            self.ledger = Ledger(store, settings)
+            self.ledger.start()
+            self.consumer = KafkaConsumer(store, settings, self.ledger)
             await self.consumer.start()
             publisher = Publisher(settings, settings.kafka_deadletter_topic)
         else:
@@ -47,12 +53,21 @@ class Ingest:
         self.forwarder = Forwarder(store, publisher, failures.inc)
         self.forwarder.start()
 
+    async def adopt(self, broker_id: str, force: bool) -> AdoptReport:
+        """Take over what another broker of the pool, which never returns, has left. Raises AdoptError."""
+        if self.ledger is None or self.consumer is None:
+            raise AdoptError("this broker consumes no topic, so it has no ledger")
+        async with self._adopting:
+            return await adopt(self.ledger, self.consumer.intake, broker_id, force)
+
     async def failed(self) -> None:
         """Ends when a part of ingest has, with its error; a broker without it must not go on."""
         assert self.forwarder is not None
         parts = [asyncio.create_task(self.forwarder.failed())]
         if self.consumer is not None:
             parts.append(asyncio.create_task(self.consumer.run()))
+        if self.ledger is not None:
+            parts.append(asyncio.create_task(self.ledger.failed()))
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -70,6 +85,8 @@ class Ingest:
         """Let what is on its way out arrive, for a moment."""
         if self.forwarder is not None:
             await self.forwarder.stop()
+        if self.ledger is not None:
+            await self.ledger.stop()
 
     def _refresh(self) -> None:
         """In the thread of a scrape: reads only."""
@@ -83,6 +100,10 @@ class Ingest:
             metrics.kafka_lag.replace(
                 {(consumer.topic, str(partition)): lag for partition, lag in consumer.lags.items()}
             )
+        if (ledger := self.ledger) is not None:
+            metrics.ledger_up.set(ledger.is_open)
+            metrics.ledger_age.set(ledger.age_seconds())
+            metrics.unrestorable.inc(self._since("unrestorable", ledger.unrestorable))
         for reason, count in refused.items():
             metrics.rejected.labels(reason).inc(self._since(reason, count))
 

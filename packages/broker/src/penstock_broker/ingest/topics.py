@@ -14,17 +14,25 @@ from penstock_broker.ingest.kafka import admin_config
 log = structlog.get_logger("ingest")
 
 CREATE_SECONDS_MAX = 10.0
+# Small segments, rolled often: what is not compacted yet is read at every start of a broker.
+_COMPACTED = {
+    "cleanup.policy": "compact",
+    "segment.bytes": str(16 * 1024 * 1024),
+    "segment.ms": "3600000",
+    "min.cleanable.dirty.ratio": "0.1",
+}
 
 
 def ensure_topics(settings: Settings, seconds: float) -> None:
     """See that the consumed topic and the dead letter topic exist; blocks for up to ``seconds``.
 
     Raises KafkaException when Kafka cannot be reached, FatalError when the consumed topic does not
-    exist and may not be created. A missing dead letter topic is only warned of: the letters wait.
+    exist and may not be created. A missing dead letter topic is only warned of: the letters wait. Of a
+    missing ledger topic the ledger warns.
     """
     admin = AdminClient(admin_config(settings))
     present = admin.list_topics(timeout=seconds).topics
-    wanted = (settings.kafka_topic, settings.kafka_deadletter_topic)
+    wanted = (settings.kafka_topic, settings.kafka_deadletter_topic, settings.kafka_ledger_topic)
     missing = [topic for topic in wanted if topic not in present]
     if not missing:
         return
@@ -38,7 +46,7 @@ def ensure_topics(settings: Settings, seconds: float) -> None:
             " (TASKBROKER_CREATE_MISSING_TOPICS=1), or name another one with kafka_topic"
             " (TASKBROKER_KAFKA_TOPIC)",
         )
-    else:
+    elif settings.kafka_deadletter_topic in missing:
         log.warning(
             "the dead letter topic does not exist: dead letters wait in the store until it does"
             " (create it, or set create_missing_topics)",
@@ -50,7 +58,13 @@ def ensure_topics(settings: Settings, seconds: float) -> None:
 def _create(admin: AdminClient, topics: list[str], settings: Settings) -> None:
     partitions = settings.default_topic_partitions
     futures = admin.create_topics(
-        [NewTopic(topic, num_partitions=partitions) for topic in topics], request_timeout=CREATE_SECONDS_MAX
+        [
+            NewTopic(topic, num_partitions=1, config=_COMPACTED)
+            if topic == settings.kafka_ledger_topic
+            else NewTopic(topic, num_partitions=partitions)
+            for topic in topics
+        ],
+        request_timeout=CREATE_SECONDS_MAX,
     )
     for topic, future in futures.items():
         try:

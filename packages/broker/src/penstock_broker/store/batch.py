@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.domain.lifecycle import Change, Event
+from penstock_broker.store.ledger import State
 
 if TYPE_CHECKING:
     from penstock_broker.store.database import Database
@@ -140,6 +141,9 @@ class Batch:
     due_at: int | None = None
     pages: list[PageRequest] = field(default_factory=list)
     new_pairs: list[tuple[int, str, str]] = field(default_factory=list)
+    # For the ledger: places in the log whose rows leave, and those whose rows have another state.
+    left: list[int] = field(default_factory=list)
+    kept: list[tuple[int, State | None]] = field(default_factory=list)
     # source id -> (topic, partition, start, next, covered)
     sources: dict[int, tuple[str, int, int, int, int]] = field(default_factory=dict)
     books: dict[tuple[int, str], int] = field(default_factory=dict)

@@ -431,6 +431,22 @@ class Database:
             self.connection.execute("SELECT seq, status, id, content, source, log_offset FROM activation")
         )
 
+    def with_state(self) -> Iterator[Activation]:
+        """Rows from the log that differ from their messages, without bodies."""
+        sql = (
+            f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.source != 0 AND (a.status IN (2, 4)"
+            " OR a.attempts > 0 OR a.lost > 0 OR a.given_back_at IS NOT NULL"
+            " OR a.status = 3 AND a.at_most_once = 1)"
+        )
+        return (_load(r) for r in self.connection.execute(sql))
+
+    def meta(self, key: str) -> object:
+        """A value of the store as a whole; None when it was never set."""
+        return self.connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).get
+
+    def set_meta(self, key: str, value: str | int) -> None:
+        self.connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
     def last_ready_at(self) -> int:
         """The latest place in the order of hand-out that any pending row has."""
         return self.connection.execute("SELECT max(ready_at) FROM activation WHERE status = 1").get or 0

@@ -36,9 +36,14 @@ def is_report(value: int, epoch: int, claim: int, outcome: int) -> bool:
     return value >> CONTENT_BITS == _report(epoch, claim, outcome)
 
 
+def place(source: int, offset: int) -> int:
+    """A place in a log, as one integer."""
+    return source << OFFSET_BITS | offset
+
+
 def position(source: int, offset: int) -> int:
     """A place in a log, as a negative integer: beside an id hash, that it left before it was covered."""
-    return -1 - (source << OFFSET_BITS | offset)
+    return -1 - place(source, offset)
 
 
 def unpack_position(value: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, repeated
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import is_report, last_of
+from penstock_broker.store.finished import is_report, last_of, place
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.memory import Memory
@@ -48,6 +48,8 @@ SEQ_BITS = 36
 PAIRS_MAX = 10_000
 # Rows that one claim passes over because the worker has given them back; beyond it gets them again.
 PASSED_ROWS_MAX = 64
+# Terms of the books by which rows come in: from their producer, or as what is left of a broker's disk.
+ARRIVALS = ("accepted", "restored", "adopted")
 
 _LEASE_LOST = '{"type":"lease lost","message":"no heartbeat and no report in time"}'
 
@@ -70,6 +72,8 @@ class Inflight:
         self._paused = ""
         self._on_room: list[Callable[[], None]] = []
         self.writer.on_committed.append(self._check_room)
+        # Awaited before an at-most-once claim is handed out: resolves when the ledger has it.
+        self.recorded: Callable[[], Awaitable[None]] = self.committed
 
     def committed(self) -> Awaitable[None]:
         """Resolves when everything done so far is durable. Raises StoreStopped when it will not be."""
@@ -123,21 +127,25 @@ class Inflight:
         return None if known is None else known & CONTENT_MASK
 
     def insert(
-        self, activations: Sequence[Activation], taken: Mapping[int, int] | None = None
+        self,
+        activations: Sequence[Activation],
+        taken: Mapping[int, int] | None = None,
+        term: str = "accepted",
     ) -> asyncio.Future[None]:
         """Accept activations, in order; resolves when they are durable.
 
         One that is here, or was within the window, is absorbed and counted; another one with its id is
         in conflict with it, and becomes a dead letter. ``taken``: source id ->
-        next offset, stored in the same transaction. The limits are the caller's to keep (``room``).
-        Raises StoreStopped.
+        next offset, stored in the same transaction. ``term``: one of ARRIVALS. The limits are the
+        caller's to keep (``room``). Raises StoreStopped.
         """
         if self.writer.stopping:
             raise StoreStopped
         now = self.clock.wall_ms()
-        return self.writer.add([row for row in activations if self._accept(row, now)], taken or {})
+        rows = [row for row in activations if self._accept(row, now, term)]
+        return self.writer.add(rows, taken or {}, term)
 
-    def _accept(self, row: Activation, now: int) -> bool:
+    def _accept(self, row: Activation, now: int, term: str) -> bool:
         """Number and count a row; False when there is nothing to store."""
         memory = self.memory
         row.id_hash = hash_id(row.id)
@@ -157,7 +165,7 @@ class Inflight:
             change = decide(row, Event.EXPIRE, now, self.limits.lifecycle)
             row.status, row.reason = change.status, change.reason
             if change.status is Status.GONE:
-                memory.batch.count(row.pair, "accepted")
+                memory.batch.count(row.pair, term)
                 memory.batch.count(row.pair, change.term)
                 last = last_of(row, 0)
                 memory.finished.add(now, row.id_hash, last)
@@ -458,6 +466,28 @@ class Inflight:
         self.memory.work.set()
         self._write(source)
 
+    def begin_restored(self, source: Source, start: int, covered: int) -> None:
+        """Rows of the partition below ``covered`` are restored, or adopted: no other broker reads them."""
+        if start >= 0:
+            source.start = start
+        source.covered = max(source.covered, covered)
+        self._write(source)
+
+    def hold_at_most_once(self, hold: bool) -> None:
+        """Whether the ledger cannot be written: until it can, no at-most-once row starts."""
+        partitions = self.memory.partitions
+        if partitions.unrecorded == hold:
+            return
+        partitions.unrecorded = hold
+        for source in partitions.all():
+            self.memory.start_released(partitions.released(source))
+        self.memory.work.set()
+
+    def set_meta(self, key: str, value: str | int) -> Awaitable[None]:
+        """Keep a value of the store as a whole; resolves when durable."""
+        self.memory.batch.calls.append(lambda database: database.set_meta(key, value))
+        return self.committed()
+
     def _write(self, source: Source) -> None:
         self.memory.batch.sources[source.id] = source.record()
         self.memory.work.set()
@@ -468,6 +498,7 @@ class Inflight:
         Resolves to how many were dropped; reports on them are STALE.
         """
         memory, boundary = self.memory, max(boundary, source.covered)
+        memory.batch.left += [place(source.id, at) for at, _, _ in source.uncovered if at >= boundary]
         dropped = memory.partitions.drop(source, boundary)
         self._write(source)
         seqs = array("q")
@@ -533,12 +564,12 @@ class Inflight:
         ]
 
     def imbalance(self) -> int:
-        """Accepted minus ended minus in flight, over all namespaces: 0 unless something is lost."""
+        """What came in minus what ended and what is in flight, over all namespaces: 0 unless some is lost."""
         accepted = sum(len(arrival.rows) for arrival in self.writer.arrivals)
         ended = 0
         for books in (self.memory.books, self.memory.batch.books):
             for (_, term), n in books.items():
-                if term == "accepted":
+                if term in ARRIVALS:
                     accepted += n
                 else:
                     ended += n

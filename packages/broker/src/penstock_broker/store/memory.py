@@ -16,9 +16,17 @@ from penstock_broker.domain.activation import CONTENT_BITS, NO_SOURCE, Activatio
 from penstock_broker.domain.lifecycle import OUTCOMES, Change, Event, decide
 from penstock_broker.store.batch import Answer, Batch, Report, move
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import Finished, last_of, position, unpack_position
+from penstock_broker.store.finished import (
+    OFFSET_BITS,
+    Finished,
+    last_of,
+    place,
+    position,
+    unpack_position,
+)
 from penstock_broker.store.index import PairQueue, ReadyIndex
 from penstock_broker.store.leases import Leases
+from penstock_broker.store.ledger import Unfinished, state_after, state_of
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.partitions import Partitions, Source
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX
@@ -54,6 +62,7 @@ class Memory:
         self.finished = Finished(limits.dedup_window_ms, limits.dedup_ids_max)
         self.leases = Leases()
         self.partitions = Partitions()
+        self.unfinished = Unfinished()
         # Rows that memory holds: those in the index, and those claimed.
         self.resident: dict[int, Activation] = {}
         # Every row: id hash -> seq and content.
@@ -82,6 +91,7 @@ class Memory:
             self.add_pair(pair, application, namespace)
         for source in self.database.sources():
             self.partitions.add(Source(*source))
+            self.unfinished.ranged({source[0]: source[1:]})
         for pair, status, rows, size in self.database.counts():
             self.counts[pair][status] = rows
             self.rows += rows
@@ -95,8 +105,11 @@ class Memory:
             if status == Status.FORWARDING:
                 self.outbox.append(seq)
             self._restore_uncovered(source_id, offset, seq, id_hash)
-        for id_hash, place in left:
-            self._restore_uncovered(*unpack_position(place), 0, id_hash)
+            self.unfinished.add(source_id, offset)
+        for row in self.database.with_state():
+            self.unfinished.kept([(place(row.source, row.offset), state_of(row))])
+        for id_hash, at in left:
+            self._restore_uncovered(*unpack_position(at), 0, id_hash)
         for loaded in self.partitions.all():
             loaded.uncovered = deque(sorted(loaded.uncovered))
         mono = self.clock.mono_ms()
@@ -151,14 +164,18 @@ class Memory:
                 batch.gone_payloads.append(row.seq)
             last = last_of(row, outcome)
             batch.finished.extend((row.id_hash, last))
-            if row.source != NO_SOURCE and self.partitions.is_held(row.id_hash):
-                batch.finished.extend((row.id_hash, position(row.source, row.offset)))
+            if row.source != NO_SOURCE:
+                batch.left.append(row.source << OFFSET_BITS | row.offset)
+                if self.partitions.is_held(row.id_hash):
+                    batch.finished.extend((row.id_hash, position(row.source, row.offset)))
             batch.count(row.pair, change.term)
             self._left(row, last, now)
         else:
             back = change.status is Status.PENDING
             ready_at = self.stamp() + 1 if back else change.ready_at
             batch.moves.append(move(row, change, outcome, ready_at, error))
+            if row.source != NO_SOURCE:
+                batch.kept.append((place(row.source, row.offset), state_after(row, change)))
             self._stayed(row, change)
         self.void(row)
         self.work.set()
@@ -167,6 +184,8 @@ class Memory:
         """A row of the index is handed out: the one event after which memory keeps it."""
         self._count(row, decide(row, Event.CLAIM, now, self.limits.lifecycle))
         row.status = Status.PROCESSING
+        if row.at_most_once and row.source != NO_SOURCE:
+            self.batch.kept.append((place(row.source, row.offset), state_of(row)))
 
     def reported(self, report: Report) -> None:
         """A tick has changed a row that memory does not hold."""
@@ -177,11 +196,16 @@ class Memory:
         self._account(row, change, report.outcome)
         if row.status is Status.PENDING:
             self.index.pairs[row.pair].spilled -= 1
+        at = place(row.source, row.offset)
         if change.status is Status.GONE:
             self._left(row, last_of(row, report.outcome), report.now)
             self.add_to_books({(row.pair, change.term): 1})
+            if row.source != NO_SOURCE:
+                self.unfinished.left([at])
         else:
             self._stayed(row, change)
+            if row.source != NO_SOURCE:
+                self.unfinished.kept([(at, state_after(row, change))])
 
     def _account(self, row: Activation, change: Change, outcome: int) -> None:
         self.tally.outcomes[outcome] += 1

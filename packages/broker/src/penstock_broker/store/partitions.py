@@ -60,6 +60,8 @@ class Partitions:
         # is not acknowledged any more.
         self._dropped: dict[int, None] = {}
         self._tie = 0
+        # The ledger cannot be written: no at-most-once row starts, for nobody would know if the disk is lost.
+        self.unrecorded = False
 
     def __getitem__(self, id: int) -> Source:
         return self._sources[id]
@@ -81,7 +83,10 @@ class Partitions:
     def took(self, row: Activation) -> None:
         """A row from the log was accepted; it is uncovered until a commit passes it."""
         self._dropped.pop(row.id_hash, None)
-        self._sources[row.source].uncovered.append((row.offset, row.seq, row.id_hash))
+        source = self._sources[row.source]
+        # One that is restored was covered before.
+        if not source.is_covered(row.offset):
+            source.uncovered.append((row.offset, row.seq, row.id_hash))
 
     def hold(self, row: Activation) -> None:
         """A row was reported on: until it is covered, answers wait."""
@@ -113,6 +118,8 @@ class Partitions:
         """Whether nobody else runs a row, as far as it must be known."""
         if row.source == NO_SOURCE:
             return True
+        if row.at_most_once and self.unrecorded:
+            return False
         source = self._sources[row.source]
         return source.is_covered(row.offset) or not (source.disputed or row.at_most_once)
 

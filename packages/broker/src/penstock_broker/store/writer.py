@@ -28,10 +28,14 @@ class StoreStopped(Exception):
 
 @dataclass(slots=True)
 class Arrival:
-    """Accepted rows that wait for their tick. ``taken``: source id -> next offset, stored with them."""
+    """Accepted rows that wait for their tick. ``taken``: source id -> next offset, stored with them.
+
+    ``term``: how they came in, for the books.
+    """
 
     rows: list[Activation]
     taken: Mapping[int, int]
+    term: str
     stored: asyncio.Future[None]
 
 
@@ -80,10 +84,10 @@ class Writer:
         at = self._memory.next_wake_at
         return at is not None and at <= self._memory.clock.wall_ms()
 
-    def add(self, rows: list[Activation], taken: Mapping[int, int]) -> asyncio.Future[None]:
+    def add(self, rows: list[Activation], taken: Mapping[int, int], term: str) -> asyncio.Future[None]:
         """Rows for the next ticks, in order; resolves when they are durable."""
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.arrivals.append(Arrival(rows, taken, stored))
+        self.arrivals.append(Arrival(rows, taken, term, stored))
         self._memory.work.set()
         return stored
 
@@ -177,7 +181,7 @@ class Writer:
         """New rows get their place in the order, and in memory if there is room."""
         memory = self._memory
         for row in arrival.rows:
-            batch.count(row.pair, "accepted")
+            batch.count(row.pair, arrival.term)
             if row.status is Status.PENDING:
                 row.ready_at = batch.stamp
                 if not memory.index.reserve(memory.index.pairs[row.pair], row):
@@ -207,6 +211,11 @@ class Writer:
     def _release(self, batch: Batch, written: Written) -> None:
         """What the tick wrote becomes visible in memory."""
         memory = self._memory
+        # What left first: an offset may be dropped, read again and stored anew in one tick.
+        memory.unfinished.left(batch.left)
+        memory.unfinished.kept(batch.kept)
+        memory.unfinished.took(batch.rows)
+        memory.unfinished.ranged(batch.sources)
         for row in batch.rows:
             self._stored(row)
         for report in batch.reports:

@@ -1,0 +1,409 @@
+"""The ledger: what is unfinished here, recorded in Kafka, so that the loss of this disk loses no task.
+
+A record says only what is durable, and may lag behind by half a second: what was taken since is found
+from the offsets that the group has committed, and runs again. docs/adr/0007 has the reasons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import structlog
+from confluent_kafka import KafkaException
+
+from penstock_broker.config import Settings
+from penstock_broker.errors import FatalError, OldDatabase, Replaced
+from penstock_broker.ingest.ledger_log import Fenced, LedgerLog
+from penstock_broker.ingest.ledger_records import (
+    Account,
+    Head,
+    Record,
+    Taken,
+    head_record,
+    range_record,
+    read_account,
+    segment_record,
+)
+from penstock_broker.ingest.ledger_restore import Left, find_left, restore
+from penstock_broker.ingest.ownership import Me
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.ledger import Segment, segment_key, segment_of
+from penstock_broker.store.writer import StoreStopped
+
+log = structlog.get_logger("ledger")
+
+T = TypeVar("T")
+
+# With the time a write takes: half a second.
+RECORD_EVERY_SECONDS = 0.4
+RETRY_SECONDS = 1.0
+LOOK_AGAIN_SECONDS = 30.0
+# An idle broker says that it lives.
+HEARTBEAT_SECONDS = 10.0
+STOP_SECONDS_MAX = 1.0
+
+# Of the store's meta: how far the restore of a new store is, and the sequence of the last record.
+RESTORE, SEQUENCE = "restore", "ledger_sequence"
+
+_WAYS_OUT = (
+    "put the database back that this broker had last; or start it with `penstock-broker serve --reconcile`,"
+    " which sets this one aside and restores from the ledger what is unfinished"
+)
+
+# A change of segments and ranges, as it was when it was looked at.
+Snapshot = tuple[dict[int, Segment], dict[int, Taken]]
+
+
+class Ledger:
+    """Everything on the event loop; every call to Kafka on a thread of its own.
+
+    ``start``, ``open`` and ``stop`` once each; ``recorded`` from the start on.
+    """
+
+    def __init__(self, store: Inflight, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+        self.me = Me(settings.broker_id, store.store_id)
+        self.log = self.log_of(settings.broker_id)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        # Written here, read by anybody.
+        self.is_open = False
+        self.off = False
+        self.written_at_ms = store.clock.mono_ms()
+        self.unrestorable = 0
+        self._sequence = int(store.database.meta(SEQUENCE) or 0)  # type: ignore[call-overload]
+        self._dirty_at: int | None = None
+        self._opened = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
+        # Records to write with the next ones, in one transaction; an adopter's on the adopted one.
+        self._more: list[Record] = []
+        self._failed = False
+        store.hold_at_most_once(True)
+        store.recorded = self.recorded
+        store.writer.on_committed.append(self._look)
+
+    def log_of(self, broker_id: str) -> LedgerLog:
+        """The ledger, to be written as that broker."""
+        return LedgerLog(self.settings, self.store.clock, broker_id)
+
+    async def call(self, what: Callable[..., T], *arguments: object) -> T:
+        """Have it done on the ledger's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, what, *arguments)
+
+    # -- opening
+
+    async def open(self, on_known: Callable[[], None]) -> None:
+        """Make sure that this store is the one the ledger speaks of, and restore what a lost one held.
+
+        Returns when partitions may be read. ``on_known`` is called when it is known that this broker
+        may serve what it has. Tries until Kafka answers. Raises OldDatabase, Replaced.
+        """
+        while True:
+            try:
+                if await self._open(on_known):
+                    return
+            except KafkaException as error:
+                self._say_failed(error.args[0].str())
+            except Fenced as error:
+                self._say_failed(str(error))
+            on_known()
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _open(self, on_known: Callable[[], None]) -> bool:
+        """One attempt; whether it succeeded."""
+        if not await self.call(self.log.is_there):
+            await self._go_without("the topic does not exist")
+            return True
+        refused = None
+        try:
+            await self.call(self.log.fence)
+        except KafkaException as error:
+            refused = error
+        account = await self.read(self.me.broker_id)
+        self._check(account)
+        left = await find_left(self, account, self.me.broker_id) if self._is_new() else []
+        if refused is not None:
+            if account.head is not None or left:
+                raise refused
+            await self._go_without(f"Kafka takes no transactions: {refused.args[0].str()}")
+            return True
+        on_known()
+        if self._is_new():
+            await self._restore(account, left)
+        self._begin(account)
+        await self._write_once()
+        self._opened.set()
+        return True
+
+    async def read(self, broker_id: str) -> Account:
+        """What the ledger says of a broker of this pool."""
+        records = await self.call(self.log.read)
+        return read_account(records, self.settings.kafka_consumer_group, broker_id)
+
+    def _is_new(self) -> bool:
+        """Whether this store has not yet got what a lost one held."""
+        state = self.store.database.meta(RESTORE)
+        return state == "begun" or (state is None and not self.store.memory.unfinished.ranges)
+
+    def _check(self, account: Account) -> None:
+        """Raises OldDatabase or Replaced when this broker must not go on with this store."""
+        head = account.head
+        if head is None:
+            return
+        successor = head.successor
+        if successor is not None and successor != self.me:
+            self._check_successor(successor, head)
+        elif head.store_id == self.me.store_id:
+            if head.sequence > self._sequence:
+                raise OldDatabase(
+                    f"the database {self.store.database.path} is an old copy: it has written"
+                    f" {self._sequence} records, and the ledger has {head.sequence} of it",
+                    _WAYS_OUT,
+                )
+        elif not self._is_new():
+            raise OldDatabase(
+                f"the database {self.store.database.path} (store {self.me.store_id}) is not the one that"
+                f" broker {self.me.broker_id!r} had last (store {head.store_id})",
+                _WAYS_OUT,
+            )
+
+    def _check_successor(self, successor: Me, head: Head) -> None:
+        if not self._is_new():
+            by = (
+                f"a new database of its own (store {successor.store_id})"
+                if successor.broker_id == self.me.broker_id
+                else f"broker {successor.broker_id!r}"
+            )
+            raise Replaced(
+                f"broker {self.me.broker_id!r} was adopted by {by}: what it held is run there",
+                "its database is set aside; start it again, and it begins with an empty one",
+            )
+        if successor.broker_id != self.me.broker_id and not head.handed:
+            raise FatalError(
+                f"broker {successor.broker_id!r} has begun to adopt broker {self.me.broker_id!r},"
+                " and has not finished",
+                f"if it still does, wait; else repeat `penstock-broker adopt {self.me.broker_id}`"
+                " on any living broker",
+            )
+
+    async def _go_without(self, why: str) -> None:
+        if not self.off:
+            log.error(
+                "no ledger: if this broker loses its disk, it loses the tasks it holds",
+                topic=self.settings.kafka_ledger_topic,
+                why=why,
+                hint="create it (compacted), or set create_missing_topics; it is looked for again",
+            )
+        self.off = True
+        self._opened.set()
+        self.store.hold_at_most_once(False)
+        if self._is_new():
+            await self.store.set_meta(RESTORE, "done")
+        for waiter in self._taken_waiters():
+            waiter.set_result(None)
+
+    # -- restoring
+
+    async def _restore(self, account: Account, left: Sequence[Left]) -> None:
+        if left:
+            await self.succeed(self.log, account.head, self.me.broker_id)
+        await self.store.set_meta(RESTORE, "begun")
+        for part in left:
+            await restore(self, part, "restored")
+        await self.store.set_meta(RESTORE, "done")
+
+    async def succeed(self, into: LedgerLog, head: Head | None, broker_id: str) -> None:
+        """Say that this store takes over from a broker's: whoever still writes as it stops."""
+        now = self.store.clock.wall_ms()
+        before = head or Head("", 0, 0, now)
+        record = head_record(
+            self.settings.kafka_consumer_group,
+            broker_id,
+            before._replace(successor=self.me, handed=False, written_at=now),
+        )
+        await self.call(into.write, [record])
+
+    # -- recording
+
+    def _begin(self, account: Account) -> None:
+        """All of ours is written first: what the ledger says of it may be from before the last stop."""
+        unfinished = self.store.memory.unfinished
+        for topic, partition in account.ranges:
+            unfinished.dirty_ranges.add(self.store.source(topic, partition).id)
+        for topic, partition, number in account.segments:
+            unfinished.dirty.add(segment_key(self.store.source(topic, partition).id, number))
+        unfinished.dirty.update(unfinished.keys())
+        unfinished.dirty_ranges.update(unfinished.ranges)
+
+    def start(self) -> None:
+        """Record, once it is opened."""
+        self._task = asyncio.create_task(self._run(), name="ledger")
+
+    async def failed(self) -> None:
+        """Ends, with the cause, when the broker must not go on: Replaced, OldDatabase, FatalError."""
+        await asyncio.shield(self._task)
+
+    async def _run(self) -> None:
+        await self._opened.wait()
+        loop = asyncio.get_running_loop()
+        while True:
+            if self.off:
+                await asyncio.sleep(LOOK_AGAIN_SECONDS)
+                await self._look_again()
+                continue
+            begun = loop.time()
+            try:
+                if not self.is_open:
+                    await self._reopen()
+                await self._write_once()
+            except Fenced as error:
+                # Taken over, or given up by Kafka: which one, it says itself.
+                self.is_open = False
+                self._say_failed(str(error))
+            except KafkaException as error:
+                self.is_open = False
+                self._say_failed(error.args[0].str())
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                await self._rest(begun)
+
+    async def _rest(self, begun: float) -> None:
+        """Until something has changed and the last write is long enough ago, or somebody waits for one."""
+        loop = asyncio.get_running_loop()
+        self._wake.clear()
+        if not (self._waiters or self.store.memory.unfinished.dirty):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), begun + HEARTBEAT_SECONDS - loop.time())
+        while not self._waiters and (pause := begun + RECORD_EVERY_SECONDS - loop.time()) > 0:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), pause)
+
+    async def _look_again(self) -> None:
+        with contextlib.suppress(KafkaException):
+            if await self.call(self.log.is_there):
+                await self._reopen()
+
+    async def _reopen(self) -> None:
+        """Somebody may have taken over meanwhile, or has; or Kafka was only away."""
+        await self.call(self.log.fence)
+        account = await self.read(self.me.broker_id)
+        self._check(account)
+        self._begin(account)
+        self.off = False
+
+    def _look(self) -> None:
+        """A tick was committed."""
+        unfinished = self.store.memory.unfinished
+        if unfinished.dirty or unfinished.dirty_ranges:
+            if self._dirty_at is None:
+                self._dirty_at = self.store.clock.mono_ms()
+            self._wake.set()
+
+    async def _write_once(self) -> None:
+        """One transaction with what has changed; the head in any case."""
+        unfinished = self.store.memory.unfinished
+        if unfinished.dirty or unfinished.dirty_ranges:
+            self._sequence += 1
+            await self.store.set_meta(SEQUENCE, self._sequence)
+        waiters, more = self._taken_waiters(), self._more
+        self._more = []
+        segments, ranges = self._take()
+        self._dirty_at = None
+        try:
+            await self.call(self._write, segments, ranges, more)
+        except BaseException:
+            unfinished.dirty.update(segments)
+            unfinished.dirty_ranges.update(ranges)
+            self._waiters = waiters + self._waiters
+            self._more = more + self._more
+            self._look()
+            raise
+        self._say_written()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _take(self) -> Snapshot:
+        """What has changed, and from now on counts as written."""
+        unfinished = self.store.memory.unfinished
+        segments = {key: unfinished.segment(key) for key in unfinished.dirty}
+        ranges = {id: Taken(*unfinished.ranges[id][2:]) for id in unfinished.dirty_ranges}
+        unfinished.dirty, unfinished.dirty_ranges = set(), set()
+        return segments, ranges
+
+    def _write(self, segments: dict[int, Segment], ranges: dict[int, Taken], more: Sequence[Record]) -> None:
+        """On the ledger's thread."""
+        group, broker_id = self.settings.kafka_consumer_group, self.me.broker_id
+        head = Head(self.me.store_id, self.store.epoch, self._sequence, self.store.clock.wall_ms())
+        records = [head_record(group, broker_id, head), *more]
+        sources = self.store.memory.partitions
+        for id, taken in ranges.items():
+            source = sources[id]
+            records.append(range_record(group, broker_id, source.topic, source.partition, taken))
+        for key, segment in segments.items():
+            id, number = segment_of(key)
+            where = (sources[id].topic, sources[id].partition, number)
+            records.append(segment_record(group, broker_id, where, segment))
+        self.log.write(records)
+
+    def _say_written(self) -> None:
+        self.written_at_ms = self.store.clock.mono_ms()
+        self.is_open = True
+        self.store.hold_at_most_once(False)
+        if self._failed:
+            log.info("the ledger is written again", topic=self.settings.kafka_ledger_topic)
+        self._failed = False
+
+    def _say_failed(self, error: str) -> None:
+        self.store.hold_at_most_once(True)
+        if not self._failed:
+            log.warning(
+                "the ledger cannot be written; a disk lost now would lose what was accepted since;"
+                " at-most-once tasks wait",
+                topic=self.settings.kafka_ledger_topic,
+                error=error,
+            )
+        self._failed = True
+
+    # -- for those who depend on it
+
+    async def recorded(self) -> None:
+        """Resolves when all that is durable now is in the ledger; at once if there is none."""
+        await self.store.committed()
+        if self.off:
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._wake.set()
+        await waiter
+
+    async def record_with(self, more: Sequence[Record]) -> None:
+        """As ``recorded``, with ``more`` in the same transaction."""
+        self._more += more
+        await self.recorded()
+
+    def _taken_waiters(self) -> list[asyncio.Future[None]]:
+        waiters, self._waiters = self._waiters, []
+        return waiters
+
+    async def stop(self) -> None:
+        """Record what is durable, if it can be done in a moment."""
+        self._task.cancel()
+        # If it has failed, ``failed`` has told.
+        await asyncio.gather(self._task, return_exceptions=True)
+        if self.is_open:
+            with contextlib.suppress(TimeoutError, StoreStopped, KafkaException, Fenced):
+                await asyncio.wait_for(self._write_once(), STOP_SECONDS_MAX)
+        self.log.close()
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def age_seconds(self) -> float:
+        """For how long a change has not been recorded."""
+        since = self._dirty_at
+        return 0.0 if since is None else (self.store.clock.mono_ms() - since) / 1000

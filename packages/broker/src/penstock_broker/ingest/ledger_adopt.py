@@ -1,0 +1,149 @@
+"""Taking over, on a living broker, what another one that never returns has left unfinished."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+from confluent_kafka import KafkaException
+
+from penstock_broker.ingest.intake import Intake
+from penstock_broker.ingest.ledger import Ledger
+from penstock_broker.ingest.ledger_log import Fenced
+from penstock_broker.ingest.ledger_records import (
+    Account,
+    Head,
+    Record,
+    Taken,
+    head_record,
+    range_record,
+    segment_record,
+)
+from penstock_broker.ingest.ledger_restore import Left, find_left, restore
+from penstock_broker.store.ledger import Segment
+
+log = structlog.get_logger("ledger")
+
+SILENT_MS_MIN = 60_000
+# A broker that lives and was fenced notices when it writes next, and leaves the group.
+GONE_SECONDS_MAX = 60.0
+LOOK_SECONDS = 0.5
+
+
+class AdoptError(Exception):
+    """A broker cannot be adopted, or not now; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptReport:
+    """What became of an adoption. ``lost``: unfinished tasks that Kafka no longer held."""
+
+    broker_id: str
+    partitions: int
+    adopted: int
+    lost: int
+
+
+async def adopt(ledger: Ledger, intake: Intake, broker_id: str, force: bool) -> AdoptReport:
+    """Take over what the broker ``broker_id`` of this pool has left.
+
+    It is fenced first: should it live, it stops. What is adopted is in this store and in this broker's
+    ledger before the other's forgets it, so that an adoption that fails, or whose broker dies, can be
+    repeated. ``force``: also when it has written within the last minute. Raises AdoptError.
+    """
+    try:
+        account = await _may_adopt(ledger, broker_id, force)
+        theirs = ledger.log_of(broker_id)
+        await ledger.call(theirs.fence)
+        await ledger.succeed(theirs, account.head, broker_id)
+        log.warning("adopting a broker", broker=broker_id)
+        await _await_gone(ledger, broker_id)
+        account = await ledger.read(broker_id)
+        lost, adopted = ledger.unrestorable, 0
+        lefts = await find_left(ledger, account, broker_id)
+        for left in lefts:
+            await _settle_own(ledger, intake, left)
+            adopted += await restore(ledger, left, "adopted")
+            await ledger.record_with(_handed(ledger, broker_id, account, left))
+        await ledger.record_with([_handed_head(ledger, broker_id, account)])
+    except KafkaException as error:
+        raise AdoptError(
+            f"Kafka did not answer while {broker_id!r} was adopted ({error.args[0].str()}):"
+            " repeat the adoption"
+        ) from None
+    except Fenced:
+        raise AdoptError(
+            f"broker {broker_id!r} lives: it wrote to the ledger while it was being adopted; stop it first"
+        ) from None
+    report = AdoptReport(broker_id, len(lefts), adopted, ledger.unrestorable - lost)
+    log.warning("adopted a broker", broker=broker_id, tasks=adopted, lost=report.lost)
+    return report
+
+
+async def _may_adopt(ledger: Ledger, broker_id: str, force: bool) -> Account:
+    if broker_id == ledger.me.broker_id:
+        raise AdoptError(f"this is broker {broker_id!r}: a broker is adopted by another one")
+    if not ledger.is_open:
+        raise AdoptError("this broker's ledger cannot be written now: see its log, and repeat the adoption")
+    account = await ledger.read(broker_id)
+    head = account.head
+    if head is None:
+        raise AdoptError(
+            f"the ledger knows no broker {broker_id!r} in the group"
+            f" {ledger.settings.kafka_consumer_group!r}: names are those of broker_id"
+        )
+    if head.successor is not None and head.handed:
+        raise AdoptError(f"broker {broker_id!r} was adopted by {head.successor.broker_id!r} already")
+    silent_ms = ledger.store.clock.wall_ms() - head.written_at
+    if silent_ms < SILENT_MS_MIN and not force and head.successor is None:
+        raise AdoptError(
+            f"broker {broker_id!r} wrote to the ledger {max(0, silent_ms) // 1000} s ago: it seems to live."
+            f" Stop it and wait for {SILENT_MS_MIN // 1000} s, or force the adoption"
+        )
+    return account
+
+
+async def _await_gone(ledger: Ledger, broker_id: str) -> None:
+    """Until it can commit no offsets any more: what it took is then known for good."""
+    until = ledger.store.clock.mono_ms() + GONE_SECONDS_MAX * 1000
+    while await ledger.call(ledger.log.is_member, broker_id):
+        if ledger.store.clock.mono_ms() > until:
+            raise AdoptError(
+                f"broker {broker_id!r} is still in the consumer group"
+                f" {ledger.settings.kafka_consumer_group!r}: stop it, and repeat the adoption"
+            )
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _settle_own(ledger: Ledger, intake: Intake, left: Left) -> None:
+    """Rows of this broker in the same part of the log are settled first: whose they are, and covered."""
+    source = ledger.store.source(left.topic, left.partition)
+    until = ledger.store.clock.mono_ms() + GONE_SECONDS_MAX * 1000
+    while source.uncovered and source.uncovered[0][0] < left.end:
+        if left.topic == intake.topic and left.partition not in intake.readings:
+            await intake.resolve(await ledger.call(ledger.log.look_up, left.topic, [left.partition]))
+        elif ledger.store.clock.mono_ms() > until:
+            raise AdoptError(
+                f"this broker's own offsets of {left.topic}/{left.partition} are not committed:"
+                " repeat the adoption"
+            )
+        else:
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+def _handed(ledger: Ledger, broker_id: str, account: Account, left: Left) -> list[Record]:
+    """The other's records of one partition, now that this broker's say all of it."""
+    group = ledger.settings.kafka_consumer_group
+    taken = Taken(left.start, left.end, left.end)
+    records = [range_record(group, broker_id, left.topic, left.partition, taken)]
+    for where in account.segments:
+        if where[:2] == (left.topic, left.partition):
+            records.append(segment_record(group, broker_id, where, Segment(None, {})))
+    return records
+
+
+def _handed_head(ledger: Ledger, broker_id: str, account: Account) -> Record:
+    head = account.head or Head("", 0, 0, 0)
+    done = head._replace(successor=ledger.me, handed=True, written_at=ledger.store.clock.wall_ms())
+    return head_record(ledger.settings.kafka_consumer_group, broker_id, done)

@@ -1,0 +1,175 @@
+"""What a broker whose disk is gone has left unfinished: found from its ledger and the group's offsets,
+read again from the log, and stored here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import structlog
+
+from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.lifecycle import Event, Limits, decide
+from penstock_broker.ingest.admission import Admission, AdmissionLimits
+from penstock_broker.ingest.intake import Found
+from penstock_broker.ingest.ledger_records import Account, Taken
+from penstock_broker.ingest.ownership import Me, boundary
+from penstock_broker.store.ledger import SEGMENT_OFFSETS, Segment, State, offsets_of
+
+if TYPE_CHECKING:
+    from penstock_broker.ingest.ledger import Ledger
+
+log = structlog.get_logger("ledger")
+
+_STORY_LOST = "its last error was lost with its broker's disk"
+
+
+class Left(NamedTuple):
+    """What is unfinished of one partition."""
+
+    topic: str
+    partition: int
+    # What was taken begins here; from ``end`` on other brokers read.
+    start: int
+    end: int
+    # Unfinished offsets, ascending, as far as the log still has them.
+    offsets: Sequence[int]
+    states: Mapping[int, State]
+    # The ledger knows of those below; the others were taken since its last record, and some may be finished.
+    recorded_to: int
+    # How many of them are no longer in the log.
+    expired: int
+
+
+def left_of(
+    topic: str, taken: Taken | None, segments: Mapping[int, Segment], found: Found, lost: Me
+) -> Left | None:
+    """What the broker with the store ``lost`` has left of a partition; None when it never had it.
+
+    ``segments``: by number. What lies above the ledger's range, up to where the offsets and owners that
+    the group has committed say that others begin, was taken after the last record: it is unfinished.
+    """
+    mine = next((owner.start for owner in found.owners if owner.me == lost), None)
+    if taken is None and mine is None:
+        return None
+    taken = taken or Taken(-1, -1, 0)
+    bound = boundary(found.owners, found.committed, lost, assigned=False) or 0
+    end = max(bound, taken.covered)
+    offsets: list[int] = []
+    states: dict[int, State] = {}
+    for number in sorted(segments):
+        first = number * SEGMENT_OFFSETS
+        offsets += [offset for offset in offsets_of(first, segments[number]) if offset < end]
+        states |= {first + n: state for n, state in segments[number].states.items()}
+    start, recorded_to = taken.start, end
+    if mine is not None and (begin := max(taken.next, mine)) < bound:
+        start, recorded_to = start if begin == taken.next else mine, begin
+        offsets += range(begin, bound)
+    there = [offset for offset in offsets if found.low <= offset < found.high]
+    expired = len(offsets) - len(there)
+    return Left(topic, found.partition, start, end, there, states, recorded_to, expired)
+
+
+async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Left]:
+    """What a broker has left, over all partitions. Raises KafkaException."""
+    group_topic = ledger.settings.kafka_topic
+    found: dict[tuple[str, int], Found] = {}
+    for topic in {group_topic, *(topic for topic, _ in account.ranges)}:
+        # Of the topic that is consumed all partitions: the first record may not have been written yet.
+        partitions = None if topic == group_topic else [p for t, p in account.ranges if t == topic]
+        for one in await ledger.call(ledger.log.look_up, topic, partitions):
+            found[topic, one.partition] = one
+    lefts = []
+    for (topic, partition), one in sorted(found.items()):
+        segments = {n: s for (t, p, n), s in account.segments.items() if (t, p) == (topic, partition)}
+        lost = _lost_store(account, one, broker_id, ledger.me)
+        left = left_of(topic, account.ranges.get((topic, partition)), segments, one, lost)
+        if left is not None:
+            lefts.append(left)
+    return lefts
+
+
+def _lost_store(account: Account, found: Found, broker_id: str, me: Me) -> Me:
+    """The store that the broker had: as recorded, or the newest that has committed under its name."""
+    if account.head is not None and account.head.store_id:
+        return Me(broker_id, account.head.store_id)
+    named = (o.me for o in found.owners if o.me.broker_id == broker_id and o.me != me)
+    return next(named, Me(broker_id, ""))
+
+
+async def restore(ledger: Ledger, left: Left, term: str) -> int:
+    """Store what is left of one partition; how many rows. ``term``: "restored" or "adopted".
+
+    A restore that was interrupted goes on where it was. Raises KafkaException, StoreStopped.
+    """
+    store = ledger.store
+    source = store.source(left.topic, left.partition)
+    fresh = term == "restored"
+    offsets = [offset for offset in left.offsets if not fresh or offset >= source.next]
+    store.begin_restored(source, left.start if fresh else -1, left.end)
+    admission = Admission(AdmissionLimits.of(ledger.settings))
+    batches = ledger.log.messages(left.topic, left.partition, offsets)
+    # An offset without a message above what was recorded is none of a task.
+    missing = sum(offset < left.recorded_to for offset in offsets)
+    restored = 0
+    while (batch := await ledger.call(next, batches, None)) is not None:
+        now, rows = store.clock.wall_ms(), []
+        for message in batch:
+            missing -= message.offset < left.recorded_to
+            # Its age is judged as of when it was sent, or a long delay would begin anew.
+            sent_at = message.sent_at if 0 < message.sent_at < now else now
+            row = admission.admit(
+                message.value, sent_at, source.id, message.offset, left.topic, left.partition
+            )
+            become(row, left.states.get(message.offset), now, store.limits.lifecycle)
+            rows.append(row)
+        restored += len(rows)
+        await store.insert(rows, {source.id: batch[-1].offset + 1} if fresh else {}, term)
+    if fresh:
+        await store.insert([], {source.id: left.end}, term)
+    ledger.unrestorable += missing + left.expired
+    _tell(left, term, restored, missing + left.expired)
+    return restored
+
+
+def become(row: Activation, state: State | None, now: int, limits: Limits) -> None:
+    """Make ``row``, as its message says, what it had become. ``now``: epoch ms."""
+    if row.status is Status.DELAYED and row.ready_at <= now:
+        row.status = Status.PENDING
+    if state is None or row.status is Status.FORWARDING:
+        return
+    row.attempts, row.lost, row.given_back_at = state.attempts, state.lost, state.given_back_at
+    row.max_attempts, row.retry_delay_ms = state.max_attempts, state.retry_delay_ms
+    if state.reason is not None:
+        row.status, row.reason = Status.FORWARDING, state.reason
+        row.error = json.dumps({"type": state.reason, "message": _STORY_LOST})
+    elif state.claimed:
+        # It may have started: what becomes of it is what becomes of one whose worker vanished.
+        row.status = Status.PROCESSING
+        change = decide(row, Event.LEASE_LOST, now, limits)
+        row.status, row.reason, row.lost, row.claim = change.status, change.reason, change.lost, change.claim
+        row.error = json.dumps({"type": "disk lost", "message": "its broker lost its disk after the claim"})
+    elif state.due_at > now:
+        row.status, row.ready_at = Status.DELAYED, state.due_at
+    else:
+        row.status = Status.PENDING
+
+
+def _tell(left: Left, term: str, rows: int, missing: int) -> None:
+    if rows:
+        log.warning(
+            f"unfinished tasks of a lost disk were {term}",
+            topic=left.topic,
+            partition=left.partition,
+            tasks=rows,
+            taken_since_the_last_record=max(0, left.end - left.recorded_to),
+        )
+    if missing:
+        log.error(
+            "unfinished tasks of a lost disk are lost: Kafka no longer holds them",
+            topic=left.topic,
+            partition=left.partition,
+            tasks=missing,
+            hint="the topic's retention is shorter than its backlog was old: raise retention.ms",
+        )

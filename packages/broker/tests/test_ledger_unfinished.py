@@ -1,0 +1,156 @@
+"""What the ledger would be told equals the rows, whatever happens to them, restarts included."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+
+from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.lifecycle import Event
+from penstock_broker.store.finished import place
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.ledger import (
+    SEGMENT_BITS,
+    SEGMENT_OFFSETS,
+    SPARSE_MAX,
+    Unfinished,
+    runs,
+    segment_key,
+    segment_of,
+)
+from penstock_broker.store.limits import StoreLimits
+
+
+async def taken(store: Inflight, clock: ManualClock, count: int, **how) -> list[Activation]:
+    """Rows from the log, covered, so that they may start."""
+    source = store.source("tasks", 0)
+    first = max(0, source.next)
+    rows = [
+        activation(f"t{n}", clock, source=source.id, offset=n, **how) for n in range(first, first + count)
+    ]
+    store.insert(rows, {source.id: first + count})
+    await settle_down(store)
+    store.cover(source, first + count)
+    await settle_down(store)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "event",
+    [Event.COMPLETE, Event.FAIL, Event.RETRY, Event.WORKER_DIED, Event.RELEASE, Event.UNKNOWN_TASK],
+)
+@pytest.mark.parametrize("at_most_once", [False, True])
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_outcomes(tmp_path: Path, event: Event, at_most_once: bool, restarted: bool) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    await taken(store, clock, 5, max_attempts=3, at_most_once=at_most_once)
+    (one, two) = store.claim(None, (), 2, 1 << 20)
+    await settle_down(store)
+    check_store(store)
+    claimed = [state and state.claimed for state in store.memory.unfinished.places().values()]
+    assert claimed == [at_most_once or None] * 2 + [None] * 3
+    token, source = token_of(store, one), one.source
+    if restarted:
+        store.database.close()
+        store = open_store(tmp_path / "s", clock)
+        check_store(store) if not store.writer.work_waits() else None
+    store.settle(token, event, clock.wall, retry_delay_ms=500)
+    await settle_down(store)
+    check_store(store)
+    known = store.memory.unfinished.places()
+    gone = event is Event.COMPLETE
+    assert (place(source, one.offset) in known) is not gone
+    state = known.get(place(source, one.offset))
+    if event is Event.RETRY and not at_most_once:
+        assert state is not None
+        assert (state.attempts, state.due_at) == (1, clock.wall + 500)
+        clock.advance(1000)
+        await settle_down(store)
+        check_store(store)
+    if event is Event.WORKER_DIED:
+        assert state is not None
+        assert (state.lost, state.reason) == (1, "start_unknown" if at_most_once else None)
+    if event is Event.RELEASE:
+        assert state is None
+    assert (two.status is Status.PROCESSING) or restarted
+    store.database.close()
+
+
+async def test_rows_that_memory_does_not_hold(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock, StoreLimits(window_rows_max=1))
+    rows = await taken(store, clock, 3)
+    assert len(store.memory.resident) == 1
+    store.settle_by_id(rows[2].id_hash, Event.COMPLETE, clock.wall)
+    late = await taken(store, clock, 1, delay_ms=5_000, expires_ms=1_000)
+    clock.advance(2_000)
+    await settle_down(store)
+    check_store(store)
+    known = store.memory.unfinished.places()
+    assert place(rows[2].source, rows[2].offset) not in known
+    state = known[place(late[0].source, late[0].offset)]
+    assert state is not None
+    assert state.reason == "expired"
+    store.database.close()
+
+
+async def test_dropped_rows_and_rows_read_again(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    source = store.source("tasks", 0)
+    rows = [activation(f"t{n}", clock, source=source.id, offset=n) for n in range(10)]
+    store.insert(rows, {source.id: 10})
+    await settle_down(store)
+    # Dropped, and stored anew in the same tick.
+    store.drop_uncovered(source, 4)
+    store.begin_range(source, 4)
+    again = [activation(f"again{n}", clock, source=source.id, offset=n) for n in range(4, 7)]
+    store.insert(again, {source.id: 7})
+    await settle_down(store)
+    check_store(store)
+    assert [at & 0xFF for at in store.memory.unfinished.places()] == [0, 1, 2, 3, 4, 5, 6]
+    store.database.close()
+
+
+async def test_rows_over_grpc_are_not_in_it(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    store.insert([activation(f"t{n}", clock, max_attempts=5) for n in range(3)])
+    await settle_down(store)
+    for row in store.claim(None, (), 3, 1 << 20):
+        store.settle(token_of(store, row), Event.RETRY, clock.wall)
+    await settle_down(store)
+    assert store.memory.unfinished.places() == {}
+    assert store.memory.unfinished.dirty == set()
+    store.database.close()
+
+
+def test_segments_in_both_forms_equal_a_set() -> None:
+    """Filled and emptied at random, looked at now and then, which changes their form."""
+    dice, unfinished, model = random.Random(1), Unfinished(), set()
+    for step in range(3000):
+        first = dice.choice([0, SEGMENT_OFFSETS - 30, 5 * SEGMENT_OFFSETS + 7])
+        source = dice.choice([1, 2])
+        offsets = [first + n for n in range(dice.choice([1, 40, SPARSE_MAX]))]
+        if dice.random() < 0.4:
+            rows = [Activation("", "", "", "", b"", 0, 0, source=source, offset=o) for o in offsets]
+            unfinished.took(rows)
+            model |= {place(source, o) for o in offsets}
+        else:
+            left = dice.sample(sorted(model), min(len(model), len(offsets)))
+            unfinished.left(left)
+            model -= set(left)
+        if step % 50 == 0:
+            assert unfinished.places().keys() == model
+            assert len(unfinished.keys()) == len({at >> SEGMENT_BITS for at in model})
+
+
+def test_keys_and_runs() -> None:
+    assert segment_of(segment_key(7, 123)) == (7, 123)
+    assert segment_key(7, 123) == place(7, 123 * SEGMENT_OFFSETS + 5) >> SEGMENT_BITS
+    assert list(runs([], 5)) == []
+    assert list(runs([1, 2, 7, 13, 14], 5)) == [[1, 2, 7], [13, 14]]
