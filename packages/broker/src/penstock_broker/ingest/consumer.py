@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 from confluent_kafka import KafkaException
@@ -25,17 +25,26 @@ log = structlog.get_logger("ingest")
 START_SECONDS_MAX = 3.0
 STOP_SECONDS_MAX = 5.0
 RETRY_SECONDS = 1.0
+# A topic that is not there is looked for this often.
+TOPIC_RETRY_SECONDS = 5.0
 
 
 class KafkaConsumer:
     """Takes a topic's activations into the store. Made, started and stopped on the event loop."""
 
-    def __init__(self, store: Inflight, settings: Settings) -> None:
+    def __init__(
+        self,
+        store: Inflight,
+        settings: Settings,
+        room: Callable[[], int] | None = None,
+        topics_ready: Callable[[Settings, float], bool] = ensure_topics,
+    ) -> None:
+        self._topics_ready = topics_ready
         self._settings = settings
         self._clock = store.clock
         self.topic = settings.kafka_topic
         self.admission = Admission(AdmissionLimits.of(settings))
-        self.intake = Intake(store, self.topic, settings.broker_id, settings.kafka_auto_offset_reset)
+        self.intake = Intake(store, self.topic, settings.broker_id, settings.kafka_auto_offset_reset, room)
         self._poller = Poller(settings, store.clock, self.intake, self.admission)
         self.intake.commit = self._poller.hand_commit
         self._stopping = threading.Event()
@@ -78,8 +87,8 @@ class KafkaConsumer:
 
     # -- on the event loop
 
-    async def start(self) -> None:
-        """Start consuming. Kafka may be away: it is tried until it is there.
+    async def start(self, seconds: float = START_SECONDS_MAX) -> None:
+        """Start consuming. Kafka may be away: it is waited for ``seconds``, and tried until it is there.
 
         Raises FatalError when the topic does not exist and may not be created.
         """
@@ -89,7 +98,7 @@ class KafkaConsumer:
         threading.Thread(target=self._main, args=(EventLoop(),), name="kafka-consumer", daemon=True).start()
         await asyncio.wait(
             (self._checked, self._finished),
-            timeout=START_SECONDS_MAX,
+            timeout=seconds,
             return_when=asyncio.FIRST_COMPLETED,
         )
         if self._finished.done():
@@ -136,7 +145,7 @@ class KafkaConsumer:
         away = False
         while not self._stopping.is_set():
             try:
-                ensure_topics(self._settings, START_SECONDS_MAX - 0.5)
+                ready = self._topics_ready(self._settings, START_SECONDS_MAX - 0.5)
             except KafkaException as error:
                 if not away:
                     log.warning(
@@ -149,5 +158,7 @@ class KafkaConsumer:
                 self._stopping.wait(RETRY_SECONDS)
             else:
                 loop.tell(self._set_checked)
-                return True
+                if ready:
+                    return True
+                self._stopping.wait(TOPIC_RETRY_SECONDS)
         return False

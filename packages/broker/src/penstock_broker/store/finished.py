@@ -47,6 +47,12 @@ def unpack_position(value: int) -> tuple[int, int]:
     return value >> OFFSET_BITS, value & (1 << OFFSET_BITS) - 1
 
 
+def place(source: int, offset: int) -> int:
+    """A place in a log, as an integer that is not negative: beside the hash of a forward id, where what
+    was sent on under it was read. Read there again it is the same message; read elsewhere, a copy."""
+    return source << OFFSET_BITS | offset
+
+
 def last_of(row: Activation, outcome: int) -> int:
     """What is remembered of a row that leaves: its last reported claim and outcome, packed.
 
