@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from penstock_client import App, Exponential, Fixed, Retry, TaskContext
+from penstock_client import App, Exponential, Fixed, Namespace, Retry, TaskContext
 
 RECORDS = "PENSTOCK_E2E_RECORDS"
 _files: dict[int, int] = {}
@@ -46,9 +46,11 @@ def _declare(app: App, name: str) -> None:
         time.sleep(seconds)
         record("end", ctx)
 
-    if name != "main":
-        return
+    if name == "main":
+        _declare_main(namespace)
 
+
+def _declare_main(namespace: Namespace) -> None:
     @namespace.task(name="wait_for", bind=True, deadline=120)
     def wait_for(ctx: TaskContext, /, path: str) -> None:
         """Blocks until a file is there."""
@@ -62,6 +64,14 @@ def _declare(app: App, name: str) -> None:
         record("start", ctx)
         if ctx.attempt <= failures:
             raise RuntimeError(f"failure {ctx.attempt} of {failures}")
+        record("end", ctx)
+
+    @namespace.task(name="patient", bind=True, retry=Retry(max_attempts=3, backoff=Fixed(8)))
+    def patient(ctx: TaskContext, /) -> None:
+        """Fails once."""
+        record("start", ctx)
+        if ctx.attempt == 1:
+            raise RuntimeError("not yet")
         record("end", ctx)
 
     @namespace.task(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from crash_disk import CrashDisk
 from store_helpers import ManualClock, activation, check_store, settle_down, token_of
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Status
+from penstock_broker.domain.activation import Activation, OnExceeded, Route, Status
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report
@@ -164,13 +164,13 @@ class Workload:
 
     async def forward(self) -> None:
         outbox = self.store.outbox
-        taking = outbox.take(3)
+        taking = outbox.take(Route.DEAD_LETTER, 3, 1 << 20)
         rows = await self._with_ticks(taking)
         for row in rows:
             self._asked("leave", row.id)
         match self.rng.randrange(3):
             case 0:
-                outbox.give_back(rows)
+                outbox.give_back(Route.DEAD_LETTER, rows)
             case 1:
                 await self._with_ticks(outbox.forwarded(rows))
                 for row in rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 from ingest_helpers import MockKafka, kafka_settings, running_store, until
 
-from penstock_broker.domain.activation import Activation, Reason, Status
+from penstock_broker.domain.activation import Activation, Reason, Route, Status
 from penstock_broker.ingest.admission import Admission, AdmissionLimits, position_id
-from penstock_broker.ingest.dead_letters import forward_id, letter
+from penstock_broker.ingest.dead_letters import Letter, forward_id, letter
 from penstock_broker.ingest.forwarder import Forwarder
 from penstock_broker.ingest.publisher import Publisher
 from penstock_broker.store.inflight import Inflight
@@ -48,8 +47,8 @@ def headers_of(headers: object) -> dict[str, str]:
 def test_a_dead_letter_carries_its_story() -> None:
     error = json.dumps({"type": "builtins.ValueError", "message": "no such ü", "traceback": "..."})
     row = dead(source=4, offset=17, error=error)
-    made = letter(row, Source(4, "tasks", 2))
-    assert (made.key, made.value) == ("id-1", b"original")
+    made = letter(row, Source(4, "tasks", 2), "tasks-dlq")
+    assert (made.topic, made.key, made.value) == ("tasks-dlq", "id-1", b"original")
     assert headers_of(made.headers) == {
         "penstock-reason": "attempts_exhausted",
         "penstock-forward-id": forward_id(row),
@@ -66,7 +65,7 @@ def test_a_dead_letter_carries_its_story() -> None:
 
 
 def test_only_headers_are_trimmed() -> None:
-    made = letter(dead(error=json.dumps({"message": "x" * 5000})), None, trimmed=True)
+    made = letter(dead(error=json.dumps({"message": "x" * 5000})), None, "tasks-dlq", trimmed=True)
     assert made.value == b"original"
     assert sum(len(name) + len(str(value)) for name, value in made.headers) < 400
     assert {"penstock-reason", "penstock-forward-id"} <= headers_of(made.headers).keys()
@@ -81,14 +80,17 @@ def test_a_forward_id_is_that_of_activation_attempt_and_reason() -> None:
 
 def test_poison_is_known_by_its_position() -> None:
     row = Admission(AdmissionLimits()).admit(b"{}", 0, 4, 17, "tasks", 2)
-    assert letter(row, Source(4, "tasks", 2)).key == forward_id(row) == position_id("tasks", 2, 17)
+    assert (
+        letter(row, Source(4, "tasks", 2), "tasks-dlq").key == forward_id(row) == position_id("tasks", 2, 17)
+    )
 
 
 class Failures:
     def __init__(self) -> None:
         self.count = 0
 
-    def __call__(self, count: int) -> None:
+    def __call__(self, topic: str, count: int) -> None:
+        assert topic == "tasks-dlq"
         self.count += count
 
 
@@ -97,12 +99,18 @@ async def forwarding(
     store: Inflight, publisher: Publisher | None
 ) -> AsyncIterator[tuple[Forwarder, Failures]]:
     failures = Failures()
-    forwarder = Forwarder(store, publisher, failures)
+
+    def compose(row: Activation, trimmed: bool) -> Letter:
+        return letter(row, store.memory.partitions.get(row.source), "tasks-dlq", trimmed)
+
+    forwarder = Forwarder(store, Route.DEAD_LETTER, publisher, compose, failures)
     forwarder.start()
     try:
         yield forwarder, failures
     finally:
         await forwarder.stop()
+        if publisher is not None:
+            await publisher.stop()
 
 
 @pytest.fixture
@@ -122,9 +130,10 @@ async def test_dead_letters_leave_once_acknowledged(
     kafka: MockKafka, store: Inflight, tmp_path: Path
 ) -> None:
     source = store.source("tasks", 2)
+    store.cover(source, 8)
     row = dead("from-kafka", b"bytes as they came", source=source.id, offset=7)
     await store.insert([row, *(dead(f"{n}") for n in range(1000))])
-    publisher = Publisher(kafka_settings(kafka, tmp_path), "tasks-dlq")
+    publisher = Publisher(kafka_settings(kafka, tmp_path))
     async with forwarding(store, publisher) as (_, failures):
         await store.insert([dead("last")])
         await until(lambda: store.memory.rows == 0)
@@ -148,7 +157,7 @@ async def test_what_kafka_refuses_as_too_large_is_trimmed_or_rests(
     never_fits = dead("resting", b"x" * REFUSED_BYTES, error=error)
     await store.insert([dead("small"), fits_trimmed, never_fits])
     settings = kafka_settings(kafka, tmp_path, message_bytes_max=1024)
-    async with forwarding(store, Publisher(settings, "tasks-dlq")) as (forwarder, failures):
+    async with forwarding(store, Publisher(settings)) as (forwarder, failures):
         await until(lambda: store.memory.rows == 0)
         assert store.outbox.resting == 1
         assert (failures.count, forwarder.alarm) == (0, "")
@@ -164,12 +173,12 @@ async def test_a_failed_publish_keeps_the_row_and_raises_an_alarm(
     monkeypatch.setattr("penstock_broker.ingest.forwarder.BACK_OFF_SECONDS_MIN", 0.05)
     monkeypatch.setattr("penstock_broker.ingest.publisher.DELIVERY_MS_MAX", 500)
     settings = kafka_settings(kafka, tmp_path, kafka_cluster="127.0.0.1:9")
-    async with forwarding(store, Publisher(settings, "tasks-dlq")) as (forwarder, failures):
+    async with forwarding(store, Publisher(settings)) as (forwarder, failures):
         await store.insert([dead("patient")])
         await until(lambda: failures.count >= 2)
         assert forwarder.alarm
         assert store.outbox.size() == 1
-    publisher = Publisher(kafka_settings(kafka, tmp_path), "tasks-dlq")
+    publisher = Publisher(kafka_settings(kafka, tmp_path))
     async with forwarding(store, publisher):
         await until(lambda: store.memory.rows == 0)
     (message,) = kafka.read("tasks-dlq", 1)
@@ -188,24 +197,19 @@ async def test_without_kafka_dead_letters_rest_in_the_store_up_to_its_bound(stor
         assert store.imbalance() == 0
 
 
-async def test_a_row_that_was_dropped_on_its_way_is_not_missed(
-    kafka: MockKafka, store: Inflight, tmp_path: Path
-) -> None:
+async def test_nothing_leaves_before_it_is_covered(kafka: MockKafka, store: Inflight, tmp_path: Path) -> None:
+    """Until then another broker may read it, too, and would send it, too."""
     source = store.source("tasks", 0)
-    await store.insert([dead("gone", source=source.id, offset=3), dead("stays")])
-    publisher = Publisher(kafka_settings(kafka, tmp_path), "tasks-dlq")
-    publish = publisher.publish
-    drops: list[asyncio.Future[int]] = []
-
-    async def drop_meanwhile(letters):  # type: ignore[no-untyped-def]
-        answers = await publish(letters)
-        drops.append(store.drop_uncovered(source, 0))
-        return answers
-
-    publisher.publish = drop_meanwhile  # type: ignore[method-assign]
-    async with forwarding(store, publisher):
-        await until(lambda: drops)
-        assert await drops[0] == 1
-        await until(lambda: store.memory.rows <= 0)
-        await store.committed()
+    rows = [dead(f"offset-{n}", source=source.id, offset=n) for n in range(4)]
+    await store.insert(rows, {source.id: 4})
+    async with forwarding(store, Publisher(kafka_settings(kafka, tmp_path))) as (forwarder, _):
+        await store.insert([dead("over gRPC")])
+        await until(lambda: forwarder.forwarded == 1)
+        store.cover(source, 2)
+        await until(lambda: forwarder.forwarded == 3)
+        assert await store.drop_uncovered(source, 2) == 2
+        await store.insert([dead("later")])
+        await until(lambda: forwarder.forwarded == 4)
         assert (store.memory.rows, store.imbalance()) == (0, 0)
+    sent = {message.key() for message in kafka.read("tasks-dlq", 4)}
+    assert sent == {b"over gRPC", b"offset-0", b"offset-1", b"later"}

@@ -141,7 +141,7 @@ async def test_a_full_store_pauses_and_goes_on_without_losing_its_membership(
     kafka: MockKafka, settings: Settings
 ) -> None:
     kafka.produce("tasks", [task_bytes(f"{n}") for n in range(100)])
-    async with consuming(settings, StoreLimits(rows_max=40)) as (store, consumer):
+    async with consuming(settings, StoreLimits(rows_max=40, namespace_share_max=1)) as (store, consumer):
         await until(lambda: consumer.paused)
         assert store.memory.rows == 40
         assert store.intake_state() == ("PAUSED", "rows")

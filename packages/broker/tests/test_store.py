@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Status
+from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report
@@ -48,7 +48,7 @@ async def settled(store: Inflight, token: ClaimToken, event: Event, delay: int |
 
 
 async def take_outbox(store: Inflight) -> list[Activation]:
-    taking = asyncio.ensure_future(store.outbox.take(10))
+    taking = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, 10, BYTES))
     await asyncio.sleep(0)
     await settle_down(store)
     return await taking
@@ -385,7 +385,7 @@ async def test_an_id_taken_for_something_else_is_a_conflict(
     assert "the id a belongs to another task already" in (letter.error or "")
     await insert(store, activation("a", clock))
     assert store.memory.rows == before + 1
-    store.outbox.give_back([letter])
+    store.outbox.give_back(Route.DEAD_LETTER, [letter])
     check_store(store)
 
 
@@ -514,7 +514,7 @@ async def test_a_dead_letter_leaves_only_when_it_was_acknowledged(
     (letter,) = await take_outbox(store)
     assert (letter.reason, letter.body, letter.attempts) == (Reason.FAILED, b"body of a", 1)
     assert await take_outbox(store) == []
-    store.outbox.give_back([letter])
+    store.outbox.give_back(Route.DEAD_LETTER, [letter])
     (again,) = await take_outbox(store)
     store.outbox.forwarded([again])
     await settle_down(store)

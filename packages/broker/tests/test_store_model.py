@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import settings
@@ -20,7 +21,7 @@ from store_helpers import (
     token_of,
 )
 
-from penstock_broker.domain.activation import OnExceeded, Status
+from penstock_broker.domain.activation import OnExceeded, Route, Status, hash_id, route_of
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.limits import StoreLimits
@@ -30,6 +31,9 @@ LIMITS = StoreLimits(
     window_bytes_max=6_000,
     batch_rows_max=3,
     unclaimable_ms=130_000,
+    # A namespace's share is half of these.
+    rows_max=24,
+    bytes_max=60_000,
     lifecycle=Limits(max_deliveries=3, unknown_task_ms=20_000),
 )
 OUTCOMES = (
@@ -56,9 +60,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.folder = Path(tempfile.mkdtemp())
         self.clock = ManualClock()
+        self.retry_topic = False
         self.store = self.call(self.open())
         self.ids = 0
         self.offset = 0
+        # What was sent on, as the log has it: (id, hash of the forward id), copies included.
+        self.log: list[tuple[str, int]] = []
+        self.read_to = 0
         # Ids whose insertion was acknowledged and that have not ended in any way we were told.
         self.unfinished: set[str] = set()
         # Tokens whose outcome was answered APPLIED, and when durable.
@@ -68,7 +76,8 @@ class StoreMachine(RuleBasedStateMachine):
         return self.loop.run_until_complete(coroutine)
 
     async def open(self):
-        return open_store(self.folder / "store.sqlite", self.clock, LIMITS)
+        lifecycle = replace(LIMITS.lifecycle, retry_topic=self.retry_topic)
+        return open_store(self.folder / "store.sqlite", self.clock, replace(LIMITS, lifecycle=lifecycle))
 
     def teardown(self) -> None:
         self.store.database.close()
@@ -201,6 +210,9 @@ class StoreMachine(RuleBasedStateMachine):
             await settle_down(self.store)
             self.store.cover(source, max(0, source.next - behind))
             self.store.settle_dispute(source)
+            came_back = self.store.source("sent on", 0)
+            self.store.cover(came_back, max(0, came_back.next - behind))
+            self.store.settle_dispute(came_back)
 
         self.call(go())
 
@@ -213,7 +225,7 @@ class StoreMachine(RuleBasedStateMachine):
             await settle_down(self.store)
             assert dropped.done()
             keys = list(self.store.database.positions())
-            assert not any(s == source.id and offset >= boundary for *_, s, offset in keys)
+            assert not any(s == source.id and offset >= boundary for _, _, _, _, s, offset, *_ in keys)
             # Whoever takes it back reads again from there.
             self.offset = max(self.offset, boundary)
             self.store.begin_range(source, self.offset)
@@ -235,20 +247,67 @@ class StoreMachine(RuleBasedStateMachine):
 
         self.call(go())
 
-    @rule(limit=st.integers(1, 5), acknowledged=st.booleans())
-    def forward(self, limit, acknowledged):
+    @rule(
+        route=st.sampled_from(list(Route)),
+        limit=st.integers(1, 5),
+        size=st.sampled_from([1, 2000, 60_000]),
+        sent=st.booleans(),
+        acknowledged=st.booleans(),
+    )
+    def forward(self, route, limit, size, sent, acknowledged):
+        """Sent without an answer, it is sent again."""
+
         async def go():
-            taking = asyncio.ensure_future(self.store.outbox.take(limit))
+            taking = asyncio.ensure_future(self.store.outbox.take(route, limit, size))
             await asyncio.sleep(0)
             await settle_down(self.store)
             rows = await taking
-            assert all(
-                row.status is Status.FORWARDING and row.reason and row.body is not None for row in rows
-            )
+            assert len(rows) <= 1 or sum(row.size for row in rows) <= size
+            for row in rows:
+                assert row.status is Status.FORWARDING
+                assert row.body is not None
+                assert route_of(row.reason) is route
+                source = self.store.memory.partitions.get(row.source)
+                assert source is None or source.is_covered(row.offset)
+                if (sent or acknowledged) and route is not Route.DEAD_LETTER:
+                    self.log.append((row.id, hash_id(f"{row.seq}/{row.attempts}/{row.reason}")))
             if acknowledged:
                 self.store.outbox.forwarded(rows)
+            elif sent or route is Route.DEAD_LETTER or any(row.id in dict(self.log) for row in rows):
+                self.store.outbox.give_back(route, rows)
             else:
-                self.store.outbox.give_back(rows)
+                self.store.outbox.refuse(rows)
+
+        self.call(go())
+
+    @rule(count=st.integers(1, 4), namespace=st.sampled_from(["pay", "mail"]))
+    def what_was_sent_on_comes_back(self, count, namespace):
+        """Once, whatever is remembered of its id; its copies are absorbed."""
+
+        async def go():
+            source = self.store.source("sent on", 0)
+            for offset in range(self.read_to, min(self.read_to + count, len(self.log))):
+                id, forward_id = self.log[offset]
+                row = activation(id, self.clock, namespace=namespace, max_attempts=3)
+                row.source, row.offset, row.sent_on = source.id, offset, forward_id
+                self.store.insert([row], {source.id: offset + 1})
+                first = self.log.index((id, forward_id)) == offset
+                assert (row.seq != 0 and self.store.memory.is_live(hash_id(id), row.seq)) == first
+                self.read_to = offset + 1
+
+        self.call(go())
+
+    @rule(count=st.integers(1, 4), running=st.booleans())
+    def hand_over(self, count, running):
+        async def go():
+            await settle_down(self.store)
+            before = self.store.memory.rows
+            handing = asyncio.ensure_future(self.store.hand_over(count, running))
+            while not handing.done():
+                await asyncio.sleep(0)
+                await settle_down(self.store)
+            assert await handing <= count + len(self.store.outbox.refused)
+            assert self.store.memory.rows == before
 
         self.call(go())
 
@@ -260,8 +319,8 @@ class StoreMachine(RuleBasedStateMachine):
 
         self.call(go())
 
-    @rule(settled=st.booleans())
-    def restart(self, settled):
+    @rule(settled=st.booleans(), retry_topic=st.booleans())
+    def restart(self, settled, retry_topic):
         """With everything written, or losing what the next tick would have written."""
 
         async def go():
@@ -269,9 +328,11 @@ class StoreMachine(RuleBasedStateMachine):
                 await settle_down(self.store)
             rows = [key[2] for key in self.store.database.positions()]
             self.store.database.close()
+            self.retry_topic = retry_topic
             self.store = await self.open()
             assert sorted(key[2] for key in self.store.database.positions()) == sorted(rows)
-            self.offset = max([self.offset, *(s.next for s in self.store.sources())])
+            self.offset = max(self.offset, self.store.source("tasks", 0).next)
+            self.read_to = max(0, self.store.source("sent on", 0).next)
 
         self.call(go())
 

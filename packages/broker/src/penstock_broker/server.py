@@ -22,7 +22,7 @@ from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.lifecycle import Limits
 from penstock_broker.errors import FatalError, OldDatabase, Replaced
-from penstock_broker.ingest.direct import IntakePaused, InvalidRequest
+from penstock_broker.ingest.direct import Draining, IntakePaused, InvalidRequest
 from penstock_broker.ingest.parts import Ingest, build_ingest
 from penstock_broker.metrics import Exposition, Metrics, expose
 from penstock_broker.observe import Observer
@@ -43,7 +43,7 @@ RESPONSE_BYTES_MAX = 3 * 1024 * 1024
 DRAIN_CALLS_SECONDS = 3.0
 
 
-def serve(settings: Settings, reconcile: bool = False) -> int:
+def serve(settings: Settings, reconcile: bool = False) -> int:  # noqa: RET503 - execv does not return
     """Run a broker until SIGTERM or SIGINT. The exit code.
 
     ``reconcile``: go on without a database that is not the one the ledger knows. Raises FatalError when
@@ -83,6 +83,7 @@ def store_limits(settings: Settings) -> StoreLimits:
     return StoreLimits(
         rows_max=settings.max_pending_count,
         bytes_max=settings.pending_bytes_max,
+        namespace_share_max=settings.namespace_share_max,
         window_rows_max=settings.window_rows_max,
         window_bytes_max=settings.window_bytes_max,
         batch_rows_max=settings.batch_rows_max,
@@ -95,6 +96,7 @@ def store_limits(settings: Settings) -> StoreLimits:
         lifecycle=Limits(
             max_deliveries=settings.max_deliveries,
             unknown_task_ms=int(settings.unknown_task_seconds * 1000),
+            retry_topic=settings.ingest == "kafka" and settings.kafka_retry_topic is not None,
         ),
     )
 
@@ -140,6 +142,8 @@ class Broker:
             return await self.ingest.direct.send(request)
         except IntakePaused as paused:
             raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, str(paused)) from None
+        except Draining as draining:
+            raise Refused(grpc.StatusCode.UNAVAILABLE, str(draining)) from None
         except InvalidRequest as invalid:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(invalid)) from None
 

@@ -26,7 +26,6 @@ SECRET = frozenset({"grpc_shared_secret"})
 # Settings of Sentry's taskbroker that mean nothing here, and what to look at instead.
 FOREIGN: dict[str, str] = {
     "default_metrics_tags": "metrics are at metrics_addr:metrics_port, for Prometheus to label",
-    "kafka_retry_topic": "retries stay in the store, and keep their back-off there",
     "log_filter": "see log_level",
     "max_processing_attempts": "see max_deliveries",
     "max_processing_deadline": "a worker ends a task at its own deadline",

@@ -219,6 +219,10 @@ class Settings(BaseSettings):
         description="Compacted topic in which brokers record what is unfinished, so that none loses a task"
         " with its disk. All pools may share it.",
     )
+    kafka_retry_topic: TopicName | None = Field(
+        default=None,
+        description="Topic that retries wait in, for whoever consumes it. If absent they wait in the store.",
+    )
     kafka_session_timeout_seconds: Annotated[float, Field(ge=6, le=300)] = Field(
         default=10.0,
         description="Seconds without a sign of life after which Kafka gives a broker's partitions away.",
@@ -266,6 +270,11 @@ class Settings(BaseSettings):
     )
     pending_bytes_max: Bytes = Field(
         default=8 * GIB, description="Activations held, in bytes, at which the intake pauses."
+    )
+    namespace_share_max: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5,
+        description="Part of these two that one namespace may hold. What more comes of it waits in the topic"
+        " `<kafka_topic>-overflow`, and is consumed from there when the namespace has room.",
     )
     window_rows_max: Rows = Field(
         default=100_000,
@@ -349,6 +358,16 @@ class Settings(BaseSettings):
     def secrets(self) -> tuple[str, ...]:
         """The shared secrets in the clear, for checking signatures."""
         return tuple(secret.get_secret_value() for secret in self.grpc_shared_secret)
+
+    @property
+    def kafka_overflow_topic(self) -> str:
+        """Where records wait whose namespace holds its share of the store."""
+        return f"{self.kafka_topic}-overflow"
+
+    def group_of(self, topic: str) -> str:
+        """The group that reads a topic of this pool."""
+        group = self.kafka_consumer_group
+        return f"{group}-overflow" if topic == self.kafka_overflow_topic else group
 
     @property
     def grpc_address(self) -> str:
@@ -454,6 +473,10 @@ class Settings(BaseSettings):
         if self.kafka_deadletter_topic == self.kafka_topic:
             raise ValueError(
                 f"kafka_deadletter_topic is the consumed topic ({self.kafka_topic}): name another one"
+            )
+        if self.kafka_deadletter_topic == self.kafka_retry_topic:
+            raise ValueError(
+                f"kafka_retry_topic is the dead letter topic ({self.kafka_retry_topic}): name another one"
             )
         if not (is_loopback(self.grpc_addr) or self.grpc_shared_secret or self.insecure):
             raise ValueError(

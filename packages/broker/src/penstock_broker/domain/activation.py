@@ -42,6 +42,28 @@ class Reason(StrEnum):
     UNCLAIMED = "unclaimed"
     HANDED_OVER = "handed_over"
     OVERFLOW = "overflow"
+    RETRIED = "retried"
+
+
+class Route(StrEnum):
+    """Where a row that must leave goes. Each has a queue and a pace of its own."""
+
+    DEAD_LETTER = "dead letters"
+    HAND_OVER = "handed over tasks"
+    OVERFLOW = "overflow"
+    RETRY = "retries"
+
+
+_ROUTES: dict[str, Route] = {
+    Reason.HANDED_OVER: Route.HAND_OVER,
+    Reason.OVERFLOW: Route.OVERFLOW,
+    Reason.RETRIED: Route.RETRY,
+}
+
+
+def route_of(reason: str | None) -> Route:
+    """Where a row leaves to for this reason."""
+    return _ROUTES.get(reason or "", Route.DEAD_LETTER)
 
 
 # The source of what came over gRPC: it has no position in a log, so nothing to cover.
@@ -110,6 +132,8 @@ class Activation:
     spilled: int = 0
     # Room in memory is reserved for it.
     reserved: bool = False
+    # While it is accepted: hash of what a copy of it is known by, if a broker sent it on; else 0.
+    sent_on: int = 0
 
 
 CONTENT_BITS = 27

@@ -20,6 +20,7 @@ def refuse_conflict(row: Activation) -> None:
     each of its copies."""
     row.status, row.reason = Status.FORWARDING, Reason.CONFLICT
     row.error = json.dumps({"type": "conflict", "message": conflict_text(row.id)})
+    row.sent_on = 0
     row.id = str(uuid.uuid5(_CONFLICTS, f"{row.id}/{row.content}"))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Status
+from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status, route_of
 
 
 class Event(StrEnum):
@@ -33,7 +33,9 @@ class Event(StrEnum):
     UNCLAIMED = "unclaimed"
     CANCEL = "cancel"
     HAND_OVER = "hand over"
+    OVERFLOW = "overflow"
     FORWARDED = "forwarded"
+    REFUSED = "refused"
 
 
 class Transition(NamedTuple):
@@ -66,10 +68,12 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_P, Event.UNCLAIMED): _t("No worker has asked for its namespace for too long.", _F),
     (_P, Event.CANCEL): _t("An operator cancelled it.", _G),
     (_P, Event.HAND_OVER): _t("The broker is being drained; another one runs it.", _F),
+    (_P, Event.OVERFLOW): _t("Its namespace has its share of the store; it waits in Kafka.", _F),
     (_D, Event.DUE): _t("Its delay or back-off is over.", _P),
     (_D, Event.EXPIRE): _t("Its time to start has passed.", _F, _G),
     (_D, Event.CANCEL): _t("An operator cancelled it.", _G),
     (_D, Event.HAND_OVER): _t("The broker is being drained; another one runs it.", _F),
+    (_D, Event.OVERFLOW): _t("Its namespace has its share of the store; it waits in Kafka.", _F),
     (_R, Event.COMPLETE): _t("The worker finished it.", _G),
     (_R, Event.IGNORE): _t("It ended in an exception that counts as done.", _G),
     (_R, Event.FAIL): _t("It failed for good: dead letter, or discarded by its policy.", _F, _G),
@@ -86,6 +90,8 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_R, Event.ARGUMENTS_MISMATCH): _t("Its arguments do not fit this worker's code; another's may.", _D, _F),
     (_R, Event.EXPIRED_AT_START): _t("It had expired when the worker was about to start it.", _F, _G),
     (_R, Event.CANCEL): _t("An operator cancelled it; its worker learns so and kills it.", _G),
+    (_R, Event.HAND_OVER): _t("The broker is being drained, and it did not end in time.", _F),
+    (_F, Event.REFUSED): _t("The log refuses it as too large: it stays.", _P, _D),
     (_F, Event.FORWARDED): _t("The log acknowledged it, or it rests in the store's own dead letters.", _G),
 }
 
@@ -117,6 +123,8 @@ class Limits:
 
     max_deliveries: int = 5
     unknown_task_ms: int = 3_600_000
+    # Retries wait in a topic, not in the store.
+    retry_topic: bool = False
 
 
 class Change(NamedTuple):
@@ -216,7 +224,17 @@ def _retry(row: Activation, event: Event, now: int, limits: Limits, delay: int |
     attempts = row.attempts + 1
     if row.at_most_once or attempts >= row.max_attempts:
         return _give_up(row, Reason.ATTEMPTS_EXHAUSTED, now, attempts=attempts)
-    return _later(row, now, row.retry_delay_ms if delay is None else delay, attempts=attempts)
+    delay = row.retry_delay_ms if delay is None else delay
+    if limits.retry_topic:
+        return _leave(row, now + delay, Reason.RETRIED, row.claim + 1, attempts)
+    return _later(row, now, delay, attempts=attempts)
+
+
+def _leave(
+    row: Activation, ready_at: int, reason: Reason, claim: int | None = None, attempts: int | None = None
+) -> Change:
+    """It goes on elsewhere, not before ``ready_at``."""
+    return _keep(row, Status.FORWARDING, ready_at, claim=claim, attempts=attempts, reason=reason)
 
 
 def _later(
@@ -278,12 +296,22 @@ def _cancel(row: Activation, event: Event, now: int, limits: Limits, delay: int 
 
 
 def _hand_over(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, Status.FORWARDING, now, reason=Reason.HANDED_OVER)
+    if row.at_most_once and row.status is Status.PROCESSING:
+        return _dead(row, Reason.START_UNKNOWN, now)
+    return _leave(row, row.ready_at, Reason.HANDED_OVER, row.claim + (row.status is Status.PROCESSING))
+
+
+def _overflow(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
+    return _leave(row, row.ready_at, Reason.OVERFLOW)
+
+
+def _refused(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
+    return _keep(row, Status.DELAYED if row.ready_at > now else Status.PENDING, row.ready_at)
 
 
 def _forwarded(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    moved = row.reason in (Reason.HANDED_OVER, Reason.OVERFLOW)
-    return _keep(row, Status.GONE, now, term=str(row.reason) if moved else f"dead:{row.reason}")
+    dead = route_of(row.reason) is Route.DEAD_LETTER
+    return _keep(row, Status.GONE, now, term=f"dead:{row.reason}" if dead else str(row.reason))
 
 
 _DECISIONS = {
@@ -304,5 +332,7 @@ _DECISIONS = {
     Event.UNCLAIMED: _unclaimed,
     Event.CANCEL: _cancel,
     Event.HAND_OVER: _hand_over,
+    Event.OVERFLOW: _overflow,
+    Event.REFUSED: _refused,
     Event.FORWARDED: _forwarded,
 }

@@ -11,8 +11,16 @@ from zlib import crc32
 from google.protobuf.message import DecodeError
 
 from penstock_broker.config import Settings
-from penstock_broker.domain.activation import CONTENT_MASK, NO_SOURCE, Activation, OnExceeded, Reason, Status
-from penstock_protocol.v1.activation_pb2 import TaskActivation
+from penstock_broker.domain.activation import (
+    CONTENT_MASK,
+    NO_SOURCE,
+    Activation,
+    OnExceeded,
+    Reason,
+    Status,
+    hash_id,
+)
+from penstock_protocol.v1.activation_pb2 import SentOn, TaskActivation
 
 ID_CHARS_MAX = 256
 NAMESPACE_CHARS_MAX = 256
@@ -146,13 +154,16 @@ class Admission:
         deadline = message.processing_deadline_duration
         deadline_ms = _ms(deadline) if deadline else limits.deadline_default_ms
         if not message.HasField("retry_state"):
-            return Activation(
+            row = Activation(
                 id, application, namespace, taskname, value, received_at, ready_at, expires_at, deadline_ms,
                 source=source, offset=offset, status=status, content=self._content(message), size=len(value),
             )  # fmt: skip
+            if message.HasField("sent_on"):
+                _go_on(row, message.sent_on, now)
+            return row
         retry = message.retry_state
         policy = retry.on_attempts_exceeded
-        return Activation(
+        row = Activation(
             id, application, namespace, taskname, value, received_at, ready_at, expires_at, deadline_ms,
             retry.max_attempts or 1,
             _POLICIES[policy] if 0 <= policy <= 2 else OnExceeded.UNSPECIFIED,
@@ -161,6 +172,9 @@ class Admission:
             source, offset, status,
             attempts=retry.attempts, content=self._content(message), size=len(value),
         )  # fmt: skip
+        if message.HasField("sent_on"):
+            _go_on(row, message.sent_on, now)
+        return row
 
     def _content(self, message: TaskActivation) -> int:
         """What it asks for, hashed: the task and its arguments. Not when or how often: a copy of it may
@@ -187,6 +201,21 @@ class Admission:
             return received_at
         self.clocks_corrected += 1
         return now
+
+
+def _go_on(row: Activation, hop: SentOn, now: int) -> None:
+    """Another broker had it: it goes on where it stood there. What came over gRPC no broker has sent."""
+    if row.source == NO_SOURCE or not hop.forward_id:
+        return
+    # Under another id it is another activation, whatever else of these bytes was kept.
+    row.sent_on = hash_id(f"{hop.forward_id}/{row.id}")
+    if 0 < hop.received_at_ms <= now + CLOCK_AHEAD_MS_MAX:
+        if row.expires_at is not None:
+            row.expires_at += hop.received_at_ms - row.received_at
+        row.received_at = hop.received_at_ms
+    row.ready_at = min(hop.due_at_ms, now + _ms(DURATION_SECONDS_MAX))
+    row.status = Status.DELAYED if row.ready_at > now else Status.PENDING
+    row.lost = hop.deliveries_lost
 
 
 def _ms(seconds: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 from confluent_kafka import KafkaException
@@ -28,18 +28,28 @@ START_SECONDS_MAX = 3.0
 STOP_SECONDS_MAX = 5.0
 RETRY_SECONDS = 1.0
 POLL_SECONDS = 0.2
+# A topic that is not there is looked for this often.
+TOPIC_RETRY_SECONDS = 5.0
 
 
 class KafkaConsumer:
     """Takes a topic's activations into the store. Made, started and stopped on the event loop."""
 
-    def __init__(self, store: Inflight, settings: Settings, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        store: Inflight,
+        settings: Settings,
+        ledger: Ledger | None = None,
+        room: Callable[[], int] | None = None,
+        topics_ready: Callable[[Settings, float], bool] = ensure_topics,
+    ) -> None:
+        self._topics_ready = topics_ready
         self._settings = settings
         self._ledger = ledger
         self._clock = store.clock
         self.topic = settings.kafka_topic
         self.admission = Admission(AdmissionLimits.of(settings))
-        self.intake = Intake(store, self.topic, settings.broker_id, settings.kafka_auto_offset_reset)
+        self.intake = Intake(store, self.topic, settings.broker_id, settings.kafka_auto_offset_reset, room)
         self._poller = Poller(settings, store.clock, self.intake, self.admission)
         self.intake.commit = self._poller.hand_commit
         self._stopping = threading.Event()
@@ -82,8 +92,8 @@ class KafkaConsumer:
 
     # -- on the event loop
 
-    async def start(self) -> None:
-        """Start consuming. Kafka may be away: it is tried until it is there.
+    async def start(self, seconds: float = START_SECONDS_MAX) -> None:
+        """Start consuming. Kafka may be away: it is waited for ``seconds``, and tried until it is there.
 
         Raises FatalError when the topic does not exist and may not be created.
         """
@@ -93,7 +103,7 @@ class KafkaConsumer:
         threading.Thread(target=self._main, args=(EventLoop(),), name="kafka-consumer", daemon=True).start()
         await asyncio.wait(
             (self._checked, self._finished),
-            timeout=START_SECONDS_MAX,
+            timeout=seconds,
             return_when=asyncio.FIRST_COMPLETED,
         )
         if self._finished.done():
@@ -140,7 +150,7 @@ class KafkaConsumer:
         away = False
         while not self._stopping.is_set():
             try:
-                ensure_topics(self._settings, START_SECONDS_MAX - 0.5)
+                ready = self._topics_ready(self._settings, START_SECONDS_MAX - 0.5)
             except KafkaException as error:
                 if not away:
                     log.warning(
@@ -152,7 +162,9 @@ class KafkaConsumer:
                 loop.tell(self._set_checked)
                 self._stopping.wait(RETRY_SECONDS)
             else:
-                return True
+                if ready:
+                    return True
+                self._stopping.wait(TOPIC_RETRY_SECONDS)
         return False
 
     def _await_ledger(self, loop: EventLoop) -> bool:

@@ -20,6 +20,7 @@ _FORWARDS = uuid.UUID("1c0b8d7e-52c5-5b86-8f39-9c3f0a7a54be")
 class Letter(NamedTuple):
     """A message to produce."""
 
+    topic: str
     key: str
     value: bytes
     headers: list[tuple[str, str | bytes | None]]
@@ -32,8 +33,8 @@ def forward_id(row: Activation) -> str:
     return str(uuid.uuid5(_FORWARDS, f"{row.id}/{row.attempts}/{row.reason}"))
 
 
-def letter(row: Activation, source: Source | None, trimmed: bool = False) -> Letter:
-    """The dead letter of ``row``, which came from ``source``; None: over gRPC.
+def letter(row: Activation, source: Source | None, topic: str, trimmed: bool = False) -> Letter:
+    """The dead letter of ``row`` for ``topic``. It came from ``source``; None: over gRPC.
 
     ``trimmed``: without what can be missed, for a message that Kafka refused as too large.
     """
@@ -57,7 +58,7 @@ def letter(row: Activation, source: Source | None, trimmed: bool = False) -> Let
     encoded: list[tuple[str, str | bytes | None]] = [
         (name, str(value).encode("utf-8", "replace")) for name, value in headers.items()
     ]
-    return Letter(row.id, row.body or b"", encoded)
+    return Letter(topic, row.id, row.body or b"", encoded)
 
 
 def _time(at: int) -> str:

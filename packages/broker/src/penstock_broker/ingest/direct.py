@@ -23,6 +23,13 @@ class IntakePaused(Exception):
     """The store has no room for a request. The text names the limit."""
 
 
+class Draining(Exception):
+    """The broker takes nothing more."""
+
+    def __init__(self) -> None:
+        super().__init__("this broker is being drained and takes no new tasks; send to another one")
+
+
 class InvalidRequest(Exception):
     """The bytes are no SendTasksRequest."""
 
@@ -33,13 +40,16 @@ class Direct:
     def __init__(self, store: Inflight, admission: Admission) -> None:
         self._store = store
         self.admission = admission
+        self.draining = False
 
     async def send(self, request: bytes) -> bytes:
         """Admit and store a SendTasksRequest; the serialized SendTasksResponse, once all is durable.
 
         What is no usable activation is rejected to the caller. Raises IntakePaused when there is no
-        room for all of it (then nothing was stored), InvalidRequest, StoreStopped.
+        room for all of it (then nothing was stored), Draining, InvalidRequest, StoreStopped.
         """
+        if self.draining:
+            raise Draining
         try:
             values = RawSendTasksRequest.FromString(request).activations
         except DecodeError:

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import structlog
 from confluent_kafka import KafkaError
 
-from penstock_broker.domain.activation import Activation
-from penstock_broker.ingest.dead_letters import letter
+from penstock_broker.domain.activation import Activation, Route
+from penstock_broker.ingest.dead_letters import Letter
 from penstock_broker.ingest.publisher import Publisher
 from penstock_broker.store.inflight import Inflight
 
@@ -26,33 +27,53 @@ STOP_SECONDS_MAX = 1.0
 _TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE)
 
 
-class Forwarder:
-    """One batch at a time; a row that is not acknowledged stays in the store and is tried again.
+class Failed(NamedTuple):
+    """A row that Kafka did not take."""
 
-    Without a ``publisher`` there is no log to go to: dead letters rest in the store. ``on_failures``
-    is told how many rows a batch failed to forward.
+    row: Activation
+    topic: str
+    error: str
+
+
+# A row, and whether without what can be missed, as a message.
+Compose = Callable[[Activation, bool], Letter]
+
+
+class Forwarder:
+    """One route, one batch at a time; a row that is not acknowledged stays in the store and is tried again.
+
+    Without a ``publisher`` there is no log to go to: dead letters rest in the store, all else stays what
+    it was. ``on_failures`` is told the topic, and how many rows of a batch it did not take.
     """
 
     def __init__(
-        self, store: Inflight, publisher: Publisher | None, on_failures: Callable[[int], None]
+        self,
+        store: Inflight,
+        route: Route,
+        publisher: Publisher | None,
+        compose: Compose,
+        on_failures: Callable[[str, int], None],
     ) -> None:
         self._store = store
+        self.route = route
         self._publisher = publisher
+        self._compose = compose
         self._on_failures = on_failures
         self._waiting = asyncio.Event()
         self._idle = asyncio.Event()
-        self._rows_max = 32
         self._back_off = 0.0
         self._full = False
+        # Rows that left.
+        self.forwarded = 0
         self.alarm = ""
 
     def start(self) -> None:
         self._store.writer.on_committed.append(self._look)
         self._look()
-        self._task = asyncio.create_task(self.run(), name="forwarder")
+        self._task = asyncio.create_task(self.run(), name=f"forwarder of {self.route}")
 
     def _look(self) -> None:
-        if self._store.outbox.waits():
+        if self._store.outbox.waits(self.route):
             self._waiting.set()
 
     async def run(self) -> None:
@@ -62,9 +83,8 @@ class Forwarder:
             await self._waiting.wait()
             self._waiting.clear()
             self._idle.clear()
-            while self._store.outbox.waits():
-                rows = await self._store.outbox.take(self._rows_max)
-                self._fit(rows)
+            while self._store.outbox.waits(self.route):
+                rows = await self._store.outbox.take(self.route, BATCH_ROWS_MAX, BATCH_BYTES_MAX)
                 if self._publisher is None:
                     await self._rest(rows)
                 else:
@@ -74,80 +94,84 @@ class Forwarder:
                     await asyncio.sleep(self._back_off)
                     self._idle.clear()
 
-    def _fit(self, rows: Sequence[Activation]) -> None:
-        """Take more or fewer next time, so that a batch's bytes stay bounded."""
-        size = sum(row.size for row in rows)
-        if size > BATCH_BYTES_MAX:
-            self._rows_max = max(1, len(rows) * BATCH_BYTES_MAX // size)
-        elif size < BATCH_BYTES_MAX // 4:
-            self._rows_max = min(2 * self._rows_max, BATCH_ROWS_MAX)
-
     async def _forward(self, rows: list[Activation], publisher: Publisher) -> None:
-        failed: list[tuple[Activation, KafkaError]] = []
-        too_large: list[Activation] = []
+        failed: list[Failed] = []
+        too_large: list[Failed] = []
         for trimmed in (False, True):
             safe, too_large, errors = await self._publish(rows, publisher, trimmed)
             failed += errors
-            await self._store.outbox.forwarded(safe)
-            _tell(safe, publisher.topic)
-            rows = too_large
+            await self._store.outbox.forwarded([row for row, _ in safe])
+            self._tell(safe)
+            rows = [failure.row for failure in too_large]
             if not rows:
                 break
         if too_large:
             log.warning(
-                "Kafka refuses dead letters as too large; they rest in the store",
-                topic=publisher.topic,
+                f"Kafka refuses {self.route} as too large; they stay in the store",
+                topic=too_large[0].topic,
                 count=len(too_large),
             )
-            await self._rest(too_large)
+            await self._rest(rows)
         if failed:
-            self._store.outbox.give_back([row for row, _ in failed])
-            self._on_failures(len(failed))
-            self._raise_alarm(failed[0][1].str(), publisher.topic)
+            self._store.outbox.give_back(self.route, [failure.row for failure in failed])
+            for topic, count in Counter(failure.topic for failure in failed).items():
+                self._on_failures(topic, count)
+            self._raise_alarm(failed[0].error, failed[0].topic)
         elif not self._full:
-            self._clear_alarm(publisher.topic)
+            self._clear_alarm()
 
     async def _publish(
         self, rows: Sequence[Activation], publisher: Publisher, trimmed: bool
-    ) -> tuple[list[Activation], list[Activation], list[tuple[Activation, KafkaError]]]:
+    ) -> tuple[list[tuple[Activation, Letter]], list[Failed], list[Failed]]:
         """Which are safe, which are too large, and which failed."""
-        sources = {source.id: source for source in self._store.sources()}
-        letters = [letter(row, sources.get(row.source), trimmed) for row in rows]
-        safe, too_large, failed = [], [], []
-        for row, error in zip(rows, await publisher.publish(letters), strict=True):
+        letters = [self._compose(row, trimmed) for row in rows]
+        safe: list[tuple[Activation, Letter]] = []
+        too_large: list[Failed] = []
+        failed: list[Failed] = []
+        for row, letter, error in zip(rows, letters, await publisher.publish(letters), strict=True):
             if error is None:
-                safe.append(row)
-            elif error.code() in _TOO_LARGE:
-                too_large.append(row)
+                safe.append((row, letter))
             else:
-                failed.append((row, error))
+                which = too_large if error.code() in _TOO_LARGE else failed
+                which.append(Failed(row, letter.topic, error.str()))
         return safe, too_large, failed
 
     async def _rest(self, rows: Sequence[Activation]) -> None:
+        """These cannot leave."""
         outbox = self._store.outbox
+        if self.route is not Route.DEAD_LETTER:
+            await outbox.refuse(rows)
+            return
         self._full = outbox.resting + len(rows) > self._store.limits.dead_letters_rest_max
         await outbox.rest(rows)
-        _tell(rows, "the store")
+        _tell_of_dead_letters(rows, "the store")
         if self._full:
             self._raise_alarm("the store's own dead letters are full (dead_letters_rest_max)", "the store")
         elif self._publisher is None:
-            self._clear_alarm("the store")
+            self._clear_alarm()
+
+    def _tell(self, safe: Sequence[tuple[Activation, Letter]]) -> None:
+        self.forwarded += len(safe)
+        if safe and self.route is Route.DEAD_LETTER:
+            _tell_of_dead_letters([row for row, _ in safe], safe[0][1].topic)
+        elif safe:
+            log.debug("forwarded", what=self.route, count=len(safe), to=safe[0][1].topic)
 
     def _raise_alarm(self, error: str, to: str) -> None:
         self._back_off = min(max(2 * self._back_off, BACK_OFF_SECONDS_MIN), BACK_OFF_SECONDS_MAX)
         if not self.alarm:
             log.error(
-                "dead letters cannot be forwarded; they are kept and tried again",
+                f"{self.route} cannot be forwarded; they are kept and tried again",
                 to=to,
                 error=error,
                 waiting=self._store.outbox.size(),
             )
-        self.alarm = error
+        self.alarm = f"{to}: {error}"
 
-    def _clear_alarm(self, to: str) -> None:
+    def _clear_alarm(self) -> None:
         self._back_off = 0.0
         if self.alarm:
-            log.info("dead letters are forwarded again", to=to)
+            log.info(f"{self.route} are forwarded again")
         self.alarm = ""
 
     async def stop(self) -> None:
@@ -157,15 +181,13 @@ class Forwarder:
         self._task.cancel()
         # If it has failed, ``failed`` has told.
         await asyncio.gather(self._task, return_exceptions=True)
-        if self._publisher is not None:
-            await self._publisher.stop()
 
     async def failed(self) -> None:
         """Ends, with the cause, when forwarding ends by itself."""
         await asyncio.shield(self._task)
 
 
-def _tell(rows: Sequence[Activation], to: str) -> None:
+def _tell_of_dead_letters(rows: Sequence[Activation], to: str) -> None:
     """One line for a batch of dead letters, with the first of them."""
     if rows:
         reasons = dict(Counter(row.reason for row in rows))

@@ -98,9 +98,14 @@ class Intake:
         topic: str,
         broker_id: str,
         reset: str = "earliest",
+        room: Callable[[], int] | None = None,
     ) -> None:
         self.store = store
         self.topic = topic
+        # Messages that may be taken now.
+        self._room = room or store.room
+        # Told what was inserted.
+        self.on_inserted: Callable[[Sequence[Activation]], None] = lambda rows: None
         # Given offsets to commit, one call at a time, each answered by ``commit_done``.
         self.commit: Callable[[Sequence[Position]], None] = lambda positions: None
         self.me = Me(broker_id, store.store_id)
@@ -119,9 +124,13 @@ class Intake:
         self._timer: asyncio.TimerHandle | None = None
         self._storing: set[asyncio.Future[None]] = set()
         self._stopped = False
-        self.gate.open(store.room())
-        store.on_room(lambda: self.gate.open(store.room()))
+        self.open()
+        store.on_room(self.open)
         self._find_unresolved()
+
+    def open(self) -> None:
+        """There may be room, or more of it."""
+        self.gate.open(self._room())
 
     # -- taking
 
@@ -132,6 +141,7 @@ class Intake:
         except StoreStopped:
             return
         self._storing.add(stored)
+        self.on_inserted(rows)
         readings = [(self.readings.get(p), p, next_) for p, (_, next_) in taken.items()]
 
         def done(stored: asyncio.Future[None]) -> None:
@@ -143,7 +153,7 @@ class Intake:
                 if reading is not None and reading is self.readings.get(partition):
                     reading.durable = max(reading.durable, next_)
             self.commit_soon()
-            self.gate.stored(len(rows), size, self.store.room())
+            self.gate.stored(len(rows), size, self._room())
 
         stored.add_done_callback(done)
 
@@ -372,14 +382,14 @@ class Intake:
         self._commit_due()
 
 
-def keep_orphans(store: Inflight, topic: str | None) -> int:
-    """Rows of topics that this broker no longer consumes are its own from now on. How many rows.
+def keep_orphans(store: Inflight, *topics: str) -> int:
+    """Rows of other topics, which this broker no longer consumes, are its own from now on. How many rows.
 
     Nobody can say any more whether another broker reads them again: better twice than never.
     """
     kept = 0
     for source in store.sources():
-        if source.topic != topic and source.uncovered:
+        if source.topic not in topics and source.uncovered:
             kept += len(source.uncovered)
             store.cover(source, max(source.next, source.uncovered[-1][0] + 1))
     return kept

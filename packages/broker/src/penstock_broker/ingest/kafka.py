@@ -86,14 +86,15 @@ def ledger_producer_config(settings: Settings, transactional_id: str) -> Config:
     }
 
 
-def reader_config(settings: Settings, outside: str) -> Config:
-    """A consumer that is told what to read and joins no group. ``outside``: auto.offset.reset."""
+def reader_config(settings: Settings, outside: str, topic: str = "") -> Config:
+    """A consumer that is told what to read and joins no group. ``outside``: auto.offset.reset;
+    ``topic``: of which the offsets are asked for that its group has committed."""
     return {
         "bootstrap.servers": settings.kafka_cluster,
         "client.id": settings.broker_id,
         "log_level": 2,
         # Its offsets are looked up, never committed.
-        "group.id": settings.kafka_consumer_group,
+        "group.id": settings.group_of(topic),
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "enable.partition.eof": True,

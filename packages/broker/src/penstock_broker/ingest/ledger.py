@@ -78,6 +78,8 @@ class Ledger:
         self._sequence = int(store.database.meta(SEQUENCE) or 0)  # type: ignore[call-overload]
         self._dirty_at: int | None = None
         self._opened = asyncio.Event()
+        # Every topic's consumer waits for it.
+        self._opening = asyncio.Lock()
         self._wake = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
         # Records to write with the next ones, in one transaction; an adopter's on the adopted one.
@@ -103,7 +105,12 @@ class Ledger:
         Returns when partitions may be read. ``on_known`` is called when it is known that this broker
         may serve what it has. Tries until Kafka answers. Raises OldDatabase, Replaced.
         """
-        while True:
+        async with self._opening:
+            await self._open_once(on_known)
+        on_known()
+
+    async def _open_once(self, on_known: Callable[[], None]) -> None:
+        while not self._opened.is_set():
             try:
                 if await self._open(on_known):
                     return

@@ -137,9 +137,11 @@ def _handed(ledger: Ledger, broker_id: str, account: Account, left: Left) -> lis
     group = ledger.settings.kafka_consumer_group
     taken = Taken(left.start, left.end, left.end)
     records = [range_record(group, broker_id, left.topic, left.partition, taken)]
-    for where in account.segments:
-        if where[:2] == (left.topic, left.partition):
-            records.append(segment_record(group, broker_id, where, Segment(None, {})))
+    records += [
+        segment_record(group, broker_id, where, Segment(None, {}))
+        for where in account.segments
+        if where[:2] == (left.topic, left.partition)
+    ]
     return records
 
 

@@ -133,7 +133,7 @@ class LedgerLog:
 
     def look_up(self, topic: str, partitions: Sequence[int] | None) -> list[Found]:
         """What the group has committed, and what the log has, of ``partitions``; None: of all."""
-        consumer = Consumer(reader_config(self._settings, "error"))
+        consumer = Consumer(reader_config(self._settings, "error", topic))
         try:
             metadata = consumer.list_topics(topic, timeout=LOOKUP_SECONDS_MAX).topics.get(topic)
             present = set(metadata.partitions) if metadata is not None else set()

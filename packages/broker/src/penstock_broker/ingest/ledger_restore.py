@@ -73,11 +73,11 @@ def left_of(
 
 async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Left]:
     """What a broker has left, over all partitions. Raises KafkaException."""
-    group_topic = ledger.settings.kafka_topic
+    consumed = (ledger.settings.kafka_topic, ledger.settings.kafka_overflow_topic)
     found: dict[tuple[str, int], Found] = {}
-    for topic in {group_topic, *(topic for topic, _ in account.ranges)}:
-        # Of the topic that is consumed all partitions: the first record may not have been written yet.
-        partitions = None if topic == group_topic else [p for t, p in account.ranges if t == topic]
+    for topic in {*consumed, *(topic for topic, _ in account.ranges)}:
+        # Of those that are consumed all partitions: the first record may not have been written yet.
+        partitions = None if topic in consumed else [p for t, p in account.ranges if t == topic]
         for one in await ledger.call(ledger.log.look_up, topic, partitions):
             found[topic, one.partition] = one
     lefts = []

@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from penstock_broker.config import Settings
+from penstock_broker.domain.activation import Activation, Route
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.consumer import KafkaConsumer
+from penstock_broker.ingest.dead_letters import Letter, letter
 from penstock_broker.ingest.direct import Direct
-from penstock_broker.ingest.forwarder import Forwarder
+from penstock_broker.ingest.drain import Drain, DrainReport
+from penstock_broker.ingest.forwarder import Compose, Forwarder
 from penstock_broker.ingest.intake import keep_orphans
 from penstock_broker.ingest.ledger import Ledger
 from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport, adopt
+from penstock_broker.ingest.overflow import Overflow
 from penstock_broker.ingest.publisher import Publisher
+from penstock_broker.ingest.sent_on import sent_on
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.inflight import Inflight
+
+
+class Ways:
+    """Where rows that must leave go, and as what."""
+
+    def __init__(self, settings: Settings, store: Inflight) -> None:
+        self._settings = settings
+        self._store = store
+
+    def all(self) -> dict[Route, Compose]:
+        ways: dict[Route, Compose] = {
+            Route.DEAD_LETTER: self.dead_letter,
+            Route.HAND_OVER: self.hand_over,
+            Route.OVERFLOW: self.overflow,
+        }
+        if self._settings.kafka_retry_topic is not None:
+            ways[Route.RETRY] = partial(self.retry, self._settings.kafka_retry_topic)
+        return ways
+
+    def dead_letter(self, row: Activation, trimmed: bool) -> Letter:
+        source = self._store.memory.partitions.get(row.source)
+        return letter(row, source, self._settings.kafka_deadletter_topic, trimmed)
+
+    def hand_over(self, row: Activation, trimmed: bool) -> Letter:
+        """To the topic it came from; what came over gRPC, or from one that is no longer consumed, to ours."""
+        settings, source = self._settings, self._store.memory.partitions.get(row.source)
+        overflow = source is not None and source.topic == settings.kafka_overflow_topic
+        topic = settings.kafka_overflow_topic if overflow else settings.kafka_topic
+        return sent_on(row, topic, row.id, settings.broker_id)
+
+    def overflow(self, row: Activation, trimmed: bool) -> Letter:
+        key = f"{row.application}/{row.namespace}"
+        return sent_on(row, self._settings.kafka_overflow_topic, key, self._settings.broker_id)
+
+    def retry(self, topic: str, row: Activation, trimmed: bool) -> Letter:
+        return sent_on(row, topic, row.id, self._settings.broker_id)
 
 
 class Ingest:
@@ -29,9 +71,13 @@ class Ingest:
         self._metrics = metrics
         self.direct = Direct(store, Admission(AdmissionLimits.of(settings)))
         self.consumer: KafkaConsumer | None = None
-        self.forwarder: Forwarder | None = None
         self.ledger: Ledger | None = None
         self._adopting = asyncio.Lock()
+        self.overflow: KafkaConsumer | None = None
+        self.forwarders: list[Forwarder] = []
+        self._publisher: Publisher | None = None
+        self._drain: Drain | None = None
+        self._draining = asyncio.Lock()
         # What the counters were told.
         self._told: dict[str, int] = {}
         metrics.before_scrape(self._refresh)
@@ -39,19 +85,34 @@ class Ingest:
     async def start(self) -> None:
         """Raises FatalError when the consumed topic does not exist and may not be created."""
         settings, store = self._settings, self._store
-        failures = self._metrics.forward_failures.labels(settings.kafka_deadletter_topic)
         if settings.ingest == "kafka":
-            keep_orphans(store, settings.kafka_topic)
+            keep_orphans(store, settings.kafka_topic, settings.kafka_overflow_topic)
             self.ledger = Ledger(store, settings)
             self.ledger.start()
             self.consumer = KafkaConsumer(store, settings, self.ledger)
             await self.consumer.start()
-            publisher = Publisher(settings, settings.kafka_deadletter_topic)
+            self.overflow = Overflow(store, settings, self.ledger).consumer
+            await self.overflow.start(seconds=0)
+            self._publisher = Publisher(settings)
         else:
-            keep_orphans(store, None)
-            publisher = None
-        self.forwarder = Forwarder(store, publisher, failures.inc)
-        self.forwarder.start()
+            keep_orphans(store)
+        self._forward()
+
+    def _forward(self) -> None:
+        """Let leave what must."""
+        ways = Ways(self._settings, self._store)
+        with_kafka = ways.all() if self._publisher is not None else {}
+        for route in Route:
+            publisher = self._publisher if route in with_kafka else None
+            compose = with_kafka.get(route, ways.dead_letter)
+            self.forwarders.append(Forwarder(self._store, route, publisher, compose, self._count_failures))
+            self.forwarders[-1].start()
+
+    def _count_failures(self, topic: str, count: int) -> None:
+        self._metrics.forward_failures.labels(topic).inc(count)
+
+    def _consumers(self) -> list[KafkaConsumer]:
+        return [consumer for consumer in (self.consumer, self.overflow) if consumer is not None]
 
     async def adopt(self, broker_id: str, force: bool) -> AdoptReport:
         """Take over what another broker of the pool, which never returns, has left. Raises AdoptError."""
@@ -62,10 +123,8 @@ class Ingest:
 
     async def failed(self) -> None:
         """Ends when a part of ingest has, with its error; a broker without it must not go on."""
-        assert self.forwarder is not None
-        parts = [asyncio.create_task(self.forwarder.failed())]
-        if self.consumer is not None:
-            parts.append(asyncio.create_task(self.consumer.run()))
+        parts = [asyncio.create_task(forwarder.failed()) for forwarder in self.forwarders]
+        parts += [asyncio.create_task(self._consume(consumer)) for consumer in self._consumers()]
         if self.ledger is not None:
             parts.append(asyncio.create_task(self.ledger.failed()))
         try:
@@ -76,29 +135,59 @@ class Ingest:
         for part in done:
             part.result()
 
+    async def _consume(self, consumer: KafkaConsumer) -> None:
+        await consumer.run()
+        if self.direct.draining:
+            # It has been told to end; the broker goes on with what it holds.
+            await asyncio.Event().wait()
+
+    # -- the end
+
     async def stop_intake(self) -> None:
         """Take nothing more from Kafka, and commit what is durable."""
-        if self.consumer is not None:
-            await self.consumer.stop()
+        await asyncio.gather(*(consumer.stop() for consumer in self._consumers()))
+
+    async def drain(self, grace_seconds: float) -> DrainReport:
+        """Take nothing more, finish what is held for ``grace_seconds``, hand over the rest to its topic.
+
+        Ends when the store is empty, or nothing more can leave: the report says why. May be called again.
+        Raises StoreStopped.
+        """
+        async with self._draining:
+            if self._drain is None:
+                self.direct.draining = True
+                await self.stop_intake()
+                self._drain = Drain(self._store, self.forwarders, can_hand_over=self.consumer is not None)
+            return await self._drain.run(grace_seconds)
+
+    def drain_report(self) -> DrainReport | None:
+        """How far a drain is; None when there is none, or it is still leaving its consumer group."""
+        return self._drain.report() if self._drain is not None else None
 
     async def stop(self) -> None:
         """Let what is on its way out arrive, for a moment."""
-        if self.forwarder is not None:
-            await self.forwarder.stop()
+        await asyncio.gather(*(forwarder.stop() for forwarder in self.forwarders))
+        if self._publisher is not None:
+            await self._publisher.stop()
         if self.ledger is not None:
             await self.ledger.stop()
 
     def _refresh(self) -> None:
         """In the thread of a scrape: reads only."""
         metrics, refused = self._metrics, self.direct.admission.refused.copy()
-        if (consumer := self.consumer) is not None:
+        for consumer in self._consumers():
             refused += consumer.admission.refused
-            metrics.duplicates.inc(self._since("replayed", consumer.replayed))
-            metrics.kafka_up.set(consumer.connected)
-            metrics.kafka_partitions.set(len(consumer.assignment))
-            metrics.kafka_commit_age.set(consumer.last_commit_age_seconds())
+            metrics.duplicates.inc(self._since(f"replayed {consumer.topic}", consumer.replayed))
+        if self.consumer is not None:
+            metrics.kafka_up.set(self.consumer.connected)
+            metrics.kafka_partitions.set(len(self.consumer.assignment))
+            metrics.kafka_commit_age.set(self.consumer.last_commit_age_seconds())
             metrics.kafka_lag.replace(
-                {(consumer.topic, str(partition)): lag for partition, lag in consumer.lags.items()}
+                {
+                    (consumer.topic, str(partition)): lag
+                    for consumer in self._consumers()
+                    for partition, lag in consumer.lags.items()
+                }
             )
         if (ledger := self.ledger) is not None:
             metrics.ledger_up.set(ledger.is_open)

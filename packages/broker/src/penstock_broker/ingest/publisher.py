@@ -23,8 +23,7 @@ Answered = Callable[[KafkaError | None], None]
 class Publisher:
     """A producer and the thread that polls it. Made and called on the event loop."""
 
-    def __init__(self, settings: Settings, topic: str) -> None:
-        self.topic = topic
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._fatal = False
@@ -69,7 +68,7 @@ class Publisher:
 
         try:
             self._producer.produce(
-                self.topic, letter.value, letter.key, headers=letter.headers, on_delivery=delivered
+                letter.topic, letter.value, letter.key, headers=letter.headers, on_delivery=delivered
             )
         except KafkaException as error:
             self._loop.call_soon(answered, error.args[0])

@@ -23,19 +23,30 @@ _COMPACTED = {
 }
 
 
-def ensure_topics(settings: Settings, seconds: float) -> None:
-    """See that the consumed topic and the dead letter topic exist; blocks for up to ``seconds``.
+def topic_exists(settings: Settings, seconds: float) -> bool:
+    """Whether there is a topic to consume. Raises KafkaException when Kafka cannot be reached."""
+    admin = AdminClient(admin_config(settings))
+    return settings.kafka_topic in admin.list_topics(timeout=seconds).topics
+
+
+def ensure_topics(settings: Settings, seconds: float) -> bool:
+    """See that the consumed topic and those that are produced to exist; blocks for up to ``seconds``.
 
     Raises KafkaException when Kafka cannot be reached, FatalError when the consumed topic does not
-    exist and may not be created. A missing dead letter topic is only warned of: the letters wait. Of a
-    missing ledger topic the ledger warns.
+    exist and may not be created. Others that are missing are only warned of: what is for them waits; of
+    a missing ledger topic the ledger warns. True: there is a topic to consume.
     """
     admin = AdminClient(admin_config(settings))
     present = admin.list_topics(timeout=seconds).topics
-    wanted = (settings.kafka_topic, settings.kafka_deadletter_topic, settings.kafka_ledger_topic)
-    missing = [topic for topic in wanted if topic not in present]
+    waiting = {
+        settings.kafka_deadletter_topic: "dead letters",
+        settings.kafka_overflow_topic: "what is more than a namespace's share of the store",
+        settings.kafka_retry_topic: "retries",
+    }
+    wanted = (settings.kafka_topic, *waiting, settings.kafka_ledger_topic)
+    missing = [topic for topic in wanted if topic is not None and topic not in present]
     if not missing:
-        return
+        return True
     if settings.create_missing_topics:
         _create(admin, missing, settings)
     elif settings.kafka_topic in missing:
@@ -46,13 +57,15 @@ def ensure_topics(settings: Settings, seconds: float) -> None:
             " (TASKBROKER_CREATE_MISSING_TOPICS=1), or name another one with kafka_topic"
             " (TASKBROKER_KAFKA_TOPIC)",
         )
-    elif settings.kafka_deadletter_topic in missing:
-        log.warning(
-            "the dead letter topic does not exist: dead letters wait in the store until it does"
-            " (create it, or set create_missing_topics)",
-            topic=settings.kafka_deadletter_topic,
-            cluster=settings.kafka_cluster,
-        )
+    else:
+        for topic in waiting.keys() & set(missing):
+            log.warning(
+                f"a topic does not exist: {waiting[topic]} will wait in the store until it does"
+                " (create it, or set create_missing_topics)",
+                topic=topic,
+                cluster=settings.kafka_cluster,
+            )
+    return True
 
 
 def _create(admin: AdminClient, topics: list[str], settings: Settings) -> None:

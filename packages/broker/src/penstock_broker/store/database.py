@@ -425,10 +425,12 @@ class Database:
             )
         )
 
-    def positions(self) -> Iterator[tuple[int, int, str, int, int, int]]:
-        """(seq, status, id, content, source, offset) of every row."""
+    def positions(self) -> Iterator[tuple[int, int, str, int, int, int, int, str | None]]:
+        """(seq, status, id, content, source, offset, size, reason) of every row."""
         return iter(
-            self.connection.execute("SELECT seq, status, id, content, source, log_offset FROM activation")
+            self.connection.execute(
+                "SELECT seq, status, id, content, source, log_offset, size, reason FROM activation"
+            )
         )
 
     def with_state(self) -> Iterator[Activation]:
@@ -446,6 +448,14 @@ class Database:
 
     def set_meta(self, key: str, value: str | int) -> None:
         self.connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def may_leave(self, running: bool, limit: int) -> list[int]:
+        """The seqs of some rows that another broker can go on with; ``running``: of claimed ones, too."""
+        sql = (
+            "SELECT seq FROM activation WHERE status IN (1, 2) OR (status = 3 AND ?1 AND NOT at_most_once)"
+            " LIMIT ?2"
+        )
+        return [seq for (seq,) in self.connection.execute(sql, (running, limit))]
 
     def last_ready_at(self) -> int:
         """The latest place in the order of hand-out that any pending row has."""

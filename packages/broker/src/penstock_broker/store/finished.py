@@ -37,7 +37,8 @@ def is_report(value: int, epoch: int, claim: int, outcome: int) -> bool:
 
 
 def place(source: int, offset: int) -> int:
-    """A place in a log, as one integer."""
+    """A place in a log, as an integer that is not negative. Beside the hash of a forward id: where what
+    was sent on under it was read. Read there again it is the same message; read elsewhere, a copy."""
     return source << OFFSET_BITS | offset
 
 

@@ -71,9 +71,13 @@ class Inflight:
         self._next_seq = self.epoch << SEQ_BITS
         self._paused = ""
         self._on_room: list[Callable[[], None]] = []
-        self.writer.on_committed.append(self._check_room)
+        # Pairs that hold their share.
+        self._overflowing: set[int] = set()
+        # Whether anything is handed out.
+        self.claiming = True
         # Awaited before an at-most-once claim is handed out: resolves when the ledger has it.
         self.recorded: Callable[[], Awaitable[None]] = self.committed
+        self.writer.on_committed += [self._check_room, self._check_shares]
 
     def committed(self) -> Awaitable[None]:
         """Resolves when everything done so far is durable. Raises StoreStopped when it will not be."""
@@ -154,7 +158,7 @@ class Inflight:
             refuse_conflict(row)
             row.id_hash = hash_id(row.id)
             known = self._content_of(row.id_hash)
-        if known is not None:
+        if self._is_copy(row, now) if row.sent_on else known is not None:
             memory.tally.duplicates += 1
             return False
         row.pair = self._pair_of(row).pair
@@ -171,6 +175,13 @@ class Inflight:
                 memory.finished.add(now, row.id_hash, last)
                 memory.batch.finished.extend((row.id_hash, last))
                 return False
+        if row.status is not Status.FORWARDING:
+            if row.source != NO_SOURCE and memory.share_room(row.pair) <= 0:
+                change = decide(row, Event.OVERFLOW, now, self.limits.lifecycle)
+                row.status, row.reason = change.status, change.reason
+                self._overflows(row.pair)
+            else:
+                memory.held_bytes[row.pair] += row.size
         memory.live[row.id_hash] = row.seq << CONTENT_BITS | row.content
         memory.counts[row.pair][row.status] += 1
         memory.rows += 1
@@ -178,6 +189,53 @@ class Inflight:
         if row.source != NO_SOURCE:
             memory.partitions.took(row)
         return True
+
+    def _is_copy(self, row: Activation, now: int) -> bool:
+        """Whether what a broker sent on is here already.
+
+        Its id may be in the window, of this very broker, and even in the row that has just left: what
+        came back from the log is what goes on. A copy of it is known by the forward id.
+        """
+        memory, here = self.memory, place(row.source, row.offset)
+        first = memory.finished.get(row.sent_on)
+        if first is not None and first != here:
+            return True
+        memory.finished.add(now, row.sent_on, here)
+        entry = memory.live.get(row.id_hash)
+        if entry is None or entry >> CONTENT_BITS in memory.forwarding:
+            return False
+        memory.batch.finished.extend((row.sent_on, here))
+        return True
+
+    def _overflows(self, pair: int) -> None:
+        if pair in self._overflowing:
+            return
+        self._overflowing.add(pair)
+        queue = self.memory.index.pairs[pair]
+        log.warning(
+            "a namespace holds its share of the store (namespace_share_max); what more comes of it waits"
+            " in the overflow topic, other namespaces go on",
+            application=queue.application,
+            namespace=queue.namespace,
+            rows=sum(self.memory.counts[pair][Status.PENDING : Status.FORWARDING]),
+            bytes=self.memory.held_bytes[pair],
+        )
+
+    def has_share_room(self, pair: int) -> bool:
+        """Whether a namespace that was over its share has room again: a twentieth of it."""
+        memory = self.memory
+        size = memory.share_bytes_max - memory.held_bytes[pair]
+        return memory.share_room(pair) * 20 >= memory.share_rows_max and size * 20 >= memory.share_bytes_max
+
+    def _check_shares(self) -> None:
+        for pair in [pair for pair in self._overflowing if self.has_share_room(pair)]:
+            self._overflowing.discard(pair)
+            queue = self.memory.index.pairs[pair]
+            log.info(
+                "a namespace has room in its share again",
+                application=queue.application,
+                namespace=queue.namespace,
+            )
 
     def _pair_of(self, row: Activation) -> PairQueue:
         memory = self.memory
@@ -212,6 +270,8 @@ class Inflight:
         drops the body of a row when it has been sent.
         """
         claimed: list[Activation] = []
+        if not self.claiming:
+            return claimed
         memory, limits = self.memory, self.limits
         now, mono = self.clock.wall_ms(), self.clock.mono_ms()
         memory.index.ask(application, namespaces, mono)
@@ -303,7 +363,7 @@ class Inflight:
         self, token: ClaimToken, event: Event, now: int, retry_delay_ms: int | None, error: str | None
     ) -> Answer | Report:
         outcome = OUTCOMES[event]
-        if self.memory.is_live(token.id_hash, token.seq):
+        if self.memory.is_live(token.id_hash, token.seq) or token.seq in self.memory.forwarding:
             return self._report(
                 Report(
                     event,
@@ -453,6 +513,7 @@ class Inflight:
         """An acknowledged commit of this broker passed everything below ``offset``."""
         starts = self.memory.partitions.cover(source, offset)
         self.memory.start_released(starts)
+        self.memory.exits_released(source)
         self._write(source)
 
     def dispute(self, source: Source) -> None:
@@ -506,6 +567,9 @@ class Inflight:
             if memory.is_live(id_hash, seq):
                 del memory.live[id_hash]
                 seqs.append(seq)
+            elif seq in memory.forwarding:
+                seqs.append(seq)
+            memory.forwarding.discard(seq)
         queued = self._drop_queued(source, boundary)
         in_memory = {seq for seq in seqs if seq in memory.resident}
         for seq in in_memory:
@@ -530,6 +594,23 @@ class Inflight:
         memory.batch.calls.append(delete)
         memory.batch.then.append(account)
         return result
+
+    async def hand_over(self, rows_max: int, running: bool) -> int:
+        """Pending and delayed rows leave for another broker, ``running`` ones too, but for those that must
+        not start twice. How many; durable."""
+        memory, refused = self.memory, self.outbox.refused
+        found = await self.read(lambda database: database.may_leave(running, rows_max + len(refused)))
+        now, states = self.clock.wall_ms(), frozenset((Status.PENDING, Status.DELAYED, Status.PROCESSING))
+        seqs = [seq for seq in found if seq not in refused]
+        for seq in seqs:
+            row = memory.resident.get(seq)
+            if row is None:
+                memory.batch.reports.append(Report(Event.HAND_OVER, now, seq, only=states))
+            elif row.status is Status.PENDING or (running and not row.at_most_once):
+                memory.change(row, Event.HAND_OVER, now)
+        memory.work.set()
+        await self.committed()
+        return len(seqs)
 
     def _drop_queued(self, source: Source, boundary: int) -> int:
         """Rows that wait for their first tick are dropped before it."""

@@ -14,6 +14,8 @@ class StoreLimits:
     # The intake pauses at these.
     rows_max: int = 1_000_000
     bytes_max: int = 8 * 1024**3
+    # Of both, the part that one namespace may hold; what more comes of it goes to the overflow.
+    namespace_share_max: float = 0.5
     # Pending rows held in memory.
     window_rows_max: int = 100_000
     window_bytes_max: int = 64 * 1024**2

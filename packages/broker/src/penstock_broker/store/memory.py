@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from penstock_broker.clock import Clock
-from penstock_broker.domain.activation import CONTENT_BITS, NO_SOURCE, Activation, Status, hash_id
+from penstock_broker.domain.activation import (
+    CONTENT_BITS,
+    NO_SOURCE,
+    Activation,
+    Route,
+    Status,
+    hash_id,
+    route_of,
+)
 from penstock_broker.domain.lifecycle import OUTCOMES, Change, Event, decide
 from penstock_broker.store.batch import Answer, Batch, Report, move
 from penstock_broker.store.database import Database
@@ -28,7 +36,7 @@ from penstock_broker.store.index import PairQueue, ReadyIndex
 from penstock_broker.store.leases import Leases
 from penstock_broker.store.ledger import Unfinished, state_after, state_of
 from penstock_broker.store.limits import StoreLimits
-from penstock_broker.store.partitions import Partitions, Source
+from penstock_broker.store.partitions import Exit, Partitions, Source
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX
 
 # A pair's rows in memory are refilled below this many.
@@ -65,17 +73,24 @@ class Memory:
         self.unfinished = Unfinished()
         # Rows that memory holds: those in the index, and those claimed.
         self.resident: dict[int, Activation] = {}
-        # Every row: id hash -> seq and content.
+        # Every row: id hash -> seq and content; of one that leaves and one that came back from the log, the
+        # latter.
         self.live: dict[int, int] = {}
+        # Rows that must leave.
+        self.forwarding: set[int] = set()
         # Per pair, rows by status (the list's index is the status).
         self.counts: dict[int, list[int]] = {}
         self.rows = 0
         self.bytes = 0
+        # Per pair, bytes of the rows that count towards its share: all but those that leave.
+        self.held_bytes: dict[int, int] = {}
+        self.share_rows_max = max(1, int(limits.rows_max * limits.namespace_share_max))
+        self.share_bytes_max = int(limits.bytes_max * limits.namespace_share_max)
         self.books: dict[tuple[int, str], int] = {}
         # Pairs that may have to be paged in.
         self.low: set[int] = set()
-        # Forwarding rows that nobody has taken yet.
-        self.outbox: deque[int] = deque()
+        # Covered rows that leave, and that nobody has taken yet.
+        self.outbox: dict[Route, deque[Exit]] = {route: deque() for route in Route}
         # Wall clock at which the next delay or expiry is due.
         self.next_wake_at: int | None = None
         self.batch = Batch()
@@ -96,29 +111,16 @@ class Memory:
             self.counts[pair][status] = rows
             self.rows += rows
             self.bytes += size
+            if status != Status.FORWARDING:
+                self.held_bytes[pair] += size
             if status == Status.PENDING:
                 self.index.pairs[pair].spilled = rows
                 self.low.add(pair)
-        for seq, status, id, content, source_id, offset in self.database.positions():
-            id_hash = hash_id(id)
-            self.live[id_hash] = seq << CONTENT_BITS | content
-            if status == Status.FORWARDING:
-                self.outbox.append(seq)
-            self._restore_uncovered(source_id, offset, seq, id_hash)
-            self.unfinished.add(source_id, offset)
-        for row in self.database.with_state():
-            self.unfinished.kept([(place(row.source, row.offset), state_of(row))])
+        self._load_rows()
         for id_hash, at in left:
             self._restore_uncovered(*unpack_position(at), 0, id_hash)
         for loaded in self.partitions.all():
             loaded.uncovered = deque(sorted(loaded.uncovered))
-        mono = self.clock.mono_ms()
-        for row in self.database.processing():
-            row.id_hash = hash_id(row.id)
-            # Whoever holds it gets the time to say so.
-            row.lease_until = mono + row.deadline_ms + self.limits.lease_ms
-            self.resident[row.seq] = row
-            self.leases.add(row)
         self.books = self.database.books()
         self.next_stamp = self.database.last_ready_at() + 1
         self.next_wake_at = self.database.next_wake_at(0)
@@ -126,12 +128,33 @@ class Memory:
             # The first tick pages them in; nothing else need happen for it.
             self.work.set()
 
+    def _load_rows(self) -> None:
+        for seq, status, id, content, source_id, offset, size, reason in self.database.positions():
+            id_hash, entry = hash_id(id), seq << CONTENT_BITS | content
+            if status == Status.FORWARDING:
+                self.live.setdefault(id_hash, entry)
+                self._depart(seq, size, reason, source_id, offset)
+            else:
+                self.live[id_hash] = entry
+            self._restore_uncovered(source_id, offset, seq, id_hash)
+            self.unfinished.add(source_id, offset)
+        for row in self.database.with_state():
+            self.unfinished.kept([(place(row.source, row.offset), state_of(row))])
+        mono = self.clock.mono_ms()
+        for row in self.database.processing():
+            row.id_hash = hash_id(row.id)
+            # Whoever holds it gets the time to say so.
+            row.lease_until = mono + row.deadline_ms + self.limits.lease_ms
+            self.resident[row.seq] = row
+            self.leases.add(row)
+
     def _restore_uncovered(self, source_id: int, offset: int, seq: int, id_hash: int) -> None:
         if source_id != NO_SOURCE and not self.partitions[source_id].is_covered(offset):
             self.partitions.restore(self.partitions[source_id], offset, seq, id_hash)
 
     def add_pair(self, pair: int, application: str, namespace: str) -> PairQueue:
         self.counts[pair] = [0] * 5
+        self.held_bytes[pair] = 0
         queue = self.index.add_pair(pair, application, namespace)
         queue.asked_at = self.clock.mono_ms()
         return queue
@@ -218,9 +241,16 @@ class Memory:
         counts[row.status] -= 1
         if change.status is not Status.GONE:
             counts[change.status] += 1
+        if row.status is Status.FORWARDING:
+            self.forwarding.discard(row.seq)
+            if change.status is not Status.GONE:
+                self.held_bytes[row.pair] += row.size
+        elif change.status is Status.GONE or change.status is Status.FORWARDING:
+            self.held_bytes[row.pair] -= row.size
 
     def _left(self, row: Activation, last: int, now: int) -> None:
-        self.live.pop(row.id_hash, None)
+        if self.is_live(row.id_hash, row.seq):
+            del self.live[row.id_hash]
         self.finished.add(now, row.id_hash, last)
         self.rows -= 1
         self.bytes -= row.size
@@ -228,13 +258,37 @@ class Memory:
     def _stayed(self, row: Activation, change: Change) -> None:
         """The row is only in the store now: whoever is to see it next must know."""
         if change.status is Status.FORWARDING:
-            self.outbox.append(row.seq)
+            self._depart(row.seq, row.size, change.reason, row.source, row.offset)
         elif change.status is Status.DELAYED:
             self.wake_earlier(change.ready_at)
         else:
             self.index.pairs[row.pair].spilled += 1
             self.low.add(row.pair)
         self.wake_earlier(row.expires_at)
+
+    def depart(self, row: Activation) -> None:
+        """A stored row must leave."""
+        self._depart(row.seq, row.size, row.reason, row.source, row.offset)
+
+    def _depart(self, seq: int, size: int, reason: str | None, source_id: int, offset: int) -> None:
+        """It does when it is covered: until then another broker may read it, too, and send it."""
+        self.forwarding.add(seq)
+        way_out = Exit(seq, size, route_of(reason))
+        if source_id == NO_SOURCE or self.partitions[source_id].is_covered(offset):
+            self.outbox[way_out.route].append(way_out)
+        else:
+            self.partitions[source_id].held_exits.append((offset, way_out))
+
+    def exits_released(self, source: Source) -> None:
+        """More of this partition is covered: what is may leave."""
+        if not source.held_exits:
+            return
+        held, source.held_exits = source.held_exits, []
+        for offset, way_out in held:
+            if source.is_covered(offset):
+                self.outbox[way_out.route].append(way_out)
+            else:
+                source.held_exits.append((offset, way_out))
 
     def void(self, row: Activation) -> None:
         """Memory forgets a row; a place it has in the order is void."""
@@ -250,6 +304,17 @@ class Memory:
         self.counts[row.pair][row.status] -= 1
         self.rows -= 1
         self.bytes -= row.size
+        if row.status is not Status.FORWARDING:
+            self.held_bytes[row.pair] -= row.size
+
+    # -- a namespace's share
+
+    def share_room(self, pair: int) -> int:
+        """Rows that a pair may still hold of its share; 0 or less when its rows or bytes reach it."""
+        if self.held_bytes[pair] >= self.share_bytes_max:
+            return 0
+        _, pending, delayed, processing, _ = self.counts[pair]
+        return self.share_rows_max - pending - delayed - processing
 
     def add_to_books(self, terms: dict[tuple[int, str], int]) -> None:
         for key, n in terms.items():

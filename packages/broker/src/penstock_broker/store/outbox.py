@@ -1,4 +1,4 @@
-"""Rows that must leave through the log: dead letters, and what is handed over."""
+"""Rows that must leave through the log: dead letters, and what another broker goes on with."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ import asyncio
 import json
 from collections.abc import Sequence
 
-from penstock_broker.domain.activation import Activation, Status, hash_id
+from penstock_broker.domain.activation import Activation, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.store.memory import Memory
+from penstock_broker.store.partitions import Exit
 from penstock_broker.store.writer import Writer
 
 
 class Outbox:
-    """Each row is handed out once, until it is acknowledged or returned."""
+    """Each row is handed out once, until it is acknowledged or returned; none before it is covered."""
 
     def __init__(self, memory: Memory, writer: Writer) -> None:
         self._memory = memory
         self._writer = writer
         # Dead letters that cannot leave through Kafka and rest in the store.
         self.resting = memory.database.dead_letter_count()
+        # Rows that were too large to leave for where another broker would go on with them.
+        self.refused: set[int] = set()
 
     def size(self) -> int:
         """Rows to forward, those in the log's hands included."""
         return sum(counts[Status.FORWARDING] for counts in self._memory.counts.values())
 
-    def waits(self) -> bool:
+    def waits(self, route: Route) -> bool:
         """Whether there is one to take."""
-        return bool(self._memory.outbox)
+        return bool(self._memory.outbox[route])
 
-    async def take(self, limit: int) -> list[Activation]:
-        """Rows to forward, with their bodies, first come first."""
-        memory = self._memory
-        seqs = [memory.outbox.popleft() for _ in range(min(limit, len(memory.outbox)))]
+    async def take(self, route: Route, rows_max: int, bytes_max: int) -> list[Activation]:
+        """Rows to forward, with their bodies, first come first: one, or as many as fit."""
+        memory, waiting = self._memory, self._memory.outbox[route]
+        seqs: list[int] = []
+        while waiting and len(seqs) < rows_max and (not seqs or waiting[0].size <= bytes_max):
+            seqs.append(waiting[0].seq)
+            bytes_max -= waiting.popleft().size
         rows: list[Activation] = []
         memory.batch.calls.append(lambda database: rows.extend(database.load(seqs)))
         await self._writer.committed()
@@ -41,19 +47,31 @@ class Outbox:
         return self._present(rows)
 
     def _present(self, rows: Sequence[Activation]) -> list[Activation]:
-        """Those that have not become another broker's meanwhile."""
-        return [row for row in rows if self._memory.is_live(row.id_hash, row.seq)]
+        """Those that have not left meanwhile."""
+        return [row for row in rows if row.seq in self._memory.forwarding]
 
-    def give_back(self, rows: Sequence[Activation]) -> None:
+    def give_back(self, route: Route, rows: Sequence[Activation]) -> None:
         """Not acknowledged: they will be taken again."""
-        self._memory.outbox.extendleft(row.seq for row in reversed(self._present(rows)))
+        exits = [Exit(row.seq, row.size, route) for row in reversed(self._present(rows))]
+        self._memory.outbox[route].extendleft(exits)
 
     def forwarded(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
         """The log acknowledged these: they leave. Resolves when durable."""
+        return self._change(rows, Event.FORWARDED)
+
+    def refuse(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
+        """These cannot go where another broker would go on with them: they stay. Resolves when durable."""
+        # What came back from the log after all goes on as that.
+        came_back = [row for row in rows if not self._memory.is_live(row.id_hash, row.seq)]
+        self._change(came_back, Event.FORWARDED)
+        self.refused.update(row.seq for row in rows)
+        return self._change(rows, Event.REFUSED)
+
+    def _change(self, rows: Sequence[Activation], event: Event) -> asyncio.Future[None]:
         now = self._memory.clock.wall_ms()
         for row in self._present(rows):
             self._memory.resident[row.seq] = row
-            self._memory.change(row, Event.FORWARDED, now)
+            self._memory.change(row, event, now)
         return asyncio.ensure_future(self._writer.committed())
 
     def rest(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
@@ -64,7 +82,7 @@ class Outbox:
         room = max(0, self._memory.limits.dead_letters_rest_max - self.resting)
         rows, now = self._present(rows), self._memory.clock.wall_ms()
         rest = rows[:room]
-        self.give_back(rows[room:])
+        self.give_back(Route.DEAD_LETTER, rows[room:])
         self.resting += len(rest)
         letters = [(r.seq, now, r.pair, r.id, r.taskname, r.reason, self._story(r), r.body) for r in rest]
         self._memory.batch.calls.append(lambda database: database.rest_dead_letters(letters))

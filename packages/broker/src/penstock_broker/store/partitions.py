@@ -11,11 +11,20 @@ import heapq
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from penstock_broker.domain.activation import NO_SOURCE, Activation
+from penstock_broker.domain.activation import NO_SOURCE, Activation, Route
 
 # Ids of dropped rows that are remembered, so that late reports on them are refused.
 DROPPED_IDS_MAX = 100_000
+
+
+class Exit(NamedTuple):
+    """A row that leaves."""
+
+    seq: int
+    size: int
+    route: Route
 
 
 @dataclass(slots=True)
@@ -37,6 +46,8 @@ class Source:
     disputed: bool = False
     # Pending rows that may not start yet: disputed ones, and at-most-once rows until they are covered.
     held_starts: list[Activation] = field(default_factory=list)
+    # (offset, row) of those that must leave and may not before they are covered.
+    held_exits: list[tuple[int, Exit]] = field(default_factory=list)
     # (offset, tie breaker, future of whether it was covered) of those who wait.
     waiting: list[tuple[int, int, asyncio.Future[bool]]] = field(default_factory=list)
 
@@ -157,6 +168,7 @@ class Partitions:
             del self._dropped[next(iter(self._dropped))]
         source.uncovered = deque(entry for entry in source.uncovered if entry[0] < boundary)
         source.held_starts = [row for row in source.held_starts if row.offset < boundary]
+        source.held_exits = [entry for entry in source.held_exits if entry[0] < boundary]
         source.next = min(source.next, boundary)
         waiting, source.waiting = source.waiting, []
         for wait in waiting:

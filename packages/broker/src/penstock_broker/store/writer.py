@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.store.batch import Answer, Batch, PageRequest, Written, repeated, wake_at
+from penstock_broker.store.finished import place
 from penstock_broker.store.memory import Memory
 
 PAGE_ROWS_MAX = 1024
@@ -186,6 +187,8 @@ class Writer:
                 row.ready_at = batch.stamp
                 if not memory.index.reserve(memory.index.pairs[row.pair], row):
                     memory.low.add(row.pair)
+            if row.sent_on:
+                batch.finished.extend((row.sent_on, place(row.source, row.offset)))
         batch.rows += arrival.rows
         for source_id, next_ in arrival.taken.items():
             source = memory.partitions[source_id]
@@ -239,7 +242,7 @@ class Writer:
         if row.status is Status.PENDING and not row.spilled:
             memory.enter(row)
         elif row.status is Status.FORWARDING:
-            memory.outbox.append(row.seq)
+            memory.depart(row)
         memory.wake_earlier(wake_at(row.status, row.ready_at, row.expires_at))
 
     def _fail(self, waiting: list[asyncio.Future[None]]) -> None:

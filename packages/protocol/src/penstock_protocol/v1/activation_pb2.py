@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%penstock_protocol/v1/activation.proto\x12\x0bpenstock.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x01\n\nRetryState\x12\x10\n\x08\x61ttempts\x18\x01 \x01(\r\x12\x14\n\x0cmax_attempts\x18\x02 \x01(\r\x12=\n\x14on_attempts_exceeded\x18\x03 \x01(\x0e\x32\x1f.penstock.v1.OnAttemptsExceeded\x12\x19\n\x0c\x61t_most_once\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1b\n\x0e\x64\x65lay_on_retry\x18\x05 \x01(\x04H\x01\x88\x01\x01\x42\x0f\n\r_at_most_onceB\x11\n\x0f_delay_on_retry\"\xcf\x03\n\x0eTaskActivation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x10\n\x08taskname\x18\x03 \x01(\t\x12\x12\n\nparameters\x18\x04 \x01(\t\x12\x39\n\x07headers\x18\x05 \x03(\x0b\x32(.penstock.v1.TaskActivation.HeadersEntry\x12/\n\x0breceived_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x0bretry_state\x18\x07 \x01(\x0b\x32\x17.penstock.v1.RetryState\x12$\n\x1cprocessing_deadline_duration\x18\x08 \x01(\x04\x12\x14\n\x07\x65xpires\x18\t \x01(\x04H\x00\x88\x01\x01\x12\x12\n\x05\x64\x65lay\x18\x0b \x01(\x04H\x01\x88\x01\x01\x12\x18\n\x0b\x61pplication\x18\x0c \x01(\tH\x02\x88\x01\x01\x12\x18\n\x10parameters_bytes\x18\r \x01(\x0c\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_expiresB\x08\n\x06_delayB\x0e\n\x0c_applicationJ\x04\x08\n\x10\x0b*\x81\x01\n\x12OnAttemptsExceeded\x12$\n ON_ATTEMPTS_EXCEEDED_UNSPECIFIED\x10\x00\x12 \n\x1cON_ATTEMPTS_EXCEEDED_DISCARD\x10\x01\x12#\n\x1fON_ATTEMPTS_EXCEEDED_DEADLETTER\x10\x02*\xf4\x01\n\x14TaskActivationStatus\x12&\n\"TASK_ACTIVATION_STATUS_UNSPECIFIED\x10\x00\x12\"\n\x1eTASK_ACTIVATION_STATUS_PENDING\x10\x01\x12%\n!TASK_ACTIVATION_STATUS_PROCESSING\x10\x02\x12\"\n\x1eTASK_ACTIVATION_STATUS_FAILURE\x10\x03\x12 \n\x1cTASK_ACTIVATION_STATUS_RETRY\x10\x04\x12#\n\x1fTASK_ACTIVATION_STATUS_COMPLETE\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%penstock_protocol/v1/activation.proto\x12\x0bpenstock.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x01\n\nRetryState\x12\x10\n\x08\x61ttempts\x18\x01 \x01(\r\x12\x14\n\x0cmax_attempts\x18\x02 \x01(\r\x12=\n\x14on_attempts_exceeded\x18\x03 \x01(\x0e\x32\x1f.penstock.v1.OnAttemptsExceeded\x12\x19\n\x0c\x61t_most_once\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1b\n\x0e\x64\x65lay_on_retry\x18\x05 \x01(\x04H\x01\x88\x01\x01\x42\x0f\n\r_at_most_onceB\x11\n\x0f_delay_on_retry\"~\n\x06SentOn\x12\x12\n\nforward_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62roker\x18\x02 \x01(\t\x12\x16\n\x0ereceived_at_ms\x18\x03 \x01(\x04\x12\x11\n\tdue_at_ms\x18\x04 \x01(\x04\x12\x17\n\x0f\x64\x65liveries_lost\x18\x05 \x01(\r\x12\x0c\n\x04size\x18\x06 \x01(\x04\"\x86\x04\n\x0eTaskActivation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x10\n\x08taskname\x18\x03 \x01(\t\x12\x12\n\nparameters\x18\x04 \x01(\t\x12\x39\n\x07headers\x18\x05 \x03(\x0b\x32(.penstock.v1.TaskActivation.HeadersEntry\x12/\n\x0breceived_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x0bretry_state\x18\x07 \x01(\x0b\x32\x17.penstock.v1.RetryState\x12$\n\x1cprocessing_deadline_duration\x18\x08 \x01(\x04\x12\x14\n\x07\x65xpires\x18\t \x01(\x04H\x00\x88\x01\x01\x12\x12\n\x05\x64\x65lay\x18\x0b \x01(\x04H\x01\x88\x01\x01\x12\x18\n\x0b\x61pplication\x18\x0c \x01(\tH\x02\x88\x01\x01\x12\x18\n\x10parameters_bytes\x18\r \x01(\x0c\x12)\n\x07sent_on\x18\x64 \x01(\x0b\x32\x13.penstock.v1.SentOnH\x03\x88\x01\x01\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_expiresB\x08\n\x06_delayB\x0e\n\x0c_applicationB\n\n\x08_sent_onJ\x04\x08\n\x10\x0b*\x81\x01\n\x12OnAttemptsExceeded\x12$\n ON_ATTEMPTS_EXCEEDED_UNSPECIFIED\x10\x00\x12 \n\x1cON_ATTEMPTS_EXCEEDED_DISCARD\x10\x01\x12#\n\x1fON_ATTEMPTS_EXCEEDED_DEADLETTER\x10\x02*\xf4\x01\n\x14TaskActivationStatus\x12&\n\"TASK_ACTIVATION_STATUS_UNSPECIFIED\x10\x00\x12\"\n\x1eTASK_ACTIVATION_STATUS_PENDING\x10\x01\x12%\n!TASK_ACTIVATION_STATUS_PROCESSING\x10\x02\x12\"\n\x1eTASK_ACTIVATION_STATUS_FAILURE\x10\x03\x12 \n\x1cTASK_ACTIVATION_STATUS_RETRY\x10\x04\x12#\n\x1fTASK_ACTIVATION_STATUS_COMPLETE\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,14 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TASKACTIVATION_HEADERSENTRY']._loaded_options = None
   _globals['_TASKACTIVATION_HEADERSENTRY']._serialized_options = b'8\001'
-  _globals['_ONATTEMPTSEXCEEDED']._serialized_start=764
-  _globals['_ONATTEMPTSEXCEEDED']._serialized_end=893
-  _globals['_TASKACTIVATIONSTATUS']._serialized_start=896
-  _globals['_TASKACTIVATIONSTATUS']._serialized_end=1140
+  _globals['_ONATTEMPTSEXCEEDED']._serialized_start=947
+  _globals['_ONATTEMPTSEXCEEDED']._serialized_end=1076
+  _globals['_TASKACTIVATIONSTATUS']._serialized_start=1079
+  _globals['_TASKACTIVATIONSTATUS']._serialized_end=1323
   _globals['_RETRYSTATE']._serialized_start=88
   _globals['_RETRYSTATE']._serialized_end=295
-  _globals['_TASKACTIVATION']._serialized_start=298
-  _globals['_TASKACTIVATION']._serialized_end=761
-  _globals['_TASKACTIVATION_HEADERSENTRY']._serialized_start=671
-  _globals['_TASKACTIVATION_HEADERSENTRY']._serialized_end=717
+  _globals['_SENTON']._serialized_start=297
+  _globals['_SENTON']._serialized_end=423
+  _globals['_TASKACTIVATION']._serialized_start=426
+  _globals['_TASKACTIVATION']._serialized_end=944
+  _globals['_TASKACTIVATION_HEADERSENTRY']._serialized_start=842
+  _globals['_TASKACTIVATION_HEADERSENTRY']._serialized_end=888
 # @@protoc_insertion_point(module_scope)

@@ -45,8 +45,24 @@ class RetryState(_message.Message):
     delay_on_retry: int
     def __init__(self, attempts: _Optional[int] = ..., max_attempts: _Optional[int] = ..., on_attempts_exceeded: _Optional[_Union[OnAttemptsExceeded, str]] = ..., at_most_once: bool = ..., delay_on_retry: _Optional[int] = ...) -> None: ...
 
+class SentOn(_message.Message):
+    __slots__ = ("forward_id", "broker", "received_at_ms", "due_at_ms", "deliveries_lost", "size")
+    FORWARD_ID_FIELD_NUMBER: _ClassVar[int]
+    BROKER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    DUE_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    DELIVERIES_LOST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    forward_id: str
+    broker: str
+    received_at_ms: int
+    due_at_ms: int
+    deliveries_lost: int
+    size: int
+    def __init__(self, forward_id: _Optional[str] = ..., broker: _Optional[str] = ..., received_at_ms: _Optional[int] = ..., due_at_ms: _Optional[int] = ..., deliveries_lost: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
+
 class TaskActivation(_message.Message):
-    __slots__ = ("id", "namespace", "taskname", "parameters", "headers", "received_at", "retry_state", "processing_deadline_duration", "expires", "delay", "application", "parameters_bytes")
+    __slots__ = ("id", "namespace", "taskname", "parameters", "headers", "received_at", "retry_state", "processing_deadline_duration", "expires", "delay", "application", "parameters_bytes", "sent_on")
     class HeadersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +82,7 @@ class TaskActivation(_message.Message):
     DELAY_FIELD_NUMBER: _ClassVar[int]
     APPLICATION_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_ON_FIELD_NUMBER: _ClassVar[int]
     id: str
     namespace: str
     taskname: str
@@ -78,4 +95,5 @@ class TaskActivation(_message.Message):
     delay: int
     application: str
     parameters_bytes: bytes
-    def __init__(self, id: _Optional[str] = ..., namespace: _Optional[str] = ..., taskname: _Optional[str] = ..., parameters: _Optional[str] = ..., headers: _Optional[_Mapping[str, str]] = ..., received_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., retry_state: _Optional[_Union[RetryState, _Mapping]] = ..., processing_deadline_duration: _Optional[int] = ..., expires: _Optional[int] = ..., delay: _Optional[int] = ..., application: _Optional[str] = ..., parameters_bytes: _Optional[bytes] = ...) -> None: ...
+    sent_on: SentOn
+    def __init__(self, id: _Optional[str] = ..., namespace: _Optional[str] = ..., taskname: _Optional[str] = ..., parameters: _Optional[str] = ..., headers: _Optional[_Mapping[str, str]] = ..., received_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., retry_state: _Optional[_Union[RetryState, _Mapping]] = ..., processing_deadline_duration: _Optional[int] = ..., expires: _Optional[int] = ..., delay: _Optional[int] = ..., application: _Optional[str] = ..., parameters_bytes: _Optional[bytes] = ..., sent_on: _Optional[_Union[SentOn, _Mapping]] = ...) -> None: ...
