@@ -102,6 +102,8 @@ class Consumer(Client):
         # A rebalance is being carried out by poll.
         self._busy = False
         self._joining = False
+        # The group has heard of us, as far as we know.
+        self._member = False
         self._heard_at = self.hub.now
         self._connected = True
         self._sent_until = 0.0
@@ -280,6 +282,7 @@ class Consumer(Client):
             self._joining = False
             if self.cluster.up and self.process.alive and not self._closed:
                 self._heard_at = hub.now
+                self._member = True
                 group.join(self, owned)
 
         hub.later(self.cluster.latency(), arrive)
@@ -302,12 +305,17 @@ class Consumer(Client):
         self.process.later(interval * self.hub.between(0.9, 1.1), self._beat)
 
     def _heartbeat(self) -> None:
+        if not self._member:
+            if not self._busy:
+                self._join()
+            return
         answer = self.cluster.group.heartbeat(self)
         if answer == "fenced":
             on_error = self.config["error_cb"]
             error = KafkaError(KafkaError.FENCED_INSTANCE_ID, "fenced by another member", fatal=True)
             self._call(lambda: on_error(error))
         elif answer == "unknown":
+            self._member = False
             if self.generation >= 0:
                 self._lose()
             elif not self._busy:
@@ -322,6 +330,7 @@ class Consumer(Client):
     def _lose(self) -> None:
         """The group goes on without us."""
         self.generation = -1
+        self._member = False
         self._busy = True
 
         def lost() -> None:

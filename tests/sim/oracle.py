@@ -116,6 +116,10 @@ class Oracle:
     def _has_expired(self, task: Task, wall: int) -> bool:
         return task.expires_ms is not None and task.discard and wall >= task.received_ms + task.expires_ms
 
+    def _has_expired_by_now(self, task: Task) -> bool:
+        """By the clock of anybody who may have taken it: then it had no row."""
+        return any(self._has_expired(task, m.clock.latest_ms()) for m in self.pool.brokers.values())
+
     def _check_store(self, machine: BrokerMachine) -> None:
         broker = machine.broker
         if broker is None or machine.dirty < CHECK_STORE_EVERY:
@@ -204,8 +208,7 @@ class Oracle:
             if claim.request != request_id:
                 self.fail("one holder", f"{task.id}: the claim of {claim.request} went to {request_id}")
             return
-        if task.at_most_once and task.unreleased:
-            self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
+        self._check_at_most_once(machine, task)
         self._check_exclusive(machine, task)
         self._check_due(machine, task, handed)
         self._check_final(machine, task, handed.attempt)
@@ -235,6 +238,15 @@ class Oracle:
             self.fail("starts are bounded", f"{task.id}: attempt {attempt} of {task.max_attempts}")
         return task
 
+    def _check_at_most_once(self, machine: BrokerMachine, task: Task) -> None:
+        if task.at_most_once and task.unreleased and not self._is_copy(task):
+            self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
+
+    def _is_copy(self, task: Task) -> bool:
+        """A second message with the same id, which a broker may read that never had the first: only
+        within one store is an id known."""
+        return len(task.positions) > 1 and self.pool.moved(task.positions[0][0])
+
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
         if task.final:
             self._runs_again(machine, task, f"it ended as {task.final}")
@@ -242,8 +254,7 @@ class Oracle:
             self._runs_again(machine, task, f"attempt {attempt} was acknowledged")
 
     def _runs_again(self, machine: BrokerMachine, task: Task, why: str) -> None:
-        if len(task.positions) > 1 and self.pool.moved(task.positions[0][0]):
-            # A second message with the same id, read by a broker that never had the first.
+        if self._is_copy(task):
             self.counts["copies run twice"] += 1
             return
         self.fail(
@@ -258,7 +269,7 @@ class Oracle:
             return
         latest = machine.clock.latest_ms()
         early = task.received_ms + task.delay_ms - latest
-        if early > 0:
+        if task.delay_ms and early > 0:
             self.fail("never early", f"{task.id} started {early} ms before its delay was over")
         for broker, attempt, due in task.retry_at.values():
             if broker == machine.name and attempt == handed.attempt and latest < due and not task.positions[1:]:
@@ -288,8 +299,7 @@ class Oracle:
         task = self._handed(machine, activation, 0)
         if task is None:
             return
-        if task.at_most_once and task.unreleased:
-            self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
+        self._check_at_most_once(machine, task)
         self._check_exclusive(machine, task)
         if task.final:
             self._check_final(machine, task, 0)
@@ -299,15 +309,15 @@ class Oracle:
         self.hub.tell("oracle", f"{machine.name} hands out {task.id} to v1")
 
     def started(self, claim: Claim, worker: str) -> None:
-        claim.task.starts += 1
-        self.counts["started"] += 1
-        if claim.task.at_most_once and claim.task.starts > 1:
-            self.fail("at most once", f"{claim.task.id} was started again, by {worker}")
+        self._started(claim.task, worker)
 
-    def started_v1(self, task: Task, broker: str, worker: str) -> None:
+    def started_v1(self, task: Task, worker: str) -> None:
+        self._started(task, worker)
+
+    def _started(self, task: Task, worker: str) -> None:
         task.starts += 1
         self.counts["started"] += 1
-        if task.at_most_once and task.starts > 1:
+        if task.at_most_once and task.starts > 1 and not self._is_copy(task):
             self.fail("at most once", f"{task.id} was started again, by {worker}")
 
     def _on_answered(self, machine: BrokerMachine, claim: Claim, status: int, answer: int) -> None:
@@ -377,7 +387,7 @@ class Oracle:
             task.promised = True
             if answer.result == producer_pb2.SEND_RESULT_REJECTED:
                 self.fail("at least once", f"{task.id} was rejected: {answer.reason}")
-            if task.id not in ids and not task.left:
+            if task.id not in ids and not task.left and not self._has_expired_by_now(task):
                 self.fail("at least once", f"{machine.name} accepted {task.id}, and it is not durable")
 
     # -- Kafka
@@ -390,7 +400,7 @@ class Oracle:
         for at in range(before, offset):
             task = self.positions[partition, at]
             id = task.id if not task.poison else position_id(self.pool.topic, partition, at)
-            if id not in held and not task.left:
+            if id not in held and not task.left and not self._has_expired_by_now(task):
                 self.fail(
                     "no offset above what is durable",
                     f"{process.name} committed {offset} of partition {partition};"
@@ -439,7 +449,7 @@ class Oracle:
     def settle(self) -> None:
         """When all is drained: nothing was lost, and the books balance."""
         for task in self.tasks.values():
-            if task.promised and not task.left:
+            if task.promised and not task.left and not self._has_expired_by_now(task):
                 self.fail("at least once", f"{task.id} was never taken, at {task.positions or task.sent_to}")
         for machine in self.pool.brokers.values():
             assert machine.broker is not None

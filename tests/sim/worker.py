@@ -123,7 +123,7 @@ class Worker:
         await asyncio.sleep(min(task.seconds, deadline))
         if task.seconds > deadline:
             self._outcome(claim, consumer_pb2.TASK_OUTCOME_STATUS_DEADLINE_EXCEEDED)
-        elif not self.pool.calm and self.rng.random() < 0.02:
+        elif not self.pool.faultless and self.rng.random() < 0.02:
             self._outcome(claim, consumer_pb2.TASK_OUTCOME_STATUS_WORKER_DIED)
         else:
             self._outcome(claim, task.outcome(claim.attempt))
@@ -160,7 +160,7 @@ class Worker:
                 await asyncio.sleep(self.hub.between(0.05, 1.0))
                 continue
             # A repeat that crosses its answer.
-            if self.pool.calm or self.rng.random() > 0.05:
+            if self.pool.faultless or self.rng.random() > 0.05:
                 return
 
     # -- heartbeats
@@ -213,7 +213,7 @@ class V1Worker:
 
     async def _execute(self, task: Task, broker: str) -> Task | None:
         rng, network, oracle = self.hub.random, self.pool.network, self.pool.oracle
-        oracle.started_v1(task, broker, self.name)
+        oracle.started_v1(task, self.name)
         await asyncio.sleep(min(task.seconds, 2.0))
         outcome = task.outcome(rng.randint(1, 4))
         status = {
