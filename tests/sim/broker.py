@@ -149,9 +149,9 @@ class BrokerMachine:
     def pause(self, seconds: float) -> None:
         """SIGSTOP, and SIGCONT later."""
         assert self.process is not None
-        self.process.stopped_until = self.hub.now + seconds
+        self.process.stopped_until = max(self.process.stopped_until, self.hub.now + seconds)
 
     def block(self, seconds: float) -> None:
         """The event loop does something for that long; threads go on."""
         assert self.process is not None
-        self.process.blocked_until = self.hub.now + seconds
+        self.process.blocked_until = max(self.process.blocked_until, self.hub.now + seconds)

@@ -148,7 +148,7 @@ class Faults:
         machine = self.rng.choice(sorted(self.pool.brokers.items()))[1]
         ahead = self.rng.randint(-CLOCK_AHEAD_MS, CLOCK_AHEAD_MS)
         if self.rng.random() < 0.2:
-            ahead *= 70
+            ahead *= 15
             machine.clock_doubtful = True
         self._tell("clock jump", f"{machine.name} is {ahead} ms ahead")
         machine.clock.jump(ahead)
@@ -163,4 +163,4 @@ class Faults:
         if self.pool.workers:
             worker, seconds = self.rng.choice(self.pool.workers), self._seconds(20)
             self._tell("worker stopped", f"{worker.name} for {seconds:.2f} s")
-            worker.process.stopped_until = self.hub.now + seconds
+            worker.process.stopped_until = max(worker.process.stopped_until, self.hub.now + seconds)

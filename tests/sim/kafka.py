@@ -29,6 +29,7 @@ class Record(NamedTuple):
 class Member:
     """A static member of the group, as its coordinator knows it."""
 
+    id: int
     consumer: Consumer
     seen_at: float
     owned: frozenset[int]
@@ -88,6 +89,7 @@ class Group:
     members: dict[str, Member] = field(default_factory=dict)
     committed: dict[int, tuple[int, str]] = field(default_factory=dict)
     rebalances: int = 0
+    _last_id: int = 0
     # Whoever had it.
     owners: dict[int, set[str]] = field(default_factory=dict)
     # Told of each commit that is accepted: who, partition, offset before, offset.
@@ -134,11 +136,13 @@ class Group:
         now = self.cluster.hub.now
         member = self.members.get(consumer.instance)
         if member is None:
-            member = self.members[consumer.instance] = Member(consumer, now, owned)
+            self._last_id += 1
+            member = self.members[consumer.instance] = Member(self._last_id, consumer, now, owned)
             self._expect(member)
         elif member.consumer is not consumer:
             # The same broker started anew: it goes on where its predecessor was.
-            member.consumer, member.seen_at, member.owned = consumer, now, owned
+            self._last_id += 1
+            member.id, member.consumer, member.seen_at, member.owned = self._last_id, consumer, now, owned
             self._expect(member)
             if not self.preparing:
                 self._send(member)
@@ -196,20 +200,21 @@ class Group:
                 self.owners.setdefault(partition, set()).add(name)
 
     def _send(self, member: Member) -> None:
-        cluster, generation = self.cluster, self.generation
+        cluster, generation, id = self.cluster, self.generation, member.id
         consumer, assigned = member.consumer, member.assigned
 
         def arrive() -> None:
             if cluster.reachable(consumer.process):
-                consumer.process.enter(lambda: consumer.synced(generation, assigned))
+                consumer.process.enter(lambda: consumer.synced(id, generation, assigned))
 
         cluster.hub.later(cluster.latency(), arrive)
 
     def commit(
-        self, consumer: Consumer, generation: int, positions: Iterable[tuple[int, int, str]]
+        self, consumer: Consumer, id: int, generation: int, positions: Iterable[tuple[int, int, str]]
     ) -> KafkaError | None:
+        """``id`` and ``generation`` as the member knew them when it sent this."""
         member = self.members.get(consumer.instance)
-        if member is None:
+        if member is None or (member.consumer is consumer and member.id != id):
             return KafkaError(KafkaError.UNKNOWN_MEMBER_ID, "unknown member")
         if member.consumer is not consumer:
             return KafkaError(KafkaError.FENCED_INSTANCE_ID, "fenced", fatal=True)

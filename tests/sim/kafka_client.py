@@ -91,6 +91,7 @@ class Consumer(Client):
         self.instance: str = config["group.instance.id"]
         self.session_seconds = config["session.timeout.ms"] / 1000
         self.generation = -1
+        self._id = -1
         # What the group has given us, and where each of them is read.
         self.owned: frozenset[int] = frozenset()
         self.positions: dict[int, int] = {}
@@ -105,6 +106,7 @@ class Consumer(Client):
         # The group has heard of us, as far as we know.
         self._member = False
         self._heard_at = self.hub.now
+        self._next_heartbeat = self.hub.now
         self._connected = True
         self._sent_until = 0.0
         self._topic = ""
@@ -227,7 +229,8 @@ class Consumer(Client):
         self, positions: list[tuple[int, int, str]], answered: Callable[[KafkaError | None], object]
     ) -> None:
         """Requests of one connection arrive in their order. An answer that is lost does not undo one."""
-        cluster, hub, process, generation = self.cluster, self.hub, self.process, self.generation
+        cluster, hub, process = self.cluster, self.hub, self.process
+        id, generation = self._id, self.generation
 
         def lost() -> None:
             process.later(
@@ -238,7 +241,7 @@ class Consumer(Client):
             if not cluster.up:
                 lost()
                 return
-            error = cluster.group.commit(self, generation, positions)
+            error = cluster.group.commit(self, id, generation, positions)
             if cluster.reachable(process):
                 process.later(cluster.latency(), lambda: answered(error))
             else:
@@ -292,17 +295,19 @@ class Consumer(Client):
             self._gone()
             return
         reachable = self.cluster.reachable(self.process)
-        if reachable:
-            self._heartbeat()
-        elif self.hub.now - self._heard_at > self.session_seconds and self.generation >= 0:
+        if self.hub.now - self._heard_at > self.session_seconds and self.generation >= 0:
+            # By its own clock it is out.
             self._lose()
+        elif reachable and self.hub.now >= self._next_heartbeat:
+            interval = self.config["heartbeat.interval.ms"] / 1000
+            self._next_heartbeat = self.hub.now + interval * self.hub.between(0.9, 1.0)
+            self._heartbeat()
         if reachable != self._connected:
             self._connected = reachable
             if not reachable:
                 on_error = self.config["error_cb"]
                 self._call(lambda: on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN)))
-        interval = self.config["heartbeat.interval.ms"] / 1000
-        self.process.later(interval * self.hub.between(0.9, 1.1), self._beat)
+        self.process.later(self.hub.between(0.3, 0.6), self._beat)
 
     def _heartbeat(self) -> None:
         if not self._member:
@@ -344,12 +349,12 @@ class Consumer(Client):
 
         self._call(lost)
 
-    def synced(self, generation: int, assigned: frozenset[int]) -> None:
+    def synced(self, id: int, generation: int, assigned: frozenset[int]) -> None:
         """Our part of a new generation."""
         group = self.cluster.group
         if self._closed or not group.is_member(self) or generation != group.generation or self._busy:
             return
-        self.generation = generation
+        self._id, self.generation = id, generation
         if assigned != self.owned:
             self._busy = True
             self._call(lambda: self._carry_out(assigned))
