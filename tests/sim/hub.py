@@ -236,7 +236,8 @@ class Loop(asyncio.BaseEventLoop):
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
         """On a thread of the process; one that is for the writer meets the disk's latency."""
         future = self.create_future()
-        disk = getattr(self.process, "disk", None) if executor is not None else None
+        writes = executor is not None and executor._thread_name_prefix == "writer"
+        disk = self.process.disk if writes else None  # type: ignore[attr-defined]
 
         def work() -> None:
             try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from confluent_kafka import KafkaError
 
-from tests.sim.hub import Hub, Process
+from tests.sim.hub import EPOCH_MS, Hub, Process
 from tests.sim.network import Network
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Record(NamedTuple):
     headers: list[tuple[str, bytes]]
     # When a consumer that waits for it has it.
     visible_at: float
+    at_ms: int
 
 
 @dataclass(slots=True)
@@ -50,6 +51,9 @@ class Cluster:
         self.topics: dict[str, list[list[Record]]] = {}
         self.group = Group(self)
         self.consumers: list[Consumer] = []
+        # Of transactional ids: who opened it last, and when the last committed transaction began.
+        self.epochs: dict[str, int] = {}
+        self.recorded_at: dict[str, float] = {}
         # Told of each record: topic, value, headers.
         self.on_append: Callable[[str, bytes | None, list[tuple[str, bytes]]], None] = lambda *told: None
 
@@ -66,7 +70,8 @@ class Cluster:
         self, topic: str, partition: int, key: object, value: bytes | None, headers: list[tuple[str, bytes]]
     ) -> int:
         log = self.topics[topic][partition]
-        log.append(Record(key, value, headers, self.hub.now + self.latency()))
+        now = self.hub.now
+        log.append(Record(key, value, headers, now + self.latency(), EPOCH_MS + int(now * 1000)))
         self.on_append(topic, value, headers)
         for consumer in self.consumers:
             consumer.appended(topic, partition, log[-1].visible_at)

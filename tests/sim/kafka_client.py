@@ -13,7 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from greenlet import GreenletExit
 
 from tests.sim.hub import Thread
-from tests.sim.kafka import Cluster
+from tests.sim.kafka import Cluster, Record
 
 STATISTICS_SECONDS = 5.0
 REQUEST_SECONDS_MAX = 8.0
@@ -31,15 +31,24 @@ class Answer:
 
 
 class Message:
-    __slots__ = ("_offset", "_partition", "_value")
+    __slots__ = ("_error", "_offset", "_partition", "_record")
 
-    def __init__(self, partition: int, offset: int, value: bytes | None) -> None:
+    def __init__(
+        self, partition: int, offset: int, record: Record | None, error: KafkaError | None = None
+    ) -> None:
         self._partition = partition
         self._offset = offset
-        self._value = value
+        self._record = record
+        self._error = error
 
-    def error(self) -> None:
-        return None
+    def error(self) -> KafkaError | None:
+        return self._error
+
+    def key(self) -> Any:
+        return self._record.key if self._record is not None else None
+
+    def timestamp(self) -> tuple[int, int]:
+        return 1, self._record.at_ms if self._record is not None else 0
 
     def partition(self) -> int:
         return self._partition
@@ -48,7 +57,7 @@ class Message:
         return self._offset
 
     def value(self) -> bytes | None:
-        return self._value
+        return self._record.value if self._record is not None else None
 
 
 def _error(code: int) -> KafkaException:
@@ -161,7 +170,7 @@ class Consumer(Client):
                 # The next partition has its turn first.
                 del self.positions[partition]
                 self.positions[partition] = position + 1
-                return Message(partition, position, record.value)
+                return Message(partition, position, record)
         return None
 
     def _next_visible(self) -> list[float]:
@@ -485,6 +494,120 @@ class _Sent:
             process.later(cluster.latency(), lambda: producer.answered(self, error))
         else:
             process.later(producer.hub.between(0.1, 1.0), self.attempt)
+
+
+class TransactionalProducer(Client):
+    """All of a transaction is in the log once it is committed, or nothing."""
+
+    def __init__(self, cluster: Cluster, config: dict[str, Any]) -> None:
+        super().__init__(cluster, config)
+        self._id: str = config["transactional.id"]
+        self._epoch = -1
+        self._begun_at = 0.0
+        self._messages: list[tuple[str, bytes, bytes | None]] = []
+
+    def init_transactions(self, timeout: float) -> None:
+        self.request(timeout)
+        self._epoch = self.cluster.epochs[self._id] = self.cluster.epochs.get(self._id, 0) + 1
+
+    def begin_transaction(self) -> None:
+        self._begun_at = self.hub.now
+        self._messages = []
+
+    def produce(self, topic: str, value: bytes | None, key: bytes) -> None:
+        self._messages.append((topic, key, value))
+
+    def commit_transaction(self, timeout: float) -> None:
+        """One whose answer is lost may have been carried out."""
+        thread, cluster = self.thread, self.cluster
+        if not cluster.reachable(self.process):
+            thread.wait(timeout)
+            raise _error(KafkaError._TIMED_OUT)
+        done: list[bool] = []
+        messages, epoch, begun_at = self._messages, self._epoch, self._begun_at
+
+        def arrive() -> None:
+            if not cluster.up:
+                return
+            fenced = cluster.epochs[self._id] != epoch
+            if not fenced:
+                cluster.recorded_at[self._id] = begun_at
+                for topic, key, value in messages:
+                    cluster.append(topic, sum(key) % len(cluster.topics[topic]), key, value, [])
+            if cluster.reachable(self.process):
+                self.process.later(cluster.latency(), lambda: (done.append(fenced), thread.wake()))
+
+        self.hub.later(cluster.latency(), arrive)
+        until = self.hub.now + timeout
+        while not done and self.hub.now < until:
+            thread.wait(until - self.hub.now)
+        if not done:
+            raise _error(KafkaError._TIMED_OUT)
+        if done[0]:
+            raise _error(KafkaError._FENCED)
+
+
+class Reader(Client):
+    """A consumer without a group: it reads what it is told to, to the end."""
+
+    def __init__(self, cluster: Cluster, config: dict[str, Any]) -> None:
+        super().__init__(cluster, config)
+        self._positions: dict[int, int] = {}
+        self._topic = ""
+        self._ended: set[int] = set()
+
+    def list_topics(self, topic: str, timeout: float) -> SimpleNamespace:
+        self.request(timeout)
+        logs = self.cluster.topics.get(topic)
+        named = {topic: SimpleNamespace(partitions=dict.fromkeys(range(len(logs))))} if logs else {}
+        return SimpleNamespace(topics=named)
+
+    def get_watermark_offsets(self, partition: TopicPartition, timeout: float) -> tuple[int, int]:
+        self.request(timeout)
+        return 0, len(self.cluster.topics[partition.topic][partition.partition])
+
+    def committed(self, partitions: Sequence[TopicPartition], timeout: float) -> list[Answer]:
+        self.request(timeout)
+        known = self.cluster.group.committed
+        return [
+            Answer(p.topic, p.partition, *known.get(p.partition, (-1001, "")))
+            for p in partitions
+        ]
+
+    def assign(self, partitions: Sequence[TopicPartition]) -> None:
+        self._positions = {p.partition: p.offset for p in partitions}
+        self._topic = partitions[0].topic if partitions else ""
+        self._ended.clear()
+
+    def consume(self, num_messages: int, timeout: float) -> list[Message]:
+        thread = self.thread
+        if not self.cluster.reachable(self.process):
+            thread.wait(timeout)
+            return []
+        thread.wait(self.cluster.latency())
+        messages: list[Message] = []
+        for partition, position in self._positions.items():
+            log = self.cluster.topics[self._topic][partition]
+            read = log[position : position + num_messages - len(messages)]
+            messages += [Message(partition, position + n, record) for n, record in enumerate(read)]
+            self._positions[partition] = position + len(read)
+            if position + len(read) == len(log) and partition not in self._ended:
+                self._ended.add(partition)
+                messages.append(Message(partition, len(log), None, KafkaError(KafkaError._PARTITION_EOF)))
+        if not messages:
+            thread.wait(timeout)
+        return messages
+
+    def close(self) -> None:
+        pass
+
+
+def consumer(cluster: Cluster, config: dict[str, Any]) -> Consumer | Reader:
+    return Consumer(cluster, config) if "group.instance.id" in config else Reader(cluster, config)
+
+
+def producer(cluster: Cluster, config: dict[str, Any]) -> Producer | TransactionalProducer:
+    return TransactionalProducer(cluster, config) if "transactional.id" in config else Producer(cluster, config)
 
 
 class AdminClient(Client):

@@ -65,6 +65,8 @@ class Pool:
         self.kafka = Cluster(hub, self.network)
         self.kafka.add_topic(TOPIC, rng.randint(1, 5))
         self.kafka.add_topic(self.dead_letters, 1)
+        if rng.random() < 0.8:
+            self.kafka.add_topic(f"{TOPIC}-ledger", 1)
         self.kafka.group.topic = TOPIC
         self.lease_ms = rng.choice((2000, 5000))
         self.oracle = Oracle(self)

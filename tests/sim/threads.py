@@ -182,8 +182,8 @@ def replaced(hub: Hub, cluster: Cluster) -> Iterator[None]:
     instead = {
         id(threading): simulated,
         id(secrets): SimSecrets(hub),
-        id(confluent_kafka.Consumer): partial(kafka_client.Consumer, cluster),
-        id(confluent_kafka.Producer): partial(kafka_client.Producer, cluster),
+        id(confluent_kafka.Consumer): partial(kafka_client.consumer, cluster),
+        id(confluent_kafka.Producer): partial(kafka_client.producer, cluster),
         id(confluent_kafka.admin.AdminClient): partial(kafka_client.AdminClient, cluster),
         id(metrics.expose): lambda *arguments, **options: SimpleNamespace(close=lambda: None),
     }
