@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
+from penstock_broker.dispatch.service import Consumers
 from penstock_broker.dispatch.waiting import Waiting, Wanted
 from penstock_broker.domain.activation import Activation
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.store.inflight import Inflight
+from penstock_protocol.v1.consumer_pb2 import GetTasksRequest, GetTasksResponse
 
 ANY = Wanted(None, ())
 
@@ -112,3 +114,15 @@ async def test_after_closing_nothing_is_handed_out(store: Inflight) -> None:
     waiting.close()
     assert waiting.claim(ANY, 1) == []
     assert await waiting.wait(ANY, 1, 30) == []
+
+
+async def test_a_claim_whose_lease_ends_before_it_is_durable_is_not_handed_out(store: Inflight) -> None:
+    consumers = Consumers(store, Waiting(store, 1 << 20))
+    store.insert([activation("once", store.clock, at_most_once=True), activation("often", store.clock)])  # type: ignore[arg-type]
+    await settle_down(store)
+    poll = asyncio.create_task(consumers.get_tasks(GetTasksRequest(max_tasks=2).SerializeToString()))
+    await asyncio.sleep(0)
+    store.clock.advance(store.limits.lease_ms + 1000)  # type: ignore[attr-defined]
+    assert store.lapse(store.clock.mono_ms()) == 2
+    await settle_down(store)
+    assert not GetTasksResponse.FromString(await poll).tasks

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from penstock_broker.dispatch.waiting import Waiting, Wanted
-from penstock_broker.domain.activation import NO_SOURCE, Activation, hash_id
+from penstock_broker.domain.activation import NO_SOURCE, Activation, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import decode_token, encode_parts
 from penstock_broker.store.batch import Answer, Report
@@ -84,7 +84,7 @@ class Consumers:
             return []
         rows = self.waiting.claim(_wanted(asked), 1, tokenless=True)
         if rows and rows[0].at_most_once:
-            await self._durable(rows)
+            rows = await self._durable(rows)
         return rows
 
     async def set_task_status(self, request: bytes) -> bytes:
@@ -139,7 +139,7 @@ class Consumers:
                 asked.worker.worker_id,
             )
             if any(row.at_most_once for row in rows):
-                await self._durable(rows)
+                rows = await self._durable(rows)
         response = raw_pb2.RawGetTasksResponse(lease_ms=self.store.limits.lease_ms)
         if rows:
             self._remember(asked.request_id, rows)
@@ -228,8 +228,9 @@ class Consumers:
 
     # -- what must be true before an answer leaves
 
-    async def _durable(self, rows: Sequence[Activation]) -> None:
-        """At-most-once claims are in the rows, and in the ledger, before they are handed out."""
+    async def _durable(self, rows: Sequence[Activation]) -> list[Activation]:
+        """At-most-once claims are in the rows, and in the ledger, before they are handed out. Those whose
+        lease has not ended meanwhile."""
         try:
             async with asyncio.timeout(COVER_SECONDS_MAX):
                 from_log = any(row.at_most_once and row.source != NO_SOURCE for row in rows)
@@ -243,6 +244,7 @@ class Consumers:
         except BaseException:
             self.store.release(rows)
             raise
+        return [row for row in rows if row.status is Status.PROCESSING]
 
     async def _finish(
         self, settled: Sequence[Answer | Report], ids: Sequence[int]

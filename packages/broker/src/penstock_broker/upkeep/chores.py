@@ -55,7 +55,8 @@ class Upkeep:
                 due = chore.due()
                 if due is not None and due <= now:
                     chore.run(now)
-            self._sleeping_until = self._next_due(now)
+            # What is due since long was only learned just now: that is no time the broker stood still.
+            self._sleeping_until = max(now, self._next_due(now))
             await self._sleep(self._sleeping_until)
 
     async def _sleep(self, until: int) -> None:

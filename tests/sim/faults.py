@@ -1,0 +1,166 @@
+"""What goes wrong: each fault starts, lasts and ends; which kinds a history has, its seed says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from confluent_kafka import KafkaError
+
+from tests.sim.broker import BrokerMachine
+from tests.sim.kafka import NAME as KAFKA
+
+if TYPE_CHECKING:
+    from tests.sim.pool import Pool
+
+# A clock that jumps by more corrects what producers say, and then what is early is nobody's to say.
+CLOCK_AHEAD_MS = 50_000
+
+
+class Faults:
+    """Draws and carries out."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.hub = pool.hub
+        self.rng = pool.hub.random
+        self.kinds: dict[str, Callable[[], None]] = {
+            "broker crash": self.broker_crash,
+            "broker restart": self.broker_restart,
+            "broker stopped": self.broker_stopped,
+            "event loop blocked": self.loop_blocked,
+            "broker cut off Kafka": self.cut_kafka,
+            "worker cut off broker": self.cut_worker,
+            "messages lost": self.messages_lost,
+            "network slow": self.network_slow,
+            "Kafka down": self.kafka_down,
+            "Kafka slow": self.kafka_slow,
+            "dead letters refused": self.letters_refused,
+            "disk slow": self.disk_slow,
+            "clock jump": self.clock_jump,
+            "worker crash": self.worker_crash,
+            "worker stopped": self.worker_stopped,
+        }
+        self.enabled = [kind for kind in self.kinds if self.rng.random() < 0.5]
+        self.mean_seconds = self.rng.choice((1.0, 3.0, 8.0))
+
+    def start(self) -> None:
+        if self.enabled:
+            self.hub.later(self.rng.expovariate(1 / self.mean_seconds), self._next)
+
+    def _next(self) -> None:
+        if self.pool.calm:
+            return
+        kind = self.rng.choice(self.enabled)
+        self.kinds[kind]()
+        self.start()
+
+    def _tell(self, kind: str, what: str) -> None:
+        self.pool.faults[kind] += 1
+        self.hub.tell("FAULT", f"{kind}: {what}")
+
+    def _broker(self) -> BrokerMachine | None:
+        alive = [machine for machine in self.pool.brokers.values() if machine.alive]
+        return self.rng.choice(alive) if alive else None
+
+    def _seconds(self, most: float) -> float:
+        """Mostly short, sometimes beyond every timeout."""
+        return self.rng.choice((0.01, 0.1, 0.5, 1.0)) * most * self.rng.random()
+
+    def broker_crash(self) -> None:
+        if machine := self._broker():
+            seconds = self._seconds(20)
+            self._tell("broker crash", f"{machine.name}, back in {seconds:.2f} s")
+            machine.crash()
+            self.hub.later(seconds, lambda: self.pool.start(machine))
+
+    def broker_restart(self) -> None:
+        if machine := self._broker():
+            self._tell("broker restart", machine.name)
+            machine.back_in = self._seconds(20)
+            machine.stop()
+
+    def broker_stopped(self) -> None:
+        if machine := self._broker():
+            seconds = self._seconds(20)
+            self._tell("broker stopped", f"{machine.name} for {seconds:.2f} s")
+            machine.pause(seconds)
+
+    def loop_blocked(self) -> None:
+        if machine := self._broker():
+            seconds = self._seconds(15)
+            self._tell("event loop blocked", f"{machine.name} for {seconds:.2f} s")
+            machine.block(seconds)
+
+    def cut_kafka(self) -> None:
+        name = self.rng.choice(sorted(self.pool.brokers))
+        self._cut("broker cut off Kafka", name, KAFKA, self._seconds(25))
+
+    def cut_worker(self) -> None:
+        if not self.pool.workers:
+            return
+        broker, worker = self.rng.choice(sorted(self.pool.brokers)), self.rng.choice(self.pool.workers).name
+        self._cut("worker cut off broker", worker, broker, self._seconds(20))
+
+    def _cut(self, kind: str, one: str, other: str, seconds: float) -> None:
+        self._tell(kind, f"{one} from {other} for {seconds:.2f} s")
+        self.pool.network.cut(one, other)
+        self.hub.later(seconds, lambda: self.pool.network.heal(one, other))
+
+    def messages_lost(self) -> None:
+        network = self.pool.network
+        network.loss = self.rng.choice((0.01, 0.1, 0.3))
+        self._tell("messages lost", f"{network.loss}")
+        self.hub.later(self._seconds(20), lambda: setattr(network, "loss", 0.0))
+
+    def network_slow(self) -> None:
+        network = self.pool.network
+        network.slow = self.rng.choice((10.0, 100.0, 1000.0))
+        self._tell("network slow", f"{network.slow} times")
+        self.hub.later(self._seconds(20), lambda: setattr(network, "slow", 1.0))
+
+    def kafka_down(self) -> None:
+        kafka, seconds = self.pool.kafka, self._seconds(30)
+        self._tell("Kafka down", f"for {seconds:.2f} s")
+        kafka.up = False
+        self.hub.later(seconds, lambda: setattr(kafka, "up", True))
+
+    def kafka_slow(self) -> None:
+        kafka = self.pool.kafka
+        kafka.slow = self.rng.choice((10.0, 100.0))
+        self._tell("Kafka slow", f"{kafka.slow} times")
+        self.hub.later(self._seconds(20), lambda: setattr(kafka, "slow", 1.0))
+
+    def letters_refused(self) -> None:
+        refuses, topic = self.pool.kafka.refuses, self.pool.dead_letters
+        code = self.rng.choice((KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.POLICY_VIOLATION))
+        self._tell("dead letters refused", str(code))
+        refuses[topic] = KafkaError(code, "refused")
+        self.hub.later(self._seconds(20), lambda: refuses.pop(topic, None))
+
+    def disk_slow(self) -> None:
+        disk = self.rng.choice(sorted(self.pool.brokers.items()))[1].disk
+        disk.slow = self.rng.choice((20.0, 200.0, 1000.0))
+        self._tell("disk slow", f"{disk.directory.parent.name} {disk.slow} times")
+        self.hub.later(self._seconds(20), lambda: setattr(disk, "slow", 1.0))
+
+    def clock_jump(self) -> None:
+        machine = self.rng.choice(sorted(self.pool.brokers.items()))[1]
+        ahead = self.rng.randint(-CLOCK_AHEAD_MS, CLOCK_AHEAD_MS)
+        if self.rng.random() < 0.2:
+            ahead *= 15
+            machine.clock_doubtful = True
+        self._tell("clock jump", f"{machine.name} is {ahead} ms ahead")
+        machine.clock.jump(ahead)
+
+    def worker_crash(self) -> None:
+        if self.pool.workers:
+            worker = self.rng.choice(self.pool.workers)
+            self._tell("worker crash", worker.name)
+            self.pool.replace(worker)
+
+    def worker_stopped(self) -> None:
+        if self.pool.workers:
+            worker, seconds = self.rng.choice(self.pool.workers), self._seconds(20)
+            self._tell("worker stopped", f"{worker.name} for {seconds:.2f} s")
+            worker.process.stopped_until = max(worker.process.stopped_until, self.hub.now + seconds)

@@ -1,0 +1,472 @@
+"""What must hold at every step: the promises of the guarantees, checked against what the world has seen.
+
+The world sees what leaves a broker (answers, offsets, dead letters) and what its disk holds; nothing here
+asks the broker's memory, except whether it equals the rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from penstock_broker.ingest.admission import position_id
+from penstock_broker.store.batch import Batch
+from penstock_protocol.v1 import activation_pb2, consumer_pb2, producer_pb2
+from tests.sim.broker import BrokerMachine
+from tests.sim.tasks import Claim, Task
+
+if TYPE_CHECKING:
+    from penstock_broker.server import Broker
+    from tests.sim.hub import Process
+    from tests.sim.pool import Pool
+
+LEASE_SLACK_MS = 500
+CHECK_STORE_EVERY = 20
+
+_RETRIES = (
+    consumer_pb2.TASK_OUTCOME_STATUS_RETRY,
+    consumer_pb2.TASK_OUTCOME_STATUS_DEADLINE_EXCEEDED,
+)
+_NAMES = {v.number: v.name.removeprefix("TASK_OUTCOME_STATUS_") for v in consumer_pb2.TaskOutcomeStatus.DESCRIPTOR.values}
+
+
+class Violated(Exception):
+    """A promise was not kept."""
+
+    def __init__(self, promise: str, text: str) -> None:
+        super().__init__(f"{promise}: {text}")
+        self.promise = promise
+
+
+class Oracle:
+    """Watches one pool."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.hub = pool.hub
+        self.tasks: dict[str, Task] = {}
+        self.by_body: dict[bytes, Task] = {}
+        # Where a task is in the log.
+        self.positions: dict[tuple[int, int], Task] = {}
+        self.claims: dict[bytes, Claim] = {}
+        self.violation: Violated | None = None
+        self.counts: Counter[str] = Counter()
+        # broker -> seq -> task, of what its ticks have written.
+        self._rows: dict[str, dict[int, Task]] = {}
+        self._letters_seen: dict[int, int] = {}
+
+    def fail(self, promise: str, text: str) -> None:
+        """The first is told; what follows from it would only confuse."""
+        if self.violation is None:
+            self.violation = Violated(promise, text)
+            self.hub.tell("oracle", f"VIOLATED {promise}: {text}")
+
+    def check(self) -> None:
+        """After each event."""
+        if self.violation is not None:
+            raise self.violation
+        for machine in self.pool.brokers.values():
+            if machine.dirty and machine.alive:
+                self._check_store(machine)
+
+    def add(self, task: Task) -> None:
+        self.tasks[task.id] = task
+        self.by_body[task.body] = task
+
+    # -- watching a broker
+
+    def watch(self, machine: BrokerMachine, broker: Broker) -> None:
+        server: Any = broker.server
+        rows = self._rows.setdefault(machine.name, {})
+        server.on_request = lambda path, client, request: self._on_request(machine, path, request)
+        server.on_answer = lambda path, client, request, response: self._on_answer(
+            machine, path, request, response
+        )
+
+        def written(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Batch):
+                self._on_written(machine, rows, args[0])
+                machine.dirty += 1
+
+        machine.disk.on_done = written
+
+    def _on_written(self, machine: BrokerMachine, rows: dict[int, Task], batch: Batch) -> None:
+        """A tick is durable."""
+        for row in batch.rows:
+            task = self.by_body.get(row.body or b"")
+            if task is None:
+                self.fail("stored as it came", f"{machine.name} stored {row.id} with bytes that nobody sent")
+                return
+            rows[row.seq] = task
+        gone = list(batch.gone)
+        gone += [r.row.seq for r in batch.reports if r.row and r.change and not r.change.status]
+        for seq in gone:
+            self._left(machine, rows.pop(seq))
+
+    def _left(self, machine: BrokerMachine, task: Task) -> None:
+        """A row is gone: there must be a reason that the world knows."""
+        task.left += 1
+        if not (task.ended or task.letters or self._has_expired(task, machine.clock.latest_ms())):
+            self.fail(
+                "at least once",
+                f"{task.id} left {machine.name} without an outcome, a dead letter or an expiry",
+            )
+
+    def _has_expired(self, task: Task, wall: int) -> bool:
+        if task.expires_ms is None or not task.discard:
+            return False
+        doubtful = any(machine.clock_doubtful for machine in self.pool.brokers.values())
+        return doubtful or wall >= task.received_ms + task.expires_ms
+
+    def _has_expired_by_now(self, task: Task) -> bool:
+        """By the clock of anybody who may have taken it: then it had no row."""
+        return any(self._has_expired(task, m.clock.latest_ms()) for m in self.pool.brokers.values())
+
+    def _check_store(self, machine: BrokerMachine) -> None:
+        broker = machine.broker
+        if broker is None or machine.dirty < CHECK_STORE_EVERY:
+            return
+        writer = broker.store.writer
+        if writer.work_waits() or writer._writing is not None or writer.stopping:
+            return
+        machine.dirty = 0
+        self.counts["store checked"] += 1
+        try:
+            self.pool.check_store(broker.store)
+        except AssertionError as error:
+            self.fail("memory equals the rows", f"{machine.name}: {error}")
+
+    # -- what reaches a broker
+
+    def _on_request(self, machine: BrokerMachine, path: str, request: bytes) -> None:
+        method = path.rpartition("/")[2]
+        if method == "SetTaskStatuses":
+            for outcome in consumer_pb2.SetTaskStatusesRequest.FromString(request).outcomes:
+                self._on_report(machine, self.claims[outcome.claim_token], outcome)
+        elif method == "ReleaseTasks":
+            for released in consumer_pb2.ReleaseTasksRequest.FromString(request).tasks:
+                claim = self.claims[released.claim_token]
+                claim.task.unreleased -= not claim.ended
+                claim.ended = True
+        elif method == "SetTaskStatus":
+            report = consumer_pb2.SetTaskStatusRequest.FromString(request)
+            self.tasks[report.id].ended = True
+            for other in self.tasks[report.id].claims.values():
+                other.ended = True
+
+    def _on_report(self, machine: BrokerMachine, claim: Claim, outcome: consumer_pb2.TaskOutcome) -> None:
+        task = claim.task
+        claim.ended = True
+        claim.reported.add(outcome.status)
+        if outcome.status in _RETRIES:
+            if claim.attempt >= task.max_attempts or task.at_most_once:
+                task.ended = True
+            delay = outcome.retry_delay_ms if outcome.HasField("retry_delay_ms") else task.retry_delay_ms
+            due = machine.clock.wall_ms() + delay
+            before = task.retry_at.get(claim.token)
+            if before is None or due < before[2]:
+                task.retry_at[claim.token] = (machine.name, claim.attempt + 1, due)
+        elif outcome.status != consumer_pb2.TASK_OUTCOME_STATUS_WORKER_DIED:
+            task.ended = True
+
+    # -- what leaves a broker
+
+    def _on_answer(self, machine: BrokerMachine, path: str, request: bytes, response: bytes) -> None:
+        method = path.rpartition("/")[2]
+        if method == "GetTasks":
+            asked = consumer_pb2.GetTasksRequest.FromString(request)
+            for handed in consumer_pb2.GetTasksResponse.FromString(response).tasks:
+                self._on_handed_out(machine, asked.request_id, handed)
+        elif method == "SetTaskStatuses":
+            outcomes = consumer_pb2.SetTaskStatusesRequest.FromString(request).outcomes
+            answers = consumer_pb2.SetTaskStatusesResponse.FromString(response).answers
+            for outcome, answer in zip(outcomes, answers, strict=True):
+                self._on_answered(machine, self.claims[outcome.claim_token], outcome.status, answer)
+        elif method == "ReleaseTasks":
+            for answer in consumer_pb2.ReleaseTasksResponse.FromString(response).answers:
+                self.counts[f"release {answer}"] += 1
+        elif method == "ExtendClaims":
+            self._on_extended(machine, request, response)
+        elif method == "SendTasks":
+            self._on_sent(machine, request, response)
+        elif method == "GetTask":
+            self._on_handed_out_v1(machine, consumer_pb2.GetTaskResponse.FromString(response).task)
+        elif method == "SetTaskStatus":
+            answer_v1 = consumer_pb2.SetTaskStatusResponse.FromString(response)
+            if answer_v1.HasField("task"):
+                self._on_handed_out_v1(machine, answer_v1.task)
+
+    def task_of(self, activation: activation_pb2.TaskActivation) -> Task | None:
+        return self.tasks.get(activation.id)
+
+    def _on_handed_out(
+        self, machine: BrokerMachine, request_id: str, handed: consumer_pb2.ClaimedTask
+    ) -> None:
+        task = self._handed(machine, handed.activation, handed.attempt)
+        if task is None:
+            return
+        claim = self.claims.get(handed.claim_token)
+        if claim is not None:
+            if claim.request != request_id:
+                self.fail("one holder", f"{task.id}: the claim of {claim.request} went to {request_id}")
+            return
+        self._check_at_most_once(machine, task)
+        self._check_exclusive(machine, task)
+        self._check_due(machine, task, handed)
+        self._check_final(machine, task, handed.attempt)
+        task.unreleased += 1
+        self.counts["handed out"] += 1
+        self.hub.tell("oracle", f"{machine.name} hands out {task.id} attempt {handed.attempt}")
+        claim = Claim(
+            token=handed.claim_token,
+            task=task,
+            broker=machine.name,
+            boot=machine.boots,
+            attempt=handed.attempt,
+            request=request_id,
+            touched_ms=machine.clock.mono_ms(),
+            rebalances=self.pool.kafka.group.rebalances,
+        )
+        self.claims[claim.token] = task.claims[claim.token] = claim
+
+    def _handed(
+        self, machine: BrokerMachine, activation: activation_pb2.TaskActivation, attempt: int
+    ) -> Task | None:
+        task = self.tasks.get(activation.id)
+        if task is None or task.poison or activation.namespace != task.namespace:
+            self.fail("stored as it came", f"{machine.name} handed out {activation.id!r}, which nobody sent")
+            return None
+        if attempt > task.max_attempts:
+            self.fail("starts are bounded", f"{task.id}: attempt {attempt} of {task.max_attempts}")
+        return task
+
+    def _check_at_most_once(self, machine: BrokerMachine, task: Task) -> None:
+        if task.at_most_once and task.unreleased and not self._is_copy(task):
+            self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
+
+    def _is_copy(self, task: Task) -> bool:
+        """A second message with the same id, which a broker may read that never had the first: only
+        within one store is an id known."""
+        return len(task.positions) > 1 and self.pool.moved(task.positions[0][0])
+
+    def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
+        if task.final:
+            self._runs_again(machine, task, f"it ended as {task.final}")
+        elif attempt in task.acknowledged or any(a >= attempt for a in task.acknowledged):
+            self._runs_again(machine, task, f"attempt {attempt} was acknowledged")
+
+    def _runs_again(self, machine: BrokerMachine, task: Task, why: str) -> None:
+        if self._is_copy(task):
+            self.counts["copies run twice"] += 1
+            return
+        self.fail(
+            "one accepted outcome per attempt",
+            f"{task.id} was handed out by {machine.name} although {why};"
+            f" it is at {task.positions or task.sent_to}",
+        )
+
+    def _check_due(self, machine: BrokerMachine, task: Task, handed: consumer_pb2.ClaimedTask) -> None:
+        wall = machine.clock.wall_ms()
+        if machine.clock_doubtful:
+            return
+        latest = machine.clock.latest_ms()
+        early = task.received_ms + task.delay_ms - latest
+        if task.delay_ms and early > 0:
+            self.fail("never early", f"{task.id} started {early} ms before its delay was over")
+        for broker, attempt, due in task.retry_at.values():
+            if broker == machine.name and attempt == handed.attempt and latest < due and not task.positions[1:]:
+                if any(t[1] == attempt and t[2] <= latest for t in task.retry_at.values()):
+                    continue
+                self.fail("never early", f"{task.id} was retried {due - latest} ms early by {machine.name}")
+        if task.expires_ms is not None and wall >= task.received_ms + task.expires_ms:
+            late = wall - task.received_ms - task.expires_ms
+            if handed.expires_in_ms:
+                self.fail("never after expiry", f"{task.id} was handed out {late} ms after its expiry")
+
+    def _check_exclusive(self, machine: BrokerMachine, task: Task) -> None:
+        if len(task.positions) > 1:
+            return
+        mono = machine.clock.mono_ms()
+        for claim in task.claims.values():
+            if claim.ended or claim.broker != machine.name or claim.boot != machine.boots:
+                continue
+            left = claim.touched_ms + self.pool.lease_ms - LEASE_SLACK_MS - mono
+            if left > 0:
+                self.fail(
+                    "one holder",
+                    f"{task.id} was handed out by {machine.name} {left} ms before the lease of its claim ends",
+                )
+
+    def _on_handed_out_v1(self, machine: BrokerMachine, activation: activation_pb2.TaskActivation) -> None:
+        task = self._handed(machine, activation, 0)
+        if task is None:
+            return
+        self._check_at_most_once(machine, task)
+        self._check_exclusive(machine, task)
+        if task.final:
+            self._check_final(machine, task, 0)
+        task.unreleased += 1
+        task.v1 = True
+        self.counts["handed out to v1"] += 1
+        self.hub.tell("oracle", f"{machine.name} hands out {task.id} to v1")
+
+    def started(self, claim: Claim, worker: str) -> None:
+        self._started(claim.task, worker)
+
+    def started_v1(self, task: Task, worker: str) -> None:
+        self._started(task, worker)
+
+    def _started(self, task: Task, worker: str) -> None:
+        task.starts += 1
+        self.counts["started"] += 1
+        if task.at_most_once and task.starts > 1 and not self._is_copy(task):
+            self.fail("at most once", f"{task.id} was started again, by {worker}")
+
+    def _on_answered(self, machine: BrokerMachine, claim: Claim, status: int, answer: int) -> None:
+        task, name = claim.task, _NAMES[status]
+        said = consumer_pb2.OutcomeAnswer.Name(answer).removeprefix("OUTCOME_ANSWER_")  # type: ignore[arg-type]
+        self.counts[said] += 1
+        self.hub.tell("oracle", f"{machine.name} answers {said} to {name} of {task.id} attempt {claim.attempt}")
+        if said == "UNKNOWN":
+            self.fail("answers are right", f"{machine.name} does not know a token of its own, of {task.id}")
+        elif said == "STALE":
+            self._check_stale(machine, claim, status)
+        elif said == "APPLIED" and claim.applied:
+            self.fail("answers are right", f"{task.id}: {name} was APPLIED, and now again")
+        elif said == "DUPLICATE" and claim.applied not in (0, status):
+            self.fail("answers are right", f"{task.id}: {name} is no DUPLICATE of {_NAMES[claim.applied]}")
+        else:
+            claim.applied = status
+            self._acknowledged(machine, claim, status)
+
+    def _acknowledged(self, machine: BrokerMachine, claim: Claim, status: int) -> None:
+        task = claim.task
+        if status == consumer_pb2.TASK_OUTCOME_STATUS_WORKER_DIED:
+            return
+        other = task.acknowledged.get(claim.attempt)
+        if other is not None and other != claim.token and not task.positions[1:] and not task.v1:
+            self.fail(
+                "one accepted outcome per attempt",
+                f"{task.id}: two outcomes of attempt {claim.attempt} were accepted, now by {machine.name}",
+            )
+        task.acknowledged[claim.attempt] = claim.token
+        retried = status in _RETRIES and claim.attempt < task.max_attempts and not task.at_most_once
+        if not retried:
+            task.final = _NAMES[status]
+
+    def _check_stale(self, machine: BrokerMachine, claim: Claim, status: int) -> None:
+        """Only when the claim is not held any more, or another broker may run the task."""
+        held = (
+            claim.boot == machine.boots
+            and claim.reported == {status}
+            and machine.clock.mono_ms() < claim.touched_ms + self.pool.lease_ms
+            and claim.rebalances == self.pool.kafka.group.rebalances
+            and not claim.task.v1
+            and claim.task.sent_to == machine.name
+        )
+        if held:
+            self.fail("answers are right", f"{machine.name} says STALE to the holder of {claim.task.id}")
+
+    def _on_extended(self, machine: BrokerMachine, request: bytes, response: bytes) -> None:
+        held = consumer_pb2.ExtendClaimsRequest.FromString(request).claims
+        answers = consumer_pb2.ExtendClaimsResponse.FromString(response).answers
+        for claimed, answer in zip(held, answers, strict=True):
+            claim, mono = self.claims[claimed.claim_token], machine.clock.mono_ms()
+            if answer != consumer_pb2.CLAIM_ANSWER_EXTENDED:
+                self.counts["heartbeats refused"] += 1
+                continue
+            if claimed.started and claim.started_ms is None:
+                claim.started_ms = mono
+            if claim.started_ms is None or mono <= claim.started_ms + claim.task.deadline_ms:
+                claim.touched_ms = mono
+
+    def _on_sent(self, machine: BrokerMachine, request: bytes, response: bytes) -> None:
+        answers = producer_pb2.SendTasksResponse.FromString(response).answers
+        sent = producer_pb2.SendTasksRequest.FromString(request).activations
+        ids = machine.ids()
+        for activation, answer in zip(sent, answers, strict=True):
+            task = self.tasks[activation.id]
+            task.promised = True
+            if answer.result == producer_pb2.SEND_RESULT_REJECTED:
+                self.fail("at least once", f"{task.id} was rejected: {answer.reason}")
+            if task.id not in ids and not task.left and not self._has_expired_by_now(task):
+                self.fail("at least once", f"{machine.name} accepted {task.id}, and it is not durable")
+
+    # -- Kafka
+
+    def on_commit(self, process: Process, partition: int, before: int, offset: int) -> None:
+        """What the group has passed is read by nobody else."""
+        if offset < before:
+            self.fail("offsets", f"{process.name} moved partition {partition} back: {before} -> {offset}")
+        held: set[str] = set().union(*(machine.ids() for machine in self.pool.brokers.values()))
+        for at in range(before, offset):
+            task = self.positions[partition, at]
+            id = task.id if not task.poison else position_id(self.pool.topic, partition, at)
+            if id not in held and not task.left and not self._has_expired_by_now(task):
+                self.fail(
+                    "no offset above what is durable",
+                    f"{process.name} committed {offset} of partition {partition};"
+                    f" {task.id} at {at} is in no store",
+                )
+
+    def on_foreign_commit(self, process: Process, partition: int, offset: int) -> None:
+        self.fail("offsets", f"{process.name} committed {offset} of partition {partition}, which is not its own")
+
+    def on_letter(self, value: bytes | None, headers: list[tuple[str, bytes]]) -> None:
+        task = self.by_body.get(value or b"")
+        reason = dict(headers)["penstock-reason"].decode()
+        if task is None:
+            self.fail("dead letters carry the original bytes", f"a letter ({reason}) has other bytes")
+            return
+        task.letters += 1
+        self.counts[f"dead: {reason}"] += 1
+        self.hub.tell("oracle", f"dead letter {task.id}: {reason}")
+        if task.final in ("COMPLETE", "IGNORED") and not task.positions[1:]:
+            self.fail("each ends in one way", f"{task.id} was acknowledged as {task.final}, and is a dead letter")
+        if task.discard and not task.poison and reason in ("attempts_exhausted", "failed", "expired"):
+            self.fail("each ends in one way", f"{task.id} was to be discarded, not dead-lettered as {reason}")
+
+    # -- the end
+
+    def drained(self) -> bool:
+        """Whether nothing is left to do."""
+        group, logs = self.pool.kafka.group, self.pool.kafka.topics[self.pool.topic]
+        committed = all(group.committed.get(p, (0, ""))[0] == len(log) for p, log in enumerate(logs))
+        return committed and all(
+            machine.alive and machine.broker is not None and machine.broker.store.memory.rows == 0
+            for machine in self.pool.brokers.values()
+        )
+
+    def what_is_left(self) -> str:
+        """For a pool that does not drain."""
+        parts = []
+        for name, machine in self.pool.brokers.items():
+            store = machine.broker.store if machine.broker else None
+            counts = {p: c for p, c in store.memory.counts.items() if any(c)} if store else "down"
+            parts.append(f"{name}: {sorted(machine.ids())} {counts}")
+        committed = {p: c[0] for p, c in sorted(self.pool.kafka.group.committed.items())}
+        ends = [len(log) for log in self.pool.kafka.topics[self.pool.topic]]
+        return "; ".join(parts) + f"; committed {committed} of {ends}"
+
+    def settle(self) -> None:
+        """When all is drained: nothing was lost, and the books balance."""
+        for task in self.tasks.values():
+            if task.promised and not task.left and not self._has_expired_by_now(task):
+                self.fail("at least once", f"{task.id} was never taken, at {task.positions or task.sent_to}")
+        for machine in self.pool.brokers.values():
+            assert machine.broker is not None
+            if difference := machine.broker.store.imbalance():
+                self.fail("the books balance", f"{machine.name}: {difference}")
+            self.pool.check_store(machine.broker.store)
+        if self.pool.quiet:
+            self._settle_quiet()
+
+    def _settle_quiet(self) -> None:
+        """Without faults nothing is done twice, and nothing is refused."""
+        for what in ("STALE", "DUPLICATE", "UNKNOWN", "heartbeats refused"):
+            if self.counts[what]:
+                self.fail("quiet", f"{self.counts[what]} x {what} although nothing went wrong")
+        for task in self.tasks.values():
+            if task.starts > task.max_attempts:
+                self.fail("quiet", f"{task.id} was started {task.starts} times for {task.max_attempts} attempts")

@@ -1,0 +1,261 @@
+"""A whole pool out of one seed: brokers, Kafka, workers, producers and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from penstock_broker.server import Broker
+from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
+from store_helpers import check_store
+from tests.sim.broker import BrokerMachine
+from tests.sim.faults import Faults
+from tests.sim.hub import EPOCH_MS, Hub, Process
+from tests.sim.kafka import Cluster
+from tests.sim.network import CallFailed, Network
+from tests.sim.oracle import Oracle, Violated
+from tests.sim.tasks import Task, make_task
+from tests.sim.threads import replaced
+from tests.sim.worker import V1Worker, Worker
+
+TOPIC = "tasks"
+# Within that long after the last fault everything is done; what was delayed by a clock that was ahead, and
+# is not any more, waits longest.
+DRAIN_SECONDS_MAX = 2000.0
+SEND = "/penstock.v1.ProducerService/SendTasks"
+
+
+@dataclass
+class Result:
+    """One history."""
+
+    seed: int
+    digest: str
+    seconds: float
+    steps: int
+    tasks: int
+    faults: Counter[str]
+    counts: Counter[str]
+    violation: str = ""
+    lines: list[str] = field(default_factory=list)
+
+
+class Pool:
+    """Made of a seed, lives once."""
+
+    def __init__(self, hub: Hub, directory: Path) -> None:
+        self.hub = hub
+        rng = self.rng = hub.random
+        # No more faults: from here on everything has to end well.
+        self.calm = False
+        # Without any from the start.
+        self.quiet = rng.random() < 0.1
+        self.topic = TOPIC
+        self.dead_letters = f"{TOPIC}-dlq"
+        self.check_store: Callable[..., None] = check_store
+        self.faults: Counter[str] = Counter()
+        self.network = Network(hub)
+        self.kafka = Cluster(hub, self.network)
+        self.kafka.add_topic(TOPIC, rng.randint(1, 5))
+        self.kafka.add_topic(self.dead_letters, 1)
+        if rng.random() < 0.8:
+            self.kafka.add_topic(f"{TOPIC}-ledger", 1)
+        self.kafka.group.topic = TOPIC
+        self.lease_ms = rng.choice((2000, 5000))
+        self.oracle = Oracle(self)
+        self.kafka.group.on_commit = self.oracle.on_commit
+        self.kafka.group.on_foreign_commit = self.oracle.on_foreign_commit
+        self.kafka.on_append = self._on_append
+        settings = self._settings()
+        self.brokers = {
+            f"broker{n}": BrokerMachine(
+                hub, self.network, f"broker{n}", directory, settings | {"broker_id": f"broker{n}"}
+            )
+            for n in range(1, rng.randint(1, 3) + 1)
+        }
+        for machine in self.brokers.values():
+            machine.on_made = self.oracle.watch
+            machine.on_end = self._on_end
+        self.workers: list[Worker | V1Worker] = []
+        self._worker_number = 0
+        self.application = Process(hub, "app")
+        self.load_seconds = rng.choice((10.0, 30.0, 60.0))
+        self.planned = rng.choice((20, 60, 150))
+
+    def _settings(self) -> dict[str, object]:
+        rng = self.rng
+        return {
+            "kafka_topic": TOPIC,
+            "kafka_session_timeout_seconds": 6,
+            "lease_seconds": self.lease_ms / 1000,
+            "deadline_grace_seconds": 2,
+            "window_rows_max": rng.choice((4, 32, 1000)),
+            "batch_rows_max": rng.choice((2, 16, 1000)),
+            "max_pending_count": rng.choice((15, 100_000)),
+            "max_deliveries": rng.choice((2, 5, 20)),
+        }
+
+    @property
+    def faultless(self) -> bool:
+        return self.calm or self.quiet
+
+    def moved(self, partition: int) -> bool:
+        return len(self.kafka.group.owners.get(partition, ())) > 1
+
+    # -- brokers
+
+    def start(self, machine: BrokerMachine) -> None:
+        if not machine.alive:
+            machine.start()
+
+    def _on_end(self, machine: BrokerMachine, error: BaseException | None) -> None:
+        if error is not None:
+            self.oracle.fail("a broker does not fail by itself", f"{machine.name}: {error!r}")
+        seconds = 0.1 if self.calm else machine.back_in
+        self.hub.later(seconds, lambda: self.start(machine))
+
+    # -- workers
+
+    def add_worker(self) -> None:
+        self._worker_number += 1
+        name = f"worker{self._worker_number}"
+        worker: Worker | V1Worker
+        if not self.quiet and not self.calm and self.rng.random() < 0.15:
+            worker = V1Worker(self, name)
+        else:
+            worker = Worker(self, name)
+        self.workers.append(worker)
+        worker.start()
+
+    def replace(self, worker: Worker | V1Worker) -> None:
+        worker.process.kill()
+        self.workers.remove(worker)
+        self.hub.later(0 if self.calm else self.hub.between(0, 5.0), self.add_worker)
+
+    # -- the load
+
+    def _load(self) -> None:
+        for number in range(self.planned):
+            self.hub.at(self.hub.between(0, self.load_seconds), partial(self._new_task, number))
+
+    def _new_task(self, number: int) -> None:
+        now_ms = EPOCH_MS + int(self.hub.now * 1000)
+        task = make_task(self.rng, number, now_ms, quiet=self.quiet)
+        self.oracle.add(task)
+        if self.rng.random() < 0.15 and not task.poison:
+            self.application.enter(lambda: self.application.loop.run_main(self._send(task)))
+        else:
+            partition = self.rng.randrange(len(self.kafka.topics[TOPIC]))
+            self._produce(task, partition)
+            if self.rng.random() < 0.04 and not self.quiet:
+                self.hub.later(self.hub.between(0, 10.0), lambda: self._produce(task, partition))
+
+    def _produce(self, task: Task, partition: int) -> None:
+        if not self.kafka.up:
+            self.hub.later(0.5, lambda: self._produce(task, partition))
+            return
+        offset = self.kafka.append(TOPIC, partition, None, task.body, [])
+        self.oracle.positions[partition, offset] = task
+        task.positions.append((partition, offset))
+        task.promised = True
+        self.hub.tell("app", f"produces {task.id} to {partition} at {offset}")
+
+    async def _send(self, task: Task) -> None:
+        """Over gRPC, to one broker until it answers."""
+        broker = task.sent_to = self.rng.choice(sorted(self.brokers))
+        request = RawSendTasksRequest(activations=[task.body]).SerializeToString()
+        while True:
+            try:
+                await self.network.call(self.application, broker, SEND, request, 5.0)
+            except CallFailed:
+                await asyncio.sleep(self.hub.between(0.1, 1.0))
+            else:
+                return
+
+    def _on_append(self, topic: str, value: bytes | None, headers: list[tuple[str, bytes]]) -> None:
+        if topic == self.dead_letters:
+            self.oracle.on_letter(value, headers)
+
+    # -- a history
+
+    def run(self) -> None:
+        """Raises Violated."""
+        hub = self.hub
+        hub.after = self.oracle.check
+        for machine in self.brokers.values():
+            hub.at(self.hub.between(0, 2.0), partial(self.start, machine))
+        for _ in range(self.rng.randint(1, 4)):
+            self.add_worker()
+        self._load()
+        if not self.quiet:
+            Faults(self).start()
+        hub.run(until=self.load_seconds + 20.0)
+        self._calm_down()
+        hub.run(until=hub.now + DRAIN_SECONDS_MAX, done=self.oracle.drained)
+        if not self.oracle.drained():
+            self.oracle.fail("everything ends", self.oracle.what_is_left())
+        # What was on its way arrives.
+        hub.run(until=hub.now + 5.0)
+        self.oracle.settle()
+        self.oracle.check()
+
+    def _calm_down(self) -> None:
+        self.hub.tell("pool", "no more faults")
+        self.calm = True
+        self.network.heal_all()
+        self.kafka.up, self.kafka.slow = True, 1.0
+        self.kafka.refuses.clear()
+        for machine in self.brokers.values():
+            machine.disk.slow = 1.0
+            machine.clock.jump(0)
+            self.start(machine)
+        for worker in list(self.workers):
+            if isinstance(worker, V1Worker) or worker.process.stopped_until > self.hub.now:
+                self.replace(worker)
+        self.add_worker()
+
+
+def run_seed(seed: int, *, always_tell: bool = False) -> Result:
+    """One history, whatever comes of it. Its last lines when a promise was not kept, or always."""
+    directory = Path(tempfile.mkdtemp(prefix="penstock-sim-", dir=_shared_memory()))
+    hub = Hub(seed)
+    collecting = gc.isenabled()
+    gc.disable()
+    violation = ""
+    try:
+        pool = Pool(hub, directory)
+        with replaced(hub, pool.kafka):
+            try:
+                pool.run()
+            except Violated as violated:
+                violation = str(violated)
+            finally:
+                hub.finish()
+        counts = pool.oracle.counts
+        return Result(
+            seed,
+            hub.digest(),
+            hub.now,
+            hub.steps,
+            len(pool.oracle.tasks),
+            pool.faults,
+            counts,
+            violation,
+            list(hub.lines) if violation or always_tell else [],
+        )
+    finally:
+        if collecting:
+            gc.enable()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _shared_memory() -> str | None:
+    """Where a sync costs nothing."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -1,0 +1,164 @@
+"""The simulation itself: a seed is one history, and what is wrong with a broker is found."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock_broker.dispatch.service import Consumers
+from penstock_broker.domain import lifecycle
+from penstock_broker.domain.activation import Activation
+from penstock_broker.domain.lifecycle import Event
+from penstock_broker.domain.token import ClaimToken
+from penstock_broker.ingest.forwarder import Forwarder
+from penstock_broker.ingest.intake import Intake
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.memory import Memory
+from penstock_broker.store.partitions import Partitions, Source
+from tests.sim.pool import run_seed
+
+ROOT = Path(__file__).parents[2]
+# Every bug below is found well within these; CI runs more.
+SEEDS = 60
+SAME = 286
+
+
+def test_a_seed_is_one_history() -> None:
+    first, second = run_seed(SAME), run_seed(SAME)
+    assert first.digest == second.digest
+    assert first.steps > 1000
+    assert run_seed(SAME + 1).digest != first.digest
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_a_history_does_not_depend_on_the_hashes_of_a_process(hash_seed: str) -> None:
+    code = f"from tests.sim.pool import run_seed; print(run_seed({SAME}).digest)"
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == run_seed(SAME).digest
+
+
+# -- bugs, planted one at a time
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def answer_before_commit(patch: pytest.MonkeyPatch) -> None:
+    async def finish(self: Consumers, settled: Any, ids: Any) -> Any:
+        return [getattr(s, "answer", s) for s in settled]
+
+    patch.setattr(Consumers, "_finish", finish)
+
+
+def answer_before_cover(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Partitions, "is_held", lambda self, id_hash: False)
+
+
+def token_not_checked(patch: pytest.MonkeyPatch) -> None:
+    settle = Inflight.settle
+
+    def unchecked(self: Inflight, token: ClaimToken, *arguments: Any, **options: Any) -> Any:
+        row = self.memory.resident.get(token.seq)
+        if row is not None:
+            token = token._replace(claim=row.claim, epoch=row.claim_epoch or token.epoch)
+            token = token._replace(nonce=self.database.nonces[token.epoch])
+        return settle(self, token, *arguments, **options)
+
+    patch.setattr(Inflight, "settle", unchecked)
+
+
+def offset_before_rows(patch: pytest.MonkeyPatch) -> None:
+    deliver = Intake.deliver
+
+    def early(
+        self: Intake, rows: list[Activation], size: int, taken: Mapping[int, tuple[int, int]]
+    ) -> None:
+        deliver(self, rows, size, taken)
+        for partition, (_, next_) in taken.items():
+            if partition in self.readings:
+                self.readings[partition].durable = next_
+        self.commit_soon()
+
+    patch.setattr(Intake, "deliver", early)
+
+
+def claim_not_durable(patch: pytest.MonkeyPatch) -> None:
+    async def at_once(self: Consumers, rows: Any) -> Any:
+        return list(rows)
+
+    patch.setattr(Consumers, "_durable", at_once)
+
+
+def uncovered_rows_kept(patch: pytest.MonkeyPatch) -> None:
+    def keep(self: Inflight, source: Source, boundary: int) -> asyncio.Future[int]:
+        kept: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        kept.set_result(0)
+        return kept
+
+    patch.setattr(Inflight, "drop_uncovered", keep)
+
+
+def lost_partition_not_disputed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Inflight, "dispute", lambda self, source: None)
+
+
+def retry_beyond_the_budget(patch: pytest.MonkeyPatch) -> None:
+    def again(row: Activation, event: Event, now: int, limits: Any, delay: int | None) -> Any:
+        wait = row.retry_delay_ms if delay is None else delay
+        return lifecycle._later(row, now, wait, attempts=row.attempts + 1)
+
+    patch.setitem(lifecycle._DECISIONS, Event.RETRY, again)
+
+
+def letter_dropped_before_acknowledged(patch: pytest.MonkeyPatch) -> None:
+    publish = Forwarder._publish
+
+    async def careless(self: Forwarder, rows: Any, publisher: Any, trimmed: bool) -> Any:
+        safe, too_large, failed = await publish(self, rows, publisher, trimmed)
+        return safe + [row for row, _ in failed], too_large, []
+
+    patch.setattr(Forwarder, "_publish", careless)
+
+
+def release_not_counted(patch: pytest.MonkeyPatch) -> None:
+    stayed = Memory._stayed
+
+    def missed(self: Memory, row: Activation, change: Any) -> None:
+        if change.status is not lifecycle.Status.PENDING:
+            stayed(self, row, change)
+
+    patch.setattr(Memory, "_stayed", missed)
+
+
+PLANTED = (
+    answer_before_commit,
+    answer_before_cover,
+    token_not_checked,
+    offset_before_rows,
+    claim_not_durable,
+    uncovered_rows_kept,
+    lost_partition_not_disputed,
+    retry_beyond_the_budget,
+    letter_dropped_before_acknowledged,
+    release_not_counted,
+)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    for seed in range(1, SEEDS + 1):
+        if found := run_seed(seed).violation:
+            print(f"seed {seed}: {found}")
+            return
+    pytest.fail(f"{plant.__name__} went unnoticed in {SEEDS} histories")
