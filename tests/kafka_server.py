@@ -49,10 +49,11 @@ _PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
 controller.quorum.bootstrap.servers=127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listeners=PLAINTEXT://127.0.0.1:{port},BEHIND://127.0.0.1:{behind},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},BEHIND://127.0.0.1:{before}
+inter.broker.listener.name=PLAINTEXT
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,BEHIND:PLAINTEXT
 log.dirs={folder}/data
 auto.create.topics.enable=false
 num.partitions=1
@@ -116,7 +117,15 @@ class JavaKafka:
         self._port = port or free_port()
         self.address = f"127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
-        properties = _PROPERTIES.format(port=self._port, controller=free_port(), folder=self._folder)
+        # A proxy that a test puts on the first of these ports forwards to the second.
+        self.before_port, self.behind_port = free_port(), free_port()
+        properties = _PROPERTIES.format(
+            port=self._port,
+            before=self.before_port,
+            behind=self.behind_port,
+            controller=free_port(),
+            folder=self._folder,
+        )
         (self._folder / "server.properties").write_text(properties)
         (self._folder / "log4j2.yaml").write_text(_LOG4J)
         cluster = self._java("kafka.tools.StorageTool", "random-uuid").split()[-1]

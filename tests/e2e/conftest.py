@@ -1,12 +1,28 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.harness import Pool, pool
 from tests.kafka_server import ForeignKafka, JavaKafka, MockKafka, kafka_server
+
+LOG_CHARACTERS = 6000
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Function, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what its processes logged last."""
+    report = yield
+    if report.when == "call" and report.failed:
+        for made in item.funcargs.values():
+            if isinstance(made, Pool):
+                logs = [(f"log of {one.name}", one.text()[-LOG_CHARACTERS:]) for one in made.processes]
+                report.sections.extend(logs)
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -44,10 +44,17 @@ def eventually(what: str, condition: Callable[[], object], seconds: float = 60.0
 class Process:
     """A process with its log."""
 
-    def __init__(self, name: str, folder: Path, command: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        command: Sequence[str],
+        environment: dict[str, str],
+        within: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        self._command = [sys.executable, *command]
+        self._command = [*within, sys.executable, *command]
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -230,17 +237,22 @@ class Pool:
 
     def worker(
         self,
-        brokers: Sequence[Broker],
+        brokers: Sequence[Broker | str],
         *,
         name: str = "worker",
         slots: int = 2,
         namespaces: Sequence[str] = ("main",),
+        within: Sequence[str] = (),
+        **environment: str,
     ) -> Process:
+        """``brokers``, or their addresses; ``within`` is a command that runs the worker."""
+        hosts = [broker if isinstance(broker, str) else broker.address for broker in brokers]
         command = ["-m", "penstock_worker", "run", "tests.e2e.tasks:app", "--concurrency", str(slots)]
-        command += ["--rpc-host-list", ",".join(broker.address for broker in brokers), "--grace-seconds", "5"]
+        command += ["--rpc-host-list", ",".join(hosts), "--grace-seconds", "5"]
         for namespace in namespaces:
             command += ["--namespace", namespace]
-        worker = Process(name, self.folder, command, {tasks.RECORDS: str(self.records)})
+        records = {tasks.RECORDS: str(self.records)}
+        worker = Process(name, self.folder, command, {**records, **environment}, within)
         self.processes.append(worker)
         worker.start()
         return worker
@@ -322,13 +334,9 @@ def _letter(message: Message) -> Letter:
 
 @contextlib.contextmanager
 def pool(folder: Path, kafka: str | None) -> Iterator[Pool]:
-    """A pool whose processes end with the test; their logs are shown when it fails."""
+    """A pool whose processes end with the test."""
     made = Pool(folder, kafka)
     try:
         yield made
-    except BaseException:
-        for process in made.processes:
-            sys.stdout.write(f"\n--- {process.name}\n{process.text()[-6000:]}\n")
-        raise
     finally:
         made.close()

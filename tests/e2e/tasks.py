@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,9 @@ def record(what: str, ctx: TaskContext) -> None:
     if pid not in _files:
         path = Path(os.environ[RECORDS]) / f"{pid}.log"
         _files[pid] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    line = f"{what} {ctx.id} {ctx.attempt} {ctx.namespace} {time.time():.6f}\n"
+    # The true time, also where a test shifts what time.time() says.
+    at = time.clock_gettime(time.CLOCK_REALTIME)
+    line = f"{what} {ctx.id} {ctx.attempt} {ctx.namespace} {at:.6f}\n"
     os.write(_files[pid], line.encode())
 
 
@@ -92,6 +98,48 @@ def _declare_main(namespace: Namespace) -> None:
     def stuck(ctx: TaskContext, /) -> None:
         record("start", ctx)
         time.sleep(3600)
+
+    _declare_fatal(namespace)
+
+
+def _declare_fatal(namespace: Namespace) -> None:
+    """Tasks that take their process with them."""
+
+    @namespace.task(name="exit", bind=True)
+    def exit_(ctx: TaskContext, /) -> None:
+        record("start", ctx)
+        os._exit(3)
+
+    @namespace.task(name="crash", bind=True)
+    def crash(ctx: TaskContext, /) -> None:
+        record("start", ctx)
+        ctypes.string_at(0)
+
+    @namespace.task(name="recurse", bind=True)
+    def recurse(ctx: TaskContext, /) -> None:
+        """Through C, where the interpreter does not count: it runs out of stack."""
+        record("start", ctx)
+        call: Any = ctypes.CFUNCTYPE(None)(lambda: call())
+        sys.setrecursionlimit(1 << 30)
+        call()
+
+    @namespace.task(name="bomb", bind=True)
+    def bomb(ctx: TaskContext, /) -> None:
+        """All memory there is, of a limited amount; then what the kernel does to such a process."""
+        record("start", ctx)
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, resource.RLIM_INFINITY))
+        held = []
+        try:
+            while True:
+                held.append(bytearray(16 << 20))
+        except MemoryError:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @namespace.task(name="stuck_in_c", bind=True, deadline=1)
+    def stuck_in_c(ctx: TaskContext, /) -> None:
+        """Holding the interpreter's lock: no Python code of this process runs any more, no signal handler."""
+        record("start", ctx)
+        ctypes.PyDLL(None).sleep(3600)
 
 
 if RECORDS in os.environ:  # a worker imports it

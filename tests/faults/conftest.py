@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.e2e.conftest import direct_pool, kafka, kafka_pool, own_kafka
+from tests.e2e.conftest import direct_pool, kafka, kafka_pool, own_kafka, pytest_runtest_makereport
 
-__all__ = ["direct_pool", "kafka", "kafka_pool", "own_kafka"]
+__all__ = ["direct_pool", "kafka", "kafka_pool", "own_kafka", "pytest_runtest_makereport"]
 
 _figures = pytest.StashKey[list[str]]()
 

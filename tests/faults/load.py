@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import grpc
 
+from penstock_client.task import TaskRef
 from penstock_protocol.v1 import producer_pb2
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 from tests.e2e.harness import Broker, Pool, Process, eventually
@@ -17,8 +19,15 @@ from tests.e2e.raw_worker import Acknowledgements, RawWorker
 HELD_MAX = 64
 
 
+class Sent(NamedTuple):
+    """Ids: acknowledged, and so promised; given up by the client, and so perhaps there all the same."""
+
+    promised: set[str]
+    doubtful: set[str]
+
+
 class Producer(threading.Thread):
-    """Sends at a steady rate until stopped; each send is waited for at the end."""
+    """Sends at a steady rate until stopped."""
 
     def __init__(self, pool: Pool, taskname: str, per_second: int, *arguments: object) -> None:
         super().__init__(name=f"producer of {taskname}", daemon=True)
@@ -27,31 +36,39 @@ class Producer(threading.Thread):
         self._arguments = arguments
         self._pause = 1 / per_second
         self._stopping = threading.Event()
-        self.ids: list[str] = []
+        self._refs: list[TaskRef] = []
 
     def run(self) -> None:
         while not self._stopping.wait(self._pause):
-            self.ids.append(self._task.delay(*self._arguments).id)
+            self._refs.append(self._task.delay(*self._arguments))
 
-    def stop(self) -> list[str]:
-        """The ids of all that was sent, each of them acknowledged by Kafka."""
+    def stop(self) -> Sent:
         self._stopping.set()
         self.join()
-        assert self._app.flush() == 0, "sends that Kafka never acknowledged"
-        return self.ids
+        assert self._app.flush() == 0, "sends that are neither acknowledged nor given up"
+        failed = {ref.id for ref in self._refs if ref.future.exception() is not None}
+        return Sent({ref.id for ref in self._refs} - failed, failed)
 
 
 class Load:
     """Half of it is run by workers, half by raw workers that remember what was acknowledged to them."""
 
     def __init__(
-        self, pool: Pool, brokers: Sequence[Broker], *, workers: int = 2, per_second: int = 400
+        self,
+        pool: Pool,
+        brokers: Sequence[Broker],
+        *,
+        addresses: Sequence[str] = (),
+        workers: int = 2,
+        per_second: int = 400,
     ) -> None:
+        """``addresses``: where the brokers are for the workers."""
         self.pool = pool
         self.brokers = list(brokers)
         self.books = Acknowledgements()
-        self.workers = [pool.worker(brokers, name=f"worker-{n}") for n in range(workers)]
-        self.raw = [RawWorker(broker.address, self.books) for broker in brokers for _ in range(2)]
+        where = addresses or [broker.address for broker in brokers]
+        self.workers = [pool.worker(where, name=f"worker-{n}") for n in range(workers)]
+        self.raw = [RawWorker(address, self.books) for address in where for _ in range(2)]
         self._raw_producer = Producer(pool, "raw.noop", per_second)
         self._producer = Producer(pool, "sleep", max(1, per_second // 8), 0.005)
         for thread in (*self.raw, self._raw_producer, self._producer):
@@ -66,30 +83,33 @@ class Load:
         before = self.done()
         eventually(f"{count} more tasks are done", lambda: self.done() > before + count, seconds)
 
-    def stop_sending(self) -> tuple[set[str], set[str]]:
-        """All that was sent: to raw workers, to workers."""
-        return set(self._raw_producer.stop()), set(self._producer.stop())
+    def stop_sending(self) -> tuple[Sent, Sent]:
+        """What was sent: to raw workers, to workers."""
+        return self._raw_producer.stop(), self._producer.stop()
 
     def finish(self, seconds: float = 120.0) -> str:
         """No fault any more: all that was sent has ended, and nothing acknowledged ran again.
 
         Returns a line of figures.
         """
-        raw_ids, ids = self.stop_sending()
-        eventually(
-            "all sent to raw workers is acknowledged", lambda: raw_ids <= self.books.acknowledged, seconds
-        )
-        ended = self.pool.await_all(list(ids), seconds)
+        raw, real = self.stop_sending()
+        acknowledged = self.books.acknowledged
+        eventually("all sent to raw workers is acknowledged", lambda: raw.promised <= acknowledged, seconds)
+        eventually("all has run", lambda: real.promised <= self.pool.ended().keys(), seconds)
         self.pool.await_empty(*self.brokers)
         for worker in self.raw:
             worker.stop()
+        ended = self.pool.ended()
         assert self.books.violations == [], "acknowledged, and handed out again"
-        assert self.books.acknowledged == raw_ids, "never sent"
+        assert acknowledged <= raw.promised | raw.doubtful, "never sent"
+        assert ended.keys() <= real.promised | real.doubtful, "never sent"
         twice = sum(n - 1 for n in self.books.handed_out.values()), sum(n - 1 for n in ended.values())
         self.twice = sum(twice)
+        given_up = len(raw.doubtful) + len(real.doubtful)
         return (
-            f"{len(raw_ids) + len(ids)} tasks, each ended; handed out again before anything was acknowledged:"
-            f" {twice[0]} to raw workers; run twice by workers: {twice[1]}"
+            f"{len(raw.promised) + len(real.promised)} tasks, each ended; handed out again, never after an"
+            f" acknowledgement: {twice[0]} to raw workers; run twice by workers: {twice[1]}"
+            + (f"; {given_up} sends given up by the client" if given_up else "")
         )
 
     def processes(self) -> list[Process]:

@@ -69,10 +69,10 @@ def test_a_disk_that_lies_about_its_syncs_is_caught(kafka_pool: Pool, tmp_path: 
         load = Load(kafka_pool, [broker])
         cut_power(broker, disk)
         broker.start()
-        raw_ids, _ = load.stop_sending()
+        sent, _ = load.stop_sending()
         # Read to the end, nothing held, and yet some were never acknowledged; or some ran again.
         eventually("the broker is idle", lambda: _lag(broker) == 0 and broker.held() == 0)
-        lost, again = len(raw_ids - load.books.acknowledged), len(load.books.violations)
+        lost, again = len(sent.promised - load.books.acknowledged), len(load.books.violations)
         figure(f"without syncs, one power cut: {lost} tasks lost, {again} acknowledged and handed out again")
         assert lost + again > 0
         broker.kill()

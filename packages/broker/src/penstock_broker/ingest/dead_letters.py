@@ -13,6 +13,7 @@ from penstock_broker.store.partitions import Source
 
 ERROR_TYPE_CHARS_MAX = 256
 ERROR_MESSAGE_CHARS_MAX = 2000
+TRACEBACK_CHARS_MAX = 4000
 
 _FORWARDS = uuid.UUID("1c0b8d7e-52c5-5b86-8f39-9c3f0a7a54be")
 
@@ -51,6 +52,8 @@ def letter(row: Activation, source: Source | None, topic: str, trimmed: bool = F
         headers |= {
             "penstock-error-type": error.get("type", "")[:ERROR_TYPE_CHARS_MAX],
             "penstock-error-message": error.get("message", "")[:ERROR_MESSAGE_CHARS_MAX],
+            # Its end says where it happened.
+            "penstock-error-traceback": error.get("traceback", "")[-TRACEBACK_CHARS_MAX:],
             "penstock-received-at": _time(row.received_at),
             # A row that is on its way out was ready to leave when it died.
             "penstock-dead-at": _time(row.ready_at),

@@ -1,0 +1,178 @@
+"""Very many workers, very many rows, one namespace that floods: the figures, and that all goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+import grpc
+import psutil
+import pytest
+
+from penstock_protocol.v1 import consumer_pb2 as pb
+from penstock_protocol.v1 import producer_pb2
+from penstock_protocol.v1.activation_pb2 import TaskActivation
+from penstock_protocol.v1.consumer_pb2_grpc import ConsumerServiceStub
+from penstock_protocol.v1.producer_pb2_grpc import ProducerServiceStub
+from tests.e2e.harness import Broker, Pool, Process, eventually
+from tests.faults.conftest import Figure
+from tests.faults.load import fill
+
+
+def crowd(pool: Pool, broker: Broker, workers: int, *, namespace: str = "raw", batch: int = 1) -> None:
+    """So many workers, in few processes."""
+    for n in range(0, workers, 125):
+        some = min(125, workers - n)
+        command = ["-m", "tests.faults.crowd", broker.address, str(some), namespace, str(batch)]
+        process = Process(f"crowd-{namespace}-{n}", pool.folder, command, {})
+        pool.processes.append(process)
+        process.start()
+
+
+def p99(values: list[float]) -> float:
+    return sorted(values)[int(len(values) * 0.99)]
+
+
+@pytest.fixture
+def short(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--short"))
+
+
+@pytest.mark.timeout(300)
+def test_idle_workers_and_a_herd_after_an_outage(direct_pool: Pool, short: bool, figure: Figure) -> None:
+    workers = 100 if short else 500
+    broker = direct_pool.broker()
+    crowd(direct_pool, broker, workers, batch=10)
+
+    def waiting() -> float:
+        return broker.metrics()["penstock_waiting_requests"]
+
+    eventually("all wait", lambda: waiting() == workers)
+    assert broker.process is not None
+    process = psutil.Process(broker.process.pid)
+    watched = 5 if short else 30
+    before = sum(process.cpu_times()[:2])
+    time.sleep(watched)  # the idleness
+    busy = (sum(process.cpu_times()[:2]) - before) / watched
+    figure(f"{workers} idle workers: {busy:.1%} of a core")
+    rows = 10_000 if short else 100_000
+    fill(broker, rows)
+    peak = max(_rates(broker, 3 if short else 10))
+    broker.kill()
+    begun = time.monotonic()
+    broker.start()
+    herd = _rates(broker, 3 if short else 30)
+    back = next((n for n, rate in enumerate(herd, 1) if rate >= 0.8 * peak), None)
+    figure(
+        f"herd of {workers}: {peak:.0f} tasks/s before the outage; served again after"
+        f" {time.monotonic() - begun - len(herd):.1f} s, and 80 % of that {back} s later ({max(herd):.0f}/s at best)"
+    )
+    direct_pool.await_empty(broker, seconds=120)
+    eventually("all wait again", lambda: waiting() == workers)
+    fill(broker, 100)
+    direct_pool.await_empty(broker)
+
+
+def _rates(broker: Broker, seconds: int) -> list[float]:
+    """Tasks handed out in each second from now on, as long as there are any."""
+    rates = []
+    for _ in range(seconds):
+        before, at = broker.metrics()["penstock_claimed_tasks_total"], time.monotonic()
+        time.sleep(1)
+        rates.append((broker.metrics()["penstock_claimed_tasks_total"] - before) / (time.monotonic() - at))
+    return rates
+
+
+@pytest.mark.timeout(300)
+def test_a_namespace_floods_and_the_others_do_not_wait(
+    direct_pool: Pool, short: bool, figure: Figure
+) -> None:
+    broker = direct_pool.broker()
+    rounds = 200 if short else 1_500
+    alone = _latencies(broker, rounds)
+    crowd(direct_pool, broker, 4, namespace="flood", batch=50)
+    backlog = 5_000 if short else 100_000
+    fill(broker, backlog, namespace="flood")
+    stop = threading.Event()
+    flooding = threading.Thread(target=_flood, args=(broker, stop))
+    flooding.start()
+    beside = _latencies(broker, rounds)
+    stop.set()
+    flooding.join()
+    figure(
+        f"claim p99 of a quiet namespace: {p99(alone) * 1000:.1f} ms alone, {p99(beside) * 1000:.1f} ms beside"
+        f" a flood of {backlog} rows and more coming: {p99(beside) / p99(alone):.1f} times"
+    )
+    direct_pool.await_empty(broker, seconds=180)
+
+
+def _flood(broker: Broker, stop: threading.Event) -> None:
+    while not stop.wait(0.05):
+        fill(broker, 50, namespace="flood")
+
+
+def _latencies(broker: Broker, rounds: int) -> list[float]:
+    """From a task's being accepted to its being in the hands of a worker that waits for it."""
+    latencies = []
+    with grpc.insecure_channel(broker.address) as producing, grpc.insecure_channel(broker.address) as working:
+        producer, worker = ProducerServiceStub(producing), ConsumerServiceStub(working)
+        for _ in range(rounds):
+            poll = worker.GetTasks.future(_poll("quiet", 1))
+            time.sleep(0.005)  # the worker waits
+            task = TaskActivation(id=uuid.uuid4().hex, application="e2e", namespace="quiet", taskname="t")
+            producer.SendTasks(producer_pb2.SendTasksRequest(activations=[task]))
+            accepted = time.monotonic()
+            (claimed,) = poll.result(timeout=30).tasks
+            latencies.append(max(0.0, time.monotonic() - accepted) + 1e-4)
+            worker.SetTaskStatuses(_completed(claimed))
+    return latencies
+
+
+def _poll(namespace: str, batch: int) -> pb.GetTasksRequest:
+    return pb.GetTasksRequest(
+        request_id=uuid.uuid4().hex,
+        application="e2e",
+        namespaces=[namespace],
+        max_tasks=batch,
+        wait_ms=10_000,
+    )
+
+
+def _completed(*claimed: pb.ClaimedTask) -> pb.SetTaskStatusesRequest:
+    status = pb.TASK_OUTCOME_STATUS_COMPLETE
+    outcomes = [pb.TaskOutcome(claim_token=one.claim_token, status=status) for one in claimed]
+    return pb.SetTaskStatusesRequest(outcomes=outcomes)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("batch", [1, 20])
+def test_claims_beside_a_million_rows(million: Broker, figure: Figure, batch: int) -> None:
+    rounds = 500
+    held = million.held()
+    times = []
+    with grpc.insecure_channel(million.address) as channel:
+        worker = ConsumerServiceStub(channel)
+        for _ in range(rounds):
+            asked = time.monotonic()
+            claimed = worker.GetTasks(_poll("raw", batch), timeout=30).tasks
+            times.append(time.monotonic() - asked)
+            assert len(claimed) == batch
+            worker.SetTaskStatuses(_completed(*claimed))
+    assert million.held() == held - rounds * batch
+    million.check_books()
+    figure(f"{held} rows wait: claim of {batch}, p99 {p99(times) * 1000:.1f} ms")
+
+
+@pytest.fixture(scope="module")
+def million(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Broker]:
+    rows = 20_000 if request.config.getoption("--short") else 1_000_000
+    folder = tmp_path_factory.mktemp("million")
+    broker = Broker("million", folder, {"INGEST": "grpc", "MAX_PENDING_COUNT": "2000000"})
+    broker.start()
+    try:
+        fill(broker, rows)
+        yield broker
+    finally:
+        broker.kill()
