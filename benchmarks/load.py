@@ -1,7 +1,7 @@
 """A no-op worker for load: claims batches, reports them complete, runs nothing.
 
-``python -m benchmarks.load ADDRESS --batch N --workers N [--limit N]`` connects as soon as somebody listens and
-prints one JSON line when it has completed ``--limit`` tasks, or when nothing has been pending for a while.
+``python -m benchmarks.load ADDRESS --batch N --workers N [--limit N]`` connects as soon as somebody listens, and
+prints one JSON line when it has completed ``--limit`` tasks or when nothing has been pending for a while.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import uvloop
 from penstock_protocol.v1 import consumer_pb2, raw_pb2
 
 SERVICE = "/penstock.v1.ConsumerService/"
-WAIT_MS = 200
 IDLE_POLLS_MAX = 10
 COMPLETE = consumer_pb2.TASK_OUTCOME_STATUS_COMPLETE
 CHANNEL = (
@@ -43,10 +42,10 @@ class Progress:
         return batch if self.limit is None else min(batch, self.limit - self.claimed)
 
 
-async def work(address: str, batch: int, application: str, own_connection: bool, total: Progress) -> None:
+async def work(options: argparse.Namespace, total: Progress) -> None:
     """One worker: complete tasks until nothing has been pending for a while, or the limit is reached."""
-    options = (*CHANNEL, ("grpc.use_local_subchannel_pool", int(own_connection)))
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
+    settings = (*CHANNEL, ("grpc.use_local_subchannel_pool", int(options.connections)))
+    async with grpc.aio.insecure_channel(options.address, options=settings) as channel:
         get = channel.unary_unary(
             SERVICE + "GetTasks",
             request_serializer=consumer_pb2.GetTasksRequest.SerializeToString,
@@ -58,10 +57,13 @@ async def work(address: str, batch: int, application: str, own_connection: bool,
             response_deserializer=consumer_pb2.SetTaskStatusesResponse.FromString,
         )
         idle = 0
-        while idle < IDLE_POLLS_MAX and (wanted := total.wanted(batch)) > 0:
+        while idle < IDLE_POLLS_MAX and (wanted := total.wanted(options.batch)) > 0:
             total.claimed += wanted
             request = consumer_pb2.GetTasksRequest(
-                request_id=uuid.uuid4().hex, application=application, max_tasks=wanted, wait_ms=WAIT_MS
+                request_id=uuid.uuid4().hex,
+                application=options.application,
+                max_tasks=wanted,
+                wait_ms=options.wait_ms,
             )
             tasks = (await get(request, wait_for_ready=True)).tasks
             total.claimed -= wanted - len(tasks)
@@ -80,11 +82,7 @@ async def work(address: str, batch: int, application: str, own_connection: bool,
 
 async def run(options: argparse.Namespace) -> dict[str, float]:
     total = Progress(options.limit)
-    workers = [
-        work(options.address, options.batch, options.application, options.connections, total)
-        for _ in range(options.workers)
-    ]
-    await asyncio.gather(*workers)
+    await asyncio.gather(*(work(options, total) for _ in range(options.workers)))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "done": total.done,
@@ -101,6 +99,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--application", default="bench")
+    parser.add_argument("--wait-ms", type=int, default=200, help="of a call while nothing is pending")
     parser.add_argument("--connections", action="store_true", help="one connection for each worker")
     options = parser.parse_args()
     sys.stdout.write("ready\n")

@@ -8,26 +8,23 @@ from functools import partial
 
 from benchmarks.fill import fill
 from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target
-from benchmarks.processes import Meter, Script, broker, kafka_settings, new_topic
-from tests.kafka_server import free_port
+from benchmarks.processes import Meter, Script, broker, kafka_settings, new_topic, standing_still
 
 GENERATORS = 1
 
 
 def drain(bench: Bench, body: int, partitions: int, tasks: int, warm: int) -> Figures:
-    """Fill the window of remembered ids with ``warm`` tasks, stop, fill Kafka, start, measure."""
+    """Fill the window of remembered ids with ``warm`` tasks; then stand still, fill Kafka, go on, measure."""
     topic = new_topic(bench.kafka, partitions)
-    settings = kafka_settings(bench.kafka, topic)
     folder = bench.folder / f"p1-{uuid.uuid4().hex[:8]}"
-    fill(bench.kafka, topic, warm, body)
-    with broker(folder, settings) as server:
+    with broker(folder, kafka_settings(bench.kafka, topic)) as server:
+        fill(bench.kafka, topic, warm, body)
         Script("benchmarks.load", server.address).ready().result()
-    fill(bench.kafka, topic, tasks, body)
-    port = free_port()
-    # They wait for the broker, so that it has nothing stored when the first claim is answered.
-    load = [Script("benchmarks.load", f"127.0.0.1:{port}").ready() for _ in range(GENERATORS)]
-    with broker(folder, settings, port) as server:
-        meter = Meter(broker=server.process, kafka=bench.kafka_pid)
+        # They wait already, so that nothing is stored when the first claim is answered.
+        load = [Script("benchmarks.load", server.address).ready() for _ in range(GENERATORS)]
+        with standing_still(server.process):
+            fill(bench.kafka, topic, tasks, body)
+            meter = Meter(broker=server.process, kafka=bench.kafka_pid)
         results = [script.result() for script in load]
         done = int(sum(result["done"] for result in results))
         if done != tasks:
@@ -67,8 +64,8 @@ def cases(bench: Bench) -> list[Case]:
 CLAIM = Claim(
     name="P1",
     title="One broker: a backlog in Kafka, stored, claimed, completed",
-    how="A backlog lies in a topic, the window of remembered ids is warm, the load generator waits. Then the"
-    " broker starts. The time runs from the first answered claim to the last acknowledged outcome.",
+    how="The window of remembered ids is warm and the load generator waits. The broker stands still (SIGSTOP) while"
+    " a backlog is written to Kafka. The time runs from the first answered claim to the last acknowledged outcome.",
     figures=(
         Figure("tasks_per_second", "tasks/s", more_is_better=True, plotted=True, digits=0),
         Figure("mb_per_second", "MB/s", more_is_better=True),

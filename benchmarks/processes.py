@@ -106,6 +106,19 @@ def broker(folder: Path, settings: Mapping[str, str], port: int = 0) -> Iterator
         yield Broker(address, running, metrics_port, time.monotonic() - started)
 
 
+@contextlib.contextmanager
+def standing_still(running: psutil.Popen) -> Iterator[None]:
+    """The process does nothing inside the block: what it finds afterwards was there before it looked.
+
+    Short of Kafka's session timeout, 10 s, nobody takes it for dead.
+    """
+    running.suspend()
+    try:
+        yield
+    finally:
+        running.resume()
+
+
 def _wait_until_serving(address: str, running: psutil.Popen) -> None:
     with grpc.insecure_channel(address, (("grpc.initial_reconnect_backoff_ms", 20),)) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)

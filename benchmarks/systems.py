@@ -1,4 +1,4 @@
-"""Penstock and the systems it is compared with, each as a user would run it: from a call to an acknowledged outcome."""
+"""Penstock and the systems it is compared with, each as a user would run it."""
 
 from __future__ import annotations
 
@@ -46,9 +46,12 @@ class Running:
     def meter(self) -> Meter:
         return Meter(**self.parts)
 
+    def wait_for_marks(self, tasks: int, seconds: float) -> None:
+        wait_until(f"{tasks} tasks have run", lambda: marks.count(self.marks) >= tasks, seconds)
+
     def finish(self, tasks: int) -> float:
-        """Wait until so many more have been executed and acknowledged; when that was."""
-        wait_until(f"{tasks} tasks have run", lambda: marks.count(self.marks) >= tasks, RUN_SECONDS_MAX)
+        """Wait until so many, from the start on, have been executed and acknowledged; when that was."""
+        self.wait_for_marks(tasks, RUN_SECONDS_MAX)
         wait_until("all outcomes are acknowledged", lambda: self.unacknowledged() == 0)
         return time.time()
 
@@ -79,7 +82,7 @@ def penstock(bench: Bench, partitions: int = 4) -> Iterator[Running]:
         system = Running(
             {},
             folder / "marks",
-            lambda *arguments: Script("benchmarks.send", *arguments, environment=sending),
+            lambda *arguments, module="benchmarks.send": Script(module, *arguments, environment=sending),
             lambda: server.count("penstock_tasks"),
         )
         _warm(system)

@@ -1,0 +1,84 @@
+"""P2: one-task unary calls of taskbroker v1's protocol."""
+
+from __future__ import annotations
+
+import uuid
+from functools import partial
+
+from benchmarks.fill import fill
+from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target, percentile
+from benchmarks.processes import Meter, Script, broker, kafka_settings, new_topic, standing_still
+
+GENERATORS = 2
+
+
+def unary(bench: Bench, workers: int, tasks: int) -> Figures:
+    topic = new_topic(bench.kafka, 4)
+    folder = bench.folder / f"p2-{uuid.uuid4().hex[:8]}"
+    with broker(folder, kafka_settings(bench.kafka, topic)) as server:
+        load = [
+            Script("benchmarks.v1_load", server.address, "--workers", workers // GENERATORS).ready()
+            for _ in range(GENERATORS)
+        ]
+        with standing_still(server.process):
+            fill(bench.kafka, topic, tasks, 300)
+            meter = Meter(broker=server.process)
+        results = [script.result() for script in load]
+        done = sum(result["done"] for result in results)
+        if done != tasks:
+            raise SystemExit(f"{done} of {tasks} tasks were completed")
+        seconds = max(r["last"] for r in results) - min(r["first"] for r in results)
+        calls = [ms for r in results for ms in r["call_ms"]]
+        return {
+            "tasks_per_second": done / seconds,
+            **meter.cpu_us(done),
+            "generator_cpu_us": sum(r["cpu"] for r in results) / done * 1e6,
+            "call_p50_ms": percentile(calls, 0.5),
+            "call_p99_ms": percentile(calls, 0.99),
+        }
+
+
+def cases(bench: Bench) -> list[Case]:
+    return [
+        Case(
+            "Penstock", f"{workers} workers", partial(unary, workers=workers, tasks=bench.size(6_000, 20_000))
+        )
+        for workers in (4, 16, 64, 128)
+    ]
+
+
+RATE = "tasks_per_second"
+RUST_DEFAULTS = {4: 2467, 16: 2665, 64: 2275, 128: 2206}
+
+CLAIM = Claim(
+    name="P2",
+    title="One task a call: the protocol of taskbroker v1",
+    how="A backlog of 300 B tasks lies in Kafka. Workers in two processes, each with a connection of its own, call"
+    " GetTask once and then SetTaskStatus with fetch_next_task until nothing is left.",
+    figures=(
+        Figure(RATE, "tasks/s", more_is_better=True, plotted=True, digits=0),
+        Figure("broker_cpu_us", "broker CPU, µs a task", digits=0),
+        Figure("generator_cpu_us", "load generators' CPU, µs a task", digits=0),
+        Figure("call_p50_ms", "p50 of a call, ms"),
+        Figure("call_p99_ms", "p99 of a call, ms"),
+    ),
+    cases=cases,
+    targets=(
+        *(
+            Target(f"tasks/s with {workers} workers", f"Penstock, {workers} workers", RATE, at_least=2_700)
+            for workers in RUST_DEFAULTS
+        ),
+        Target("tasks/s at its best", "Penstock, 64 workers", RATE, at_least=3_515),
+    ),
+    elsewhere=tuple(
+        Elsewhere("Rust taskbroker, defaults", f"{workers} workers", RATE, rate)
+        for workers, rate in RUST_DEFAULTS.items()
+    ),
+    pitfalls=(
+        (
+            "A load generator in Python costs as much as the broker, and shares two cores with it: of this figure"
+            " the CPU of the broker is the part that is the broker's own."
+        ),
+    ),
+    seconds=(60, 420),
+)
