@@ -137,7 +137,11 @@ class Broker:
 
     def healthy(self) -> bool:
         """The writer commits, the chores run, the database is open. Kafka is no part of it."""
-        return self._serving and all(not task.done() for task in self._tasks.values())
+        return (
+            self._serving
+            and self.store.writer.trouble is None
+            and all(not task.done() for task in self._tasks.values())
+        )
 
     # -- in this order
 

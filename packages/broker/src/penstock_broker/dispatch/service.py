@@ -69,6 +69,7 @@ class Consumers:
 
     async def get_task(self, request: bytes) -> bytes:
         asked = _parse(consumer_pb2.GetTaskRequest, request)
+        self.store.require_disk()
         rows = await self._claim_one(asked)
         if not rows:
             raise Refused(grpc.StatusCode.NOT_FOUND, "no pending task")
@@ -130,6 +131,7 @@ class Consumers:
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "GetTasks names a namespace but no application: set application, or leave namespaces empty",
             )
+        self.store.require_disk()
         rows = await self._claimed_before(asked.request_id)
         if not rows:
             rows = await self.waiting.wait(
@@ -231,7 +233,7 @@ class Consumers:
     async def _durable(self, rows: Sequence[Activation]) -> None:
         """At-most-once claims are in the rows before they are handed out."""
         try:
-            await self.store.committed()
+            await self.store.answerable(self.store.committed())
         except BaseException:
             self.store.release(rows)
             raise
@@ -240,7 +242,7 @@ class Consumers:
         self, settled: Sequence[Answer | Report], ids: Sequence[int]
     ) -> list[consumer_pb2.OutcomeAnswer]:
         """Answers, once they are durable and no other broker can run again what they acknowledge."""
-        await self.store.committed()
+        await self.store.answerable(self.store.committed())
         answers = [s.answer if isinstance(s, Report) else s for s in settled]
         held = [i for i, id_hash in enumerate(ids) if self.store.is_held(id_hash)]
         if held:

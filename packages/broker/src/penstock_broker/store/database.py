@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import structlog
 
 from penstock_broker.domain.activation import NO_SOURCE, Activation, OnExceeded, Status, hash_id
 from penstock_broker.domain.lifecycle import IllegalTransition, Limits, decide
@@ -32,12 +33,19 @@ from penstock_broker.store.batch import (
 from penstock_broker.store.finished import last_of, position
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_VERSION
 
+log = structlog.get_logger("store")
+
 # The WAL is copied back to the database once it is this long. docs/adr/0002 has the measurement.
 CHECKPOINT_BYTES = 16 * 1024 * 1024
+# At this length it must be before anything else is written, and one more tick fits in below the maximum.
+WAL_BYTES_LATE = 24 * 1024 * 1024
+WAL_BYTES_MAX = 64 * 1024 * 1024
 PAGE_BYTES = 4096
 # No other process can open the file: a foreign reader would keep the WAL from being reused.
 VFS = "unix-excl"
 DUE_ROWS_MAX = 2000
+
+_FAILED_SYNCS = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC)
 
 _INSERT_COLUMNS = (
     "seq, status, pair, ready_at, wake_at, spilled, attempts, lost, reason, error, source, log_offset,"
@@ -77,6 +85,14 @@ def checksum(row: Activation) -> int:
     return zlib.crc32(numbers, zlib.crc32(names, zlib.crc32(row.body or b"")))
 
 
+class DiskFailing(Exception):
+    """A tick has not happened because the disk failed or is full; it may succeed later."""
+
+    def __init__(self, cause: apsw.Error) -> None:
+        super().__init__(str(cause) or type(cause).__name__)
+        self.full = isinstance(cause, apsw.FullError)
+
+
 class Database:
     """The file: opened so that no other process can, carrying out ticks.
 
@@ -97,6 +113,8 @@ class Database:
         self.nonce: int = self.nonces[self.epoch]
         self.checkpoint_bytes = CHECKPOINT_BYTES
         self._wal_bytes = 0
+        # Set by SQLite once a transaction is in the WAL.
+        self._committed = False
         self.connection.set_wal_hook(self._on_wal)
 
     # -- opening and closing
@@ -133,7 +151,7 @@ class Database:
             for name, value in (
                 ("synchronous", "FULL"),
                 ("wal_autocheckpoint", 0),
-                ("journal_size_limit", 4 * CHECKPOINT_BYTES),
+                ("journal_size_limit", WAL_BYTES_MAX),
                 ("cache_size", -65536),
                 ("temp_store", "MEMORY"),
                 ("mmap_size", 0),
@@ -202,27 +220,65 @@ class Database:
         os.close(self._lock)
 
     def _on_wal(self, connection: apsw.Connection, name: str, frames: int) -> int:
+        self._committed = True
         self._wal_bytes = frames * PAGE_BYTES
         return apsw.SQLITE_OK
 
     # -- a tick
 
     def write(self, batch: Batch) -> Written:
-        """Carry out ``batch`` in one durable transaction. On an error nothing of it has happened."""
+        """Carry out ``batch`` in one durable transaction.
+
+        Raises DiskFailing when the disk failed and nothing of it has happened: it can be written again.
+        After any other error the store must stop: FatalError when its cause is known.
+        """
+        if self._wal_bytes > WAL_BYTES_LATE:
+            # It could not be copied back until now: no tick before it is.
+            self._checkpoint()
         written = Written()
-        c = self.connection
-        c.execute("BEGIN IMMEDIATE")
+        finished, books = len(batch.finished), dict(batch.books)
+        self._committed = False
         try:
+            self.connection.execute("BEGIN IMMEDIATE")
             self._write(batch, written)
-        except BaseException:
-            if c.in_transaction:
-                c.execute("ROLLBACK")
-            raise
-        c.execute("COMMIT")
+            self.connection.execute("COMMIT")
+        except BaseException as error:
+            # SQLite may report what went wrong after the commit; the hook knows.
+            if not self._committed:
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                del batch.finished[finished:]
+                batch.books = books
+                self._judge(error)
+                raise
         if self._wal_bytes > self.checkpoint_bytes:
-            c.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-            self._wal_bytes = 0
+            try:
+                self._checkpoint()
+            except DiskFailing as failing:
+                log.warning("the write-ahead log could not be copied back; it grows", error=str(failing))
         return written
+
+    def _checkpoint(self) -> None:
+        """Copy the WAL back, so that the next tick begins it anew."""
+        try:
+            frames, copied = self.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.Error as error:
+            self._judge(error)
+            raise
+        if frames == copied:
+            self._wal_bytes = 0
+
+    def _judge(self, error: BaseException) -> None:
+        """Raise what an error of SQLite means for the broker; return if it is none of these."""
+        if getattr(error, "extendedresult", 0) in _FAILED_SYNCS:
+            raise FatalError(
+                f"the disk could not make {self.path} durable (fsync failed); nothing after that was"
+                " acknowledged",
+                "check the disk; what was acknowledged before is in the database, so start again on it"
+                " once the disk can be trusted",
+            ) from error
+        if isinstance(error, (apsw.IOError, apsw.FullError)):
+            raise DiskFailing(error) from error
 
     def _write(self, batch: Batch, written: Written) -> None:
         c = self.connection

@@ -37,6 +37,8 @@ class Tally:
     dropped: int = 0
     # Deliveries whose worker died or vanished.
     lost: int = 0
+    # Ticks that the disk did not take, each time they were tried.
+    disk_failures: int = 0
     # Applied reports by the number of their outcome; 0 for what time or the broker caused.
     outcomes: list[int] = field(default_factory=lambda: [0] * (max(OUTCOMES.values()) + 1))
     answers: dict[Answer, int] = field(default_factory=lambda: dict.fromkeys(Answer, 0))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from penstock_broker.domain.activation import Activation, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
+from penstock_broker.store.database import Database
 from penstock_broker.store.memory import Memory
 from penstock_broker.store.writer import Writer
 
@@ -34,7 +35,11 @@ class Outbox:
         memory = self._memory
         seqs = [memory.outbox.popleft() for _ in range(min(limit, len(memory.outbox)))]
         rows: list[Activation] = []
-        memory.batch.calls.append(lambda database: rows.extend(database.load(seqs)))
+
+        def load(database: Database) -> None:
+            rows[:] = database.load(seqs)
+
+        memory.batch.calls.append(load)
         await self._writer.committed()
         for row in rows:
             row.id_hash = hash_id(row.id)
