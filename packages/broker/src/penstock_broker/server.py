@@ -29,6 +29,7 @@ from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.space import Space
 from penstock_broker.upkeep.chores import Upkeep
 
 log = structlog.get_logger("server")
@@ -91,6 +92,7 @@ class Broker:
         self.settings = settings
         limits = store_limits(settings)
         self.database = Database(settings.db_path, limits.lifecycle, clock.wall_ms())
+        self.database.space = Space(self.database.path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self.store = Inflight(self.database, clock, limits, self._handoff)
         self.waiting = Waiting(self.store, RESPONSE_BYTES_MAX)
@@ -137,11 +139,8 @@ class Broker:
 
     def healthy(self) -> bool:
         """The writer commits, the chores run, the database is open. Kafka is no part of it."""
-        return (
-            self._serving
-            and self.store.writer.trouble is None
-            and all(not task.done() for task in self._tasks.values())
-        )
+        alive = all(not task.done() for task in self._tasks.values())
+        return self._serving and alive and self.store.writer.trouble is None
 
     # -- in this order
 

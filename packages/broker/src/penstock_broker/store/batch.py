@@ -182,6 +182,8 @@ class Batch:
 class Written:
     """What a tick found out."""
 
+    # The disk is nearly full.
+    disk_low: bool = False
     # Delayed rows that became pending (and spilled), per pair.
     due: dict[int, int] = field(default_factory=dict)
     # Rows whose expiry has passed.

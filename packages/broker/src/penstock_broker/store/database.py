@@ -32,11 +32,14 @@ from penstock_broker.store.batch import (
 )
 from penstock_broker.store.finished import last_of, position
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_VERSION
+from penstock_broker.store.space import Space, reserve_of
 
 log = structlog.get_logger("store")
 
 # The WAL is copied back to the database once it is this long. docs/adr/0002 has the measurement.
 CHECKPOINT_BYTES = 16 * 1024 * 1024
+# On a disk that is nearly full, at this length.
+LOW_CHECKPOINT_BYTES = 1024 * 1024
 # At this length it must be before anything else is written, and one more tick fits in below the maximum.
 WAL_BYTES_LATE = 24 * 1024 * 1024
 WAL_BYTES_MAX = 64 * 1024 * 1024
@@ -104,6 +107,8 @@ class Database:
         self.path = Path(path)
         self.limits = limits
         self._lock = self._lock_file()
+        # A broker that was killed has left it, and starting may need the space.
+        reserve_of(self.path).unlink(missing_ok=True)
         try:
             self.connection = self._open()
             self.store_id, self.epoch, self.nonces = self._boot(epoch_started_at)
@@ -112,6 +117,8 @@ class Database:
             raise
         self.nonce: int = self.nonces[self.epoch]
         self.checkpoint_bytes = CHECKPOINT_BYTES
+        # Watched after each tick, if somebody sets it.
+        self.space: Space | None = None
         self._wal_bytes = 0
         # Set by SQLite once a transaction is in the WAL.
         self._committed = False
@@ -180,6 +187,7 @@ class Database:
             apsw.CorruptError,
             apsw.ReadOnlyError,
             apsw.IOError,
+            apsw.FullError,
         ) as error:
             raise FatalError(
                 f"cannot open the database {self.path}: {error}",
@@ -210,9 +218,15 @@ class Database:
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
         try:
-            self.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except (DiskFailing, FatalError) as error:
+            log.warning(
+                "the write-ahead log stays beside the database until the next start", error=str(error)
+            )
         finally:
-            self.connection.close()
+            self.connection.close(True)
+            if self.space is not None:
+                self.space.close()
             self.release_lock()
 
     def release_lock(self) -> None:
@@ -232,6 +246,24 @@ class Database:
         Raises DiskFailing when the disk failed and nothing of it has happened: it can be written again.
         After any other error the store must stop: FatalError when its cause is known.
         """
+        try:
+            written = self._attempt(batch)
+        except DiskFailing as failing:
+            if not (failing.full and self.space is not None and self.space.give_up()):
+                raise
+            written = self._attempt(batch)
+        low = self.space is not None and self.space.low
+        if self._wal_bytes > (LOW_CHECKPOINT_BYTES if low else self.checkpoint_bytes):
+            try:
+                self._checkpoint()
+            except DiskFailing as failing:
+                log.warning("the write-ahead log could not be copied back; it grows", error=str(failing))
+                if failing.full and self.space is not None:
+                    self.space.give_up()
+        written.disk_low = self.space is not None and self.space.watch()
+        return written
+
+    def _attempt(self, batch: Batch) -> Written:
         if self._wal_bytes > WAL_BYTES_LATE:
             # It could not be copied back until now: no tick before it is.
             self._checkpoint()
@@ -251,17 +283,12 @@ class Database:
                 batch.books = books
                 self._judge(error)
                 raise
-        if self._wal_bytes > self.checkpoint_bytes:
-            try:
-                self._checkpoint()
-            except DiskFailing as failing:
-                log.warning("the write-ahead log could not be copied back; it grows", error=str(failing))
         return written
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, mode: int = apsw.SQLITE_CHECKPOINT_PASSIVE) -> None:
         """Copy the WAL back, so that the next tick begins it anew."""
         try:
-            frames, copied = self.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            frames, copied = self.connection.wal_checkpoint(mode=mode)
         except apsw.Error as error:
             self._judge(error)
             raise

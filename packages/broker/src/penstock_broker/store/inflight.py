@@ -50,7 +50,7 @@ PAIRS_MAX = 10_000
 PASSED_ROWS_MAX = 64
 
 # Why the intake pauses -> how it is said.
-_LIMITS = {"rows": "max_pending_count", "bytes": "pending_bytes_max", "disk": "the disk fails"}
+_LIMITS = {"rows": "max_pending_count", "bytes": "pending_bytes_max", "disk": "the disk is full or fails"}
 
 _LEASE_LOST = '{"type":"lease lost","message":"no heartbeat and no report in time"}'
 
@@ -84,6 +84,11 @@ class Inflight:
         soon as the disk fails. What was asked for may happen all the same, once it recovers."""
         return self.writer.answerable(durable)
 
+    def watch_disk(self) -> None:
+        """Look at the free space, also when nothing is written."""
+        self.memory.batch.calls.append(lambda database: None)
+        self.memory.work.set()
+
     def require_disk(self) -> None:
         """Raises DiskFailing while the disk takes nothing."""
         if self.writer.trouble is not None:
@@ -105,7 +110,7 @@ class Inflight:
         return 0 if self._paused or self.writer.stopping else rows
 
     def _limit_reached(self, rows: int) -> str:
-        if self.writer.trouble is not None:
+        if self.writer.trouble is not None or self.memory.disk_low:
             return "disk"
         if rows <= 0:
             return "rows"
@@ -121,7 +126,9 @@ class Inflight:
         self._on_room.append(callback)
 
     def _check_room(self) -> None:
-        if not self._paused or self.writer.trouble is not None:
+        if self.memory.disk_low and not self._paused:
+            self._tell_room()
+        if not self._paused or self.memory.disk_low:
             return
         rows, size = self.limits.rows_max * 19 // 20, self.limits.bytes_max * 19 // 20
         if self.memory.rows <= rows and self.memory.bytes <= size:

@@ -69,6 +69,8 @@ class Memory:
         self.low: set[int] = set()
         # Forwarding rows that nobody has taken yet.
         self.outbox: deque[int] = deque()
+        # The disk is nearly full.
+        self.disk_low = False
         # Wall clock at which the next delay or expiry is due.
         self.next_wake_at: int | None = None
         self.batch = Batch()

@@ -292,6 +292,7 @@ class Writer:
     def _release(self, batch: Batch, written: Written) -> None:
         """What the tick wrote becomes visible in memory."""
         memory = self._memory
+        memory.disk_low = written.disk_low
         for row in batch.rows:
             self._stored(row)
         for report in batch.reports:
