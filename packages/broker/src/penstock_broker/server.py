@@ -26,10 +26,13 @@ from penstock_broker.ingest.parts import Ingest, build_ingest
 from penstock_broker.metrics import Exposition, Metrics, expose
 from penstock_broker.observe import Observer
 from penstock_broker.store.batch import Batch, Written
-from penstock_broker.store.database import Database
+from penstock_broker.store.database import Database, suspect_of
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.quarantine import set_aside
+from penstock_broker.store.soundness import Malformed
 from penstock_broker.store.space import Space
+from penstock_broker.store.writer import Handoff
 from penstock_broker.upkeep.chores import Upkeep
 
 log = structlog.get_logger("server")
@@ -85,16 +88,27 @@ def store_limits(settings: Settings) -> StoreLimits:
     )
 
 
+def open_store(settings: Settings, clock: Clock, limits: StoreLimits, handoff: Handoff) -> Inflight:
+    """Raises FatalError, Malformed when what the database says cannot be."""
+    database = Database(settings.db_path, limits.lifecycle, clock.wall_ms())
+    try:
+        return Inflight(database, clock, limits, handoff)
+    except (LookupError, ValueError, OverflowError, TypeError) as error:
+        malformed = database.suspect(f"what it says does not fit together: {error!r}")
+        database.close()
+        raise malformed from error
+
+
 class Broker:
     """One broker process. ``start``, ``run_until``, ``stop``, once each."""
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.settings = settings
         limits = store_limits(settings)
-        self.database = Database(settings.db_path, limits.lifecycle, clock.wall_ms())
-        self.database.space = Space(self.database.path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self.store = Inflight(self.database, clock, limits, self._handoff)
+        self.store = self._open_store(clock, limits)
+        self.database = self.store.database
+        self.database.space = Space(self.database.path)
         self.waiting = Waiting(self.store, RESPONSE_BYTES_MAX)
         self.metrics = Metrics()
         self.observer = Observer(self.metrics, self.store, self.waiting)
@@ -111,6 +125,17 @@ class Broker:
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._serving = False
         self._exposition: Exposition | None = None
+
+    def _open_store(self, clock: Clock, limits: StoreLimits) -> Inflight:
+        """The store; a new one in place of a malformed database whose tasks are in Kafka, too."""
+        try:
+            return open_store(self.settings, clock, limits, self._handoff)
+        except Malformed as malformed:
+            if self.settings.ingest != "kafka":
+                raise
+            set_aside(self.settings.db_path, malformed.message, clock)
+            suspect_of(self.settings.db_path).unlink(missing_ok=True)
+            return open_store(self.settings, clock, limits, self._handoff)
 
     def _services(self) -> dict[str, dict[str, rpc.Method]]:
         consumers = Consumers(self.store, self.waiting)

@@ -178,12 +178,22 @@ class Batch:
         self.books[key] = self.books.get(key, 0) + n
 
 
+class Damaged(NamedTuple):
+    """A row that was set aside, as memory counts it."""
+
+    seq: int
+    pair: int
+    status: int
+    size: int
+
+
 @dataclass(slots=True)
 class Written:
     """What a tick found out."""
 
     # The disk is nearly full.
     disk_low: bool = False
+    damaged: list[Damaged] = field(default_factory=list)
     # Delayed rows that became pending (and spilled), per pair.
     due: dict[int, int] = field(default_factory=dict)
     # Rows whose expiry has passed.

@@ -6,12 +6,14 @@ import fcntl
 import os
 import secrets
 import struct
+import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import apsw
 import structlog
@@ -22,6 +24,7 @@ from penstock_broker.errors import FatalError
 from penstock_broker.store.batch import (
     Answer,
     Batch,
+    Damaged,
     Move,
     PageRequest,
     Report,
@@ -31,7 +34,14 @@ from penstock_broker.store.batch import (
     wake_at,
 )
 from penstock_broker.store.finished import last_of, position
-from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_VERSION
+from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from penstock_broker.store.soundness import (
+    THOROUGH_BYTES_MAX,
+    Malformed,
+    make_sound,
+    quarantine,
+    schema_digest,
+)
 from penstock_broker.store.space import Space, reserve_of
 
 log = structlog.get_logger("store")
@@ -66,6 +76,7 @@ _LOAD_COLUMNS = (
     " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id,"
     " a.taskname, a.content, a.size, a.checksum"
 )
+_CHECKSUM_AT = _LOAD_COLUMNS.count(",")
 _FIXED = struct.Struct(">9q")
 _BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
 _FROM = " FROM activation a JOIN pair p ON p.pair = a.pair"
@@ -88,6 +99,12 @@ def checksum(row: Activation) -> int:
     return zlib.crc32(numbers, zlib.crc32(names, zlib.crc32(row.body or b"")))
 
 
+def suspect_of(path: Path) -> Path:
+    """A file with a byte for each time that the database was found damaged while a broker ran, since one
+    stopped in order."""
+    return path.with_name(path.name + ".suspect")
+
+
 class DiskFailing(Exception):
     """A tick has not happened because the disk failed or is full; it may succeed later."""
 
@@ -106,30 +123,44 @@ class Database:
     def __init__(self, path: Path | str, limits: Limits, epoch_started_at: int) -> None:
         self.path = Path(path)
         self.limits = limits
+        # A file that is no database is taken for a damaged one only where a broker has been before.
+        self._was_ours = self._lock_path.exists()
         self._lock = self._lock_file()
-        # A broker that was killed has left it, and starting may need the space.
-        reserve_of(self.path).unlink(missing_ok=True)
-        try:
-            self.connection = self._open()
-            self.store_id, self.epoch, self.nonces = self._boot(epoch_started_at)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self.nonce: int = self.nonces[self.epoch]
         self.checkpoint_bytes = CHECKPOINT_BYTES
         # Watched after each tick, if somebody sets it.
         self.space: Space | None = None
         self._wal_bytes = 0
         # Set by SQLite once a transaction is in the WAL.
         self._committed = False
+        # Whether what is in the WAL can be believed.
+        self._broken = False
+        # Rows found damaged in the tick under way.
+        self._damaged: list[Damaged] = []
+        # A broker that was killed has left it, and starting may need the space.
+        reserve_of(self.path).unlink(missing_ok=True)
+        try:
+            self.connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
+            try:
+                self._open(epoch_started_at)
+            except BaseException:
+                self._broken = True
+                self._close_connection()
+                raise
+        except BaseException as error:
+            self.release_lock()
+            self._explain(error)
+            raise
         self.connection.set_wal_hook(self._on_wal)
 
     # -- opening and closing
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".lock")
+
     def _lock_file(self) -> int:
-        path = self.path.with_name(self.path.name + ".lock")
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise FatalError(
                 f"cannot open the database {self.path}: {error.strerror}",
@@ -149,51 +180,71 @@ class Database:
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
 
-    def _open(self) -> apsw.Connection:
-        try:
-            connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
-            connection.pragma("locking_mode", "exclusive")
-            if connection.pragma("journal_mode", "wal") != "wal":
-                raise apsw.CantOpenError("the file system does not support a write-ahead log")
-            for name, value in (
-                ("synchronous", "FULL"),
-                ("wal_autocheckpoint", 0),
-                ("journal_size_limit", WAL_BYTES_MAX),
-                ("cache_size", -65536),
-                ("temp_store", "MEMORY"),
-                ("mmap_size", 0),
-                ("trusted_schema", 0),
-                ("foreign_keys", 0),
-            ):
-                connection.pragma(name, value)
-            version = connection.pragma("user_version")
-            if version == 0:
-                self._create(connection)
-            elif version > SCHEMA_VERSION:
-                connection.close()
-                raise FatalError(
-                    f"the database {self.path} has schema version {version};"
-                    f" this broker knows up to {SCHEMA_VERSION}",
-                    "it was written by a newer penstock-broker: run that version, or set another db_path",
-                )
-        except apsw.BusyError:
+    def _open(self, started_at: int) -> None:
+        connection = self.connection
+        connection.pragma("locking_mode", "exclusive")
+        if connection.pragma("journal_mode", "wal") != "wal":
+            raise apsw.CantOpenError("the file system does not support a write-ahead log")
+        for name, value in (
+            ("synchronous", "FULL"),
+            ("wal_autocheckpoint", 0),
+            ("journal_size_limit", WAL_BYTES_MAX),
+            ("cache_size", -65536),
+            ("temp_store", "MEMORY"),
+            ("mmap_size", 0),
+            ("trusted_schema", 0),
+            ("foreign_keys", 0),
+        ):
+            connection.pragma(name, value)
+        version = connection.pragma("user_version")
+        if version == 0:
+            self._create(connection)
+        elif version > SCHEMA_VERSION:
+            raise FatalError(
+                f"the database {self.path} has schema version {version};"
+                f" this broker knows up to {SCHEMA_VERSION}",
+                "it was written by a newer penstock-broker: run that version, or set another db_path",
+            )
+        else:
+            self._migrate(connection, version)
+            self._make_sound(started_at)
+        self.store_id, self.epoch, self.nonces = self._boot(started_at)
+        self.nonce: int = self.nonces[self.epoch]
+
+    def _explain(self, error: BaseException) -> None:
+        """Raise what an error at the start means for the operator; return if it is none of these."""
+        if isinstance(error, apsw.BusyError):
             raise FatalError(
                 f"the database {self.path} is locked by another process",
                 "close whatever has it open: a broker is the only one that may",
             ) from None
-        except (
-            apsw.CantOpenError,
-            apsw.NotADBError,
-            apsw.CorruptError,
-            apsw.ReadOnlyError,
-            apsw.IOError,
-            apsw.FullError,
-        ) as error:
+        if isinstance(error, apsw.CorruptError) or (isinstance(error, apsw.NotADBError) and self._was_ours):
+            raise Malformed(self.path, str(error)) from None
+        if isinstance(error, apsw.FullError):
+            raise FatalError(
+                f"cannot open the database {self.path}: the disk is full",
+                "free some space there; then start again",
+            ) from None
+        if isinstance(error, (apsw.CantOpenError, apsw.NotADBError, apsw.ReadOnlyError, apsw.IOError)):
             raise FatalError(
                 f"cannot open the database {self.path}: {error}",
                 "set db_path (TASKBROKER_DB_PATH) to a broker's database or to a file that is not there yet",
             ) from None
-        return connection
+
+    def _make_sound(self, now: int) -> None:
+        path = suspect_of(self.path)
+        strikes = path.stat().st_size if path.exists() else 0
+        if strikes > 1:
+            raise Malformed(self.path, "it was found damaged again, though it looked sound at the start")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        make_sound(self.connection, self.path, now, thorough=strikes > 0 or size <= THOROUGH_BYTES_MAX)
+
+    def suspect(self, why: str) -> Malformed:
+        """The error with which to stop; the next start looks at all of the database."""
+        self._broken = True
+        with suppress(OSError), suspect_of(self.path).open("ab") as file:
+            file.write(b"!")
+        return Malformed(self.path, why)
 
     @staticmethod
     def _create(connection: apsw.Connection) -> None:
@@ -202,7 +253,23 @@ class Database:
         with connection:
             connection.execute(SCHEMA)
             connection.execute("INSERT INTO meta VALUES ('store_id', ?)", (secrets.token_hex(4),))
-            connection.pragma("user_version", SCHEMA_VERSION)
+            Database._remember_schema(connection, SCHEMA_VERSION)
+
+    @staticmethod
+    def _migrate(connection: apsw.Connection, version: int) -> None:
+        """One version at a time, each whole or not at all: what is interrupted goes on from there."""
+        for next_version in range(version + 1, SCHEMA_VERSION + 1):
+            with connection:
+                connection.execute(MIGRATIONS[next_version])
+                Database._remember_schema(connection, next_version)
+            log.info("the database has a new schema", version=next_version)
+
+    @staticmethod
+    def _remember_schema(connection: apsw.Connection, version: int) -> None:
+        connection.execute(
+            "INSERT OR REPLACE INTO meta VALUES ('schema_digest', ?)", (schema_digest(connection),)
+        )
+        connection.pragma("user_version", version)
 
     def _boot(self, started_at: int) -> tuple[str, int, dict[int, int]]:
         c = self.connection
@@ -218,16 +285,22 @@ class Database:
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
         try:
-            self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            if not self._broken:
+                self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
+                suspect_of(self.path).unlink(missing_ok=True)
         except (DiskFailing, FatalError) as error:
-            log.warning(
-                "the write-ahead log stays beside the database until the next start", error=str(error)
-            )
+            log.warning("the write-ahead log is kept until the next start", error=str(error))
         finally:
-            self.connection.close(True)
+            self._close_connection()
             if self.space is not None:
                 self.space.close()
             self.release_lock()
+
+    def _close_connection(self) -> None:
+        if self._broken:
+            # What it cannot be sure of must not be copied into the database.
+            self.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        self.connection.close(True)
 
     def release_lock(self) -> None:
         """Let another broker have the file."""
@@ -297,7 +370,12 @@ class Database:
 
     def _judge(self, error: BaseException) -> None:
         """Raise what an error of SQLite means for the broker; return if it is none of these."""
+        if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
+            raise self.suspect(str(error)) from error
+        if isinstance(error, apsw.ConstraintError):
+            raise self.suspect(f"a row became impossible ({error})") from error
         if getattr(error, "extendedresult", 0) in _FAILED_SYNCS:
+            self._broken = True
             raise FatalError(
                 f"the disk could not make {self.path} durable (fsync failed); nothing after that was"
                 " acknowledged",
@@ -309,6 +387,7 @@ class Database:
 
     def _write(self, batch: Batch, written: Written) -> None:
         c = self.connection
+        self._damaged, self._stamp = [], batch.stamp
         if batch.new_pairs:
             c.executemany("INSERT INTO pair VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
@@ -338,7 +417,8 @@ class Database:
         if batch.due_at is not None:
             self._wake(batch.due_at, batch.stamp + 1, written)
         for page in batch.pages:
-            written.pages[page.pair] = list(self._page(page))
+            written.pages[page.pair] = self._page(page)
+        written.damaged = self._damaged
 
     def _claim(self, batch: Batch) -> None:
         if batch.claims:
@@ -450,18 +530,66 @@ class Database:
 
     # -- reading
 
-    def _page(self, page: PageRequest) -> Iterator[Activation]:
-        taken = 0
-        for record in self.connection.execute(
-            f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE a.status = 1 AND a.spilled = 1 AND a.pair = ?1"
-            " AND (a.ready_at, a.seq) > (?2, ?3) ORDER BY a.ready_at, a.seq LIMIT ?4",
+    def _page(self, page: PageRequest) -> list[Activation]:
+        return self.load_sound(
+            "a.status = 1 AND a.spilled = 1 AND a.pair = ?1 AND (a.ready_at, a.seq) > (?2, ?3)"
+            " ORDER BY a.ready_at, a.seq LIMIT ?4",
             (page.pair, page.after_ready_at, page.after_seq, page.rows),
-        ):
-            row = _load(record)
-            yield row
-            taken += row.size
-            if taken >= page.bytes:
-                return
+            page.bytes,
+        )
+
+    def load_sound(
+        self, where: str, values: tuple[object, ...], bytes_max: int = sys.maxsize
+    ) -> list[Activation]:
+        """Rows with their bodies, which may be handed out or forwarded; in a tick only.
+
+        What does not fit its checksum, or cannot be read, is set aside.
+        """
+        rows: list[Activation] = []
+        damaged: list[int] = []
+        size = 0
+        try:
+            for record in self.connection.execute(
+                f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE {where}", values
+            ):
+                row = _load(record)
+                if checksum(row) == record[_CHECKSUM_AT]:
+                    rows.append(row)
+                else:
+                    damaged.append(row.seq)
+                size += row.size
+                if size >= bytes_max:
+                    break
+        except ValueError:  # text that is none, or a number out of its range
+            seqs = [s for (s,) in self.connection.execute(f"SELECT a.seq{_FROM} WHERE {where}", values)]
+            return [row for seq in seqs for row in self._load_one(seq)]
+        for seq in damaged:
+            self._set_aside(seq, "its checksum does not fit")
+        return rows
+
+    def _load_one(self, seq: int) -> list[Activation]:
+        try:
+            row = self.get(seq)
+        except ValueError:
+            self._set_aside(seq, "it cannot be read")
+            return []
+        if row is None or checksum(row) == self._checksum_of(seq):
+            return [] if row is None else [row]
+        self._set_aside(seq, "its checksum does not fit")
+        return []
+
+    def _checksum_of(self, seq: int) -> int:
+        return int(self.connection.execute("SELECT checksum FROM activation WHERE seq = ?", (seq,)).get)
+
+    def _set_aside(self, seq: int, why: str) -> None:
+        ((pair, status, size),) = cast(
+            "list[tuple[int, int, int]]",
+            self.connection.execute(
+                "SELECT pair, status, size FROM activation WHERE seq = ?", (seq,)
+            ).fetchall(),
+        )
+        quarantine(self.connection, [seq], why, self._stamp)
+        self._damaged.append(Damaged(seq, pair, status, size))
 
     def spilled_before(self, pair: int, ready_at: int, limit: int) -> list[int]:
         """Spilled pending rows of a pair that became ready no later, the first ones."""
@@ -479,6 +607,16 @@ class Database:
         for row in self.load([seq]):
             return row
         return None
+
+    def load_forwarded(self, seqs: Sequence[int]) -> list[Activation]:
+        """Rows that are to leave, with their bodies, in the order of ``seqs``; in a tick only."""
+        if not seqs:
+            return []
+        rows = {r.seq: r for r in self.load_sound("a.seq IN carray(?)", (apsw.carray(array("q", seqs)),))}
+        return [rows[seq] for seq in seqs if seq in rows]
+
+    def quarantined(self) -> int:
+        return int(self.connection.execute("SELECT count(*) FROM quarantine").get)
 
     def load(self, seqs: Sequence[int]) -> list[Activation]:
         """Rows with their bodies, in the order of ``seq``."""

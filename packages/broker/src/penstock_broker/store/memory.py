@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from penstock_broker.clock import Clock
 from penstock_broker.domain.activation import CONTENT_BITS, NO_SOURCE, Activation, Status, hash_id
 from penstock_broker.domain.lifecycle import OUTCOMES, Change, Event, decide
-from penstock_broker.store.batch import Answer, Batch, Report, move
+from penstock_broker.store.batch import Answer, Batch, Damaged, Report, move
 from penstock_broker.store.database import Database
 from penstock_broker.store.finished import Finished, last_of, position, unpack_position
 from penstock_broker.store.index import PairQueue, ReadyIndex
@@ -69,6 +69,8 @@ class Memory:
         self.low: set[int] = set()
         # Forwarding rows that nobody has taken yet.
         self.outbox: deque[int] = deque()
+        # Rows that were found damaged on disk, ever.
+        self.quarantined = database.quarantined()
         # The disk is nearly full.
         self.disk_low = False
         # Wall clock at which the next delay or expiry is due.
@@ -225,6 +227,20 @@ class Memory:
         row.status = Status.GONE
         row.body = None
 
+    def set_aside(self, damaged: Iterable[Damaged]) -> None:
+        """Rows were damaged on disk and are not there any more."""
+        for seq, pair, status, size in damaged:
+            self.counts[pair][status] -= 1
+            self.rows -= 1
+            self.bytes -= size
+            if status == Status.PENDING:
+                self.index.pairs[pair].spilled -= 1
+            # By what it was called when it was whole.
+            for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS == seq]:
+                del self.live[id_hash]
+            self.add_to_books({(pair, "quarantined"): 1})
+            self.quarantined += 1
+
     def forget(self, row: Activation) -> None:
         """A row is no longer counted: it was dropped, or never stored."""
         self.counts[row.pair][row.status] -= 1
@@ -253,11 +269,11 @@ class Memory:
             if q.spilled and not q.paging and len(q.ready) < LOW_WATER_ROWS and self.index.room(q)
         ]
 
-    def paged(self, queue: PairQueue, rows: list[Activation]) -> None:
-        """The next spilled rows of a pair were read."""
+    def paged(self, queue: PairQueue, rows: list[Activation], damaged: bool = False) -> None:
+        """The next spilled rows of a pair were read; ``damaged``: others were set aside."""
         queue.paging = False
-        if not rows and queue.spilled:
-            raise AssertionError(
+        if not rows and queue.spilled and not damaged:
+            raise self.database.suspect(
                 f"{queue.spilled} pending rows of {queue.application}/{queue.namespace} are in no page"
             )
         for row in rows:

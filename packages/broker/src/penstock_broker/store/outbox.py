@@ -37,7 +37,7 @@ class Outbox:
         rows: list[Activation] = []
 
         def load(database: Database) -> None:
-            rows[:] = database.load(seqs)
+            rows[:] = database.load_forwarded(seqs)
 
         memory.batch.calls.append(load)
         await self._writer.committed()

@@ -293,6 +293,7 @@ class Writer:
         """What the tick wrote becomes visible in memory."""
         memory = self._memory
         memory.disk_low = written.disk_low
+        memory.set_aside(written.damaged)
         for row in batch.rows:
             self._stored(row)
         for report in batch.reports:
@@ -309,7 +310,7 @@ class Writer:
         for then in batch.then:
             then()
         for pair, paged in written.pages.items():
-            memory.paged(memory.index.pairs[pair], paged)
+            memory.paged(memory.index.pairs[pair], paged, bool(written.damaged))
 
     def _stored(self, row: Activation) -> None:
         memory = self._memory
