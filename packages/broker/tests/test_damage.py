@@ -7,13 +7,26 @@ import os
 import random
 from pathlib import Path
 
+import apsw
 import pytest
+import structlog
+from crash_disk import CrashDisk, Failing, abandon
 from crash_workload import LIMITS
-from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+from store_helpers import (
+    ManualClock,
+    activation,
+    check_store,
+    inline,
+    open_store,
+    settle_down,
+    token_of,
+)
 
+from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError
+from penstock_broker.server import open_store as open_store_of
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.soundness import Malformed
 
@@ -194,3 +207,81 @@ async def test_a_row_with_an_impossible_column_does_not_stop_the_start(
     assert store.memory.quarantined == 1
     assert store.memory.counts[1][Status.PENDING] == 0
     store.database.close()
+
+
+def settings_for(path: Path, ingest: str) -> Settings:
+    return Settings(db_path=path, ingest=ingest)
+
+
+async def test_a_malformed_database_is_set_aside_and_a_new_store_begins(tmp_path: Path) -> None:
+    """What was in it is in Kafka, too: the broker says so, and goes on."""
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    await stopped_store(path, clock)
+    damaged = make_malformed(path)
+    with structlog.testing.capture_logs() as logs:
+        store = open_store_of(settings_for(path, "kafka"), clock, LIMITS, inline)
+    (kept,) = tmp_path.glob("store.sqlite.quarantined-*[0-9]")
+    assert kept.read_bytes() == damaged
+    (said,) = [line for line in logs if line["event"] == "the database was set aside"]
+    assert said["log_level"] == "error"
+    assert "malformed" in said["why"]
+    assert store.epoch == 1
+    assert store.memory.rows == 0
+    store.database.close()
+
+
+async def test_without_a_log_to_restore_from_a_malformed_database_is_refused_and_left_alone(
+    tmp_path: Path,
+) -> None:
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    await stopped_store(path, clock)
+    damaged = make_malformed(path)
+    for _ in range(3):
+        with pytest.raises(Malformed, match=r"malformed.*Move the file.*sent over gRPC is nowhere else"):
+            open_store_of(settings_for(path, "grpc"), clock, LIMITS, inline)
+        assert path.read_bytes() == damaged
+    assert not list(tmp_path.glob("*quarantined*"))
+
+
+def make_malformed(path: Path) -> bytes:
+    content = bytearray(path.read_bytes())
+    for page in range(2, len(content) // 4096):
+        content[page * 4096 : page * 4096 + 12] = b"no b-tree..."
+    path.write_bytes(content)
+    return bytes(content)
+
+
+async def test_a_header_that_is_none_is_malformed_where_a_broker_has_been(tmp_path: Path) -> None:
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    await stopped_store(path, clock)
+    change_byte(path, 3, 2)
+    with pytest.raises(Malformed, match="not a database"):
+        open_store(path, clock)
+
+
+async def test_damage_found_while_running_stops_the_broker_and_the_next_start_looks_at_it(
+    tmp_path: Path,
+) -> None:
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    disk = CrashDisk()
+    with disk.mounted():
+        store = open_store(path, clock, LIMITS)
+    await insert(store, [activation(f"t{i}", clock) for i in range(20)])
+    for _ in range(2):
+        disk.kill()
+        abandon(store.database)
+        with disk.mounted():
+            store = open_store(path, clock, LIMITS)
+        store.database.connection.pragma("shrink_memory")
+        stored = store.insert([activation(f"late-{store.epoch}", clock)])
+        disk.before = Failing(("read", "write"), 0, lambda call: apsw.exception_for(apsw.SQLITE_CORRUPT))
+        with pytest.raises(Malformed, match="malformed"):
+            await store.writer.tick()
+        with pytest.raises(Exception, match="the store has stopped"):
+            await stored
+        disk.before = lambda call: None
+    disk.kill()
+    store.database.close()
+    # It looks sound, and was found damaged twice: no third life.
+    with disk.mounted(), pytest.raises(Malformed, match="found damaged again"):
+        open_store(path, clock, LIMITS)

@@ -89,7 +89,21 @@ def store_limits(settings: Settings) -> StoreLimits:
 
 
 def open_store(settings: Settings, clock: Clock, limits: StoreLimits, handoff: Handoff) -> Inflight:
-    """Raises FatalError, Malformed when what the database says cannot be."""
+    """The store of this broker; a new one in place of a malformed one whose tasks Kafka has, too.
+
+    Raises FatalError.
+    """
+    try:
+        return _open_store(settings, clock, limits, handoff)
+    except Malformed as malformed:
+        if settings.ingest != "kafka":
+            raise
+        set_aside(settings.db_path, malformed.message, clock)
+        suspect_of(settings.db_path).unlink(missing_ok=True)
+    return _open_store(settings, clock, limits, handoff)
+
+
+def _open_store(settings: Settings, clock: Clock, limits: StoreLimits, handoff: Handoff) -> Inflight:
     database = Database(settings.db_path, limits.lifecycle, clock.wall_ms())
     try:
         return Inflight(database, clock, limits, handoff)
@@ -106,7 +120,7 @@ class Broker:
         self.settings = settings
         limits = store_limits(settings)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self.store = self._open_store(clock, limits)
+        self.store = open_store(settings, clock, limits, self._handoff)
         self.database = self.store.database
         self.database.space = Space(self.database.path)
         self.waiting = Waiting(self.store, RESPONSE_BYTES_MAX)
@@ -125,17 +139,6 @@ class Broker:
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._serving = False
         self._exposition: Exposition | None = None
-
-    def _open_store(self, clock: Clock, limits: StoreLimits) -> Inflight:
-        """The store; a new one in place of a malformed database whose tasks are in Kafka, too."""
-        try:
-            return open_store(self.settings, clock, limits, self._handoff)
-        except Malformed as malformed:
-            if self.settings.ingest != "kafka":
-                raise
-            set_aside(self.settings.db_path, malformed.message, clock)
-            suspect_of(self.settings.db_path).unlink(missing_ok=True)
-            return open_store(self.settings, clock, limits, self._handoff)
 
     def _services(self) -> dict[str, dict[str, rpc.Method]]:
         consumers = Consumers(self.store, self.waiting)
