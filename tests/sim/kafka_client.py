@@ -414,7 +414,9 @@ class Producer(Client):
         headers: Sequence[tuple[str, bytes]] = (),
         on_delivery: Callable[[KafkaError | None, object], None],
     ) -> None:
-        sent = _Sent(self, topic, value, key, list(headers), on_delivery, self.hub.now + self._delivery_seconds)
+        sent = _Sent(
+            self, topic, value, key, list(headers), on_delivery, self.hub.now + self._delivery_seconds
+        )
         self._open[sent] = None
         sent.attempt()
 
@@ -569,10 +571,7 @@ class Reader(Client):
     def committed(self, partitions: Sequence[TopicPartition], timeout: float) -> list[Answer]:
         self.request(timeout)
         known = self.cluster.group.committed
-        return [
-            Answer(p.topic, p.partition, *known.get(p.partition, (-1001, "")))
-            for p in partitions
-        ]
+        return [Answer(p.topic, p.partition, *known.get(p.partition, (-1001, ""))) for p in partitions]
 
     def assign(self, partitions: Sequence[TopicPartition]) -> None:
         self._positions = {p.partition: p.offset for p in partitions}
@@ -607,7 +606,9 @@ def consumer(cluster: Cluster, config: dict[str, Any]) -> Consumer | Reader:
 
 
 def producer(cluster: Cluster, config: dict[str, Any]) -> Producer | TransactionalProducer:
-    return TransactionalProducer(cluster, config) if "transactional.id" in config else Producer(cluster, config)
+    return (
+        TransactionalProducer(cluster, config) if "transactional.id" in config else Producer(cluster, config)
+    )
 
 
 class AdminClient(Client):

@@ -28,7 +28,10 @@ _RETRIES = (
     consumer_pb2.TASK_OUTCOME_STATUS_RETRY,
     consumer_pb2.TASK_OUTCOME_STATUS_DEADLINE_EXCEEDED,
 )
-_NAMES = {v.number: v.name.removeprefix("TASK_OUTCOME_STATUS_") for v in consumer_pb2.TaskOutcomeStatus.DESCRIPTOR.values}
+_NAMES = {
+    v.number: v.name.removeprefix("TASK_OUTCOME_STATUS_")
+    for v in consumer_pb2.TaskOutcomeStatus.DESCRIPTOR.values
+}
 
 
 class Violated(Exception):
@@ -275,7 +278,12 @@ class Oracle:
         if task.delay_ms and early > 0:
             self.fail("never early", f"{task.id} started {early} ms before its delay was over")
         for broker, attempt, due in task.retry_at.values():
-            if broker == machine.name and attempt == handed.attempt and latest < due and not task.positions[1:]:
+            if (
+                broker == machine.name
+                and attempt == handed.attempt
+                and latest < due
+                and not task.positions[1:]
+            ):
                 if any(t[1] == attempt and t[2] <= latest for t in task.retry_at.values()):
                     continue
                 self.fail("never early", f"{task.id} was retried {due - latest} ms early by {machine.name}")
@@ -327,7 +335,9 @@ class Oracle:
         task, name = claim.task, _NAMES[status]
         said = consumer_pb2.OutcomeAnswer.Name(answer).removeprefix("OUTCOME_ANSWER_")  # type: ignore[arg-type]
         self.counts[said] += 1
-        self.hub.tell("oracle", f"{machine.name} answers {said} to {name} of {task.id} attempt {claim.attempt}")
+        self.hub.tell(
+            "oracle", f"{machine.name} answers {said} to {name} of {task.id} attempt {claim.attempt}"
+        )
         if said == "UNKNOWN":
             self.fail("answers are right", f"{machine.name} does not know a token of its own, of {task.id}")
         elif said == "STALE":
@@ -411,7 +421,9 @@ class Oracle:
                 )
 
     def on_foreign_commit(self, process: Process, partition: int, offset: int) -> None:
-        self.fail("offsets", f"{process.name} committed {offset} of partition {partition}, which is not its own")
+        self.fail(
+            "offsets", f"{process.name} committed {offset} of partition {partition}, which is not its own"
+        )
 
     def on_letter(self, value: bytes | None, headers: list[tuple[str, bytes]]) -> None:
         task = self.by_body.get(value or b"")
@@ -423,7 +435,9 @@ class Oracle:
         self.counts[f"dead: {reason}"] += 1
         self.hub.tell("oracle", f"dead letter {task.id}: {reason}")
         if task.final in ("COMPLETE", "IGNORED") and not task.positions[1:]:
-            self.fail("each ends in one way", f"{task.id} was acknowledged as {task.final}, and is a dead letter")
+            self.fail(
+                "each ends in one way", f"{task.id} was acknowledged as {task.final}, and is a dead letter"
+            )
         if task.discard and not task.poison and reason in ("attempts_exhausted", "failed", "expired"):
             self.fail("each ends in one way", f"{task.id} was to be discarded, not dead-lettered as {reason}")
 
@@ -469,4 +483,6 @@ class Oracle:
                 self.fail("quiet", f"{self.counts[what]} x {what} although nothing went wrong")
         for task in self.tasks.values():
             if task.starts > task.max_attempts:
-                self.fail("quiet", f"{task.id} was started {task.starts} times for {task.max_attempts} attempts")
+                self.fail(
+                    "quiet", f"{task.id} was started {task.starts} times for {task.max_attempts} attempts"
+                )

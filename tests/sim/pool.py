@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from penstock_broker.server import Broker
-from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
 from store_helpers import check_store
+
+from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
 from tests.sim.broker import BrokerMachine
 from tests.sim.faults import Faults
 from tests.sim.hub import EPOCH_MS, Hub, Process

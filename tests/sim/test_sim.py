@@ -79,9 +79,7 @@ def token_not_checked(patch: pytest.MonkeyPatch) -> None:
 def offset_before_rows(patch: pytest.MonkeyPatch) -> None:
     deliver = Intake.deliver
 
-    def early(
-        self: Intake, rows: list[Activation], size: int, taken: Mapping[int, tuple[int, int]]
-    ) -> None:
+    def early(self: Intake, rows: list[Activation], size: int, taken: Mapping[int, tuple[int, int]]) -> None:
         deliver(self, rows, size, taken)
         for partition, (_, next_) in taken.items():
             if partition in self.readings:

@@ -60,9 +60,7 @@ class SimThreading:
 
 
 class _Thread:
-    def __init__(
-        self, hub: Hub, target: Callable[..., object], args: tuple[object, ...], name: str
-    ) -> None:
+    def __init__(self, hub: Hub, target: Callable[..., object], args: tuple[object, ...], name: str) -> None:
         assert hub.process is not None
         self._hub = hub
         self._thread = hubs.Thread(hub.process, lambda: target(*args), name)

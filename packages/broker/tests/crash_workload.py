@@ -47,7 +47,8 @@ OUTCOMES = (
 
 
 class Asked(NamedTuple):
-    """From now on ``what`` may have happened to ``subject``: insert (rows), settle ((token, event)), leave (id)."""
+    """From now on ``what`` may have happened to ``subject``: insert (rows), settle ((token, event)),
+    leave (id), time (wall clock), lapse."""
 
     what: str
     subject: object

@@ -239,6 +239,12 @@ class Metrics:
     def _store(self) -> None:
         self.database_size = self._plain_gauge("penstock_database_bytes", "Size of the database.")
         self.wal_size = self._plain_gauge("penstock_wal_bytes", "Size of the write-ahead log.")
+        self.quarantined = self._plain_gauge(
+            "penstock_quarantined_tasks", "Tasks that were damaged on disk and are kept aside."
+        )
+        self.disk_errors = self._plain_counter(
+            "penstock_disk_errors", "Times that the disk did not take a tick; it is tried again."
+        )
         self.disk_free = self._plain_gauge("penstock_disk_free_bytes", "Free space where the database is.")
         self.commit_time = self._plain_histogram(
             "penstock_commit_seconds", "Time to make one tick durable.", COMMIT_BUCKETS

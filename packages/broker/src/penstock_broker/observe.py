@@ -66,6 +66,8 @@ class Observer:
         state, reason = store.intake_state()
         metrics.intake(state.lower(), reason)
         metrics.waiting.set(len(self._waiting))
+        metrics.quarantined.set(store.memory.quarantined)
+        metrics.disk_errors.inc(self._since("disk errors", store.memory.tally.disk_failures))
         metrics.dead_letters_resting.set(store.outbox.resting)
         self._disk()
 

@@ -27,10 +27,13 @@ from penstock_broker.ingest.parts import Ingest, build_ingest
 from penstock_broker.metrics import Exposition, Metrics, expose
 from penstock_broker.observe import Observer
 from penstock_broker.store.batch import Batch, Written
-from penstock_broker.store.database import Database
+from penstock_broker.store.database import Database, suspect_of
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.quarantine import set_aside
+from penstock_broker.store.soundness import Malformed
+from penstock_broker.store.space import Space
+from penstock_broker.store.writer import Handoff
 from penstock_broker.upkeep.chores import Upkeep
 
 log = structlog.get_logger("server")
@@ -101,15 +104,41 @@ def store_limits(settings: Settings) -> StoreLimits:
     )
 
 
+def open_store(settings: Settings, clock: Clock, limits: StoreLimits, handoff: Handoff) -> Inflight:
+    """The store of this broker; a new one in place of a malformed one whose tasks Kafka has, too.
+
+    Raises FatalError.
+    """
+    try:
+        return _open_store(settings, clock, limits, handoff)
+    except Malformed as malformed:
+        if settings.ingest != "kafka":
+            raise
+        set_aside(settings.db_path, malformed.message, clock)
+        suspect_of(settings.db_path).unlink(missing_ok=True)
+    return _open_store(settings, clock, limits, handoff)
+
+
+def _open_store(settings: Settings, clock: Clock, limits: StoreLimits, handoff: Handoff) -> Inflight:
+    database = Database(settings.db_path, limits.lifecycle, clock.wall_ms())
+    try:
+        return Inflight(database, clock, limits, handoff)
+    except (LookupError, ValueError, OverflowError, TypeError) as error:
+        malformed = database.suspect(f"what it says does not fit together: {error!r}")
+        database.close()
+        raise malformed from error
+
+
 class Broker:
     """One broker process. ``start``, ``run_until``, ``stop``, once each."""
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.settings = settings
         limits = store_limits(settings)
-        self.database = Database(settings.db_path, limits.lifecycle, clock.wall_ms())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self.store = Inflight(self.database, clock, limits, self._handoff)
+        self.store = open_store(settings, clock, limits, self._handoff)
+        self.database = self.store.database
+        self.database.space = Space(self.database.path)
         self.waiting = Waiting(self.store, RESPONSE_BYTES_MAX)
         self.metrics = Metrics()
         self.observer = Observer(self.metrics, self.store, self.waiting)
@@ -156,7 +185,8 @@ class Broker:
 
     def healthy(self) -> bool:
         """The writer commits, the chores run, the database is open. Kafka is no part of it."""
-        return self._serving and all(not task.done() for task in self._tasks.values())
+        alive = all(not task.done() for task in self._tasks.values())
+        return self._serving and alive and self.store.writer.trouble is None
 
     # -- in this order
 

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from penstock_broker.auth import authorize
 from penstock_broker.dispatch.service import Consumers, Refused
+from penstock_broker.store.database import DiskFailing
 from penstock_broker.store.writer import StoreStopped
 from penstock_protocol.v1 import consumer_pb2, producer_pb2, taskbroker_pb2
 
@@ -143,6 +144,9 @@ def _edge(
             code, message = refused.code, refused.message
         except StoreStopped:
             code, message = grpc.StatusCode.UNAVAILABLE, "the broker is stopping"
+        except DiskFailing as failing:
+            code = grpc.StatusCode.UNAVAILABLE
+            message = f"the broker's disk does not take what is written ({failing}): repeat the call"
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise

@@ -69,6 +69,7 @@ class Consumers:
 
     async def get_task(self, request: bytes) -> bytes:
         asked = _parse(consumer_pb2.GetTaskRequest, request)
+        self.store.require_disk()
         rows = await self._claim_one(asked)
         if not rows:
             raise Refused(grpc.StatusCode.NOT_FOUND, "no pending task")
@@ -130,6 +131,7 @@ class Consumers:
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "GetTasks names a namespace but no application: set application, or leave namespaces empty",
             )
+        self.store.require_disk()
         rows = await self._claimed_before(asked.request_id)
         if not rows:
             rows = await self.waiting.wait(
@@ -234,7 +236,8 @@ class Consumers:
         try:
             async with asyncio.timeout(COVER_SECONDS_MAX):
                 from_log = any(row.at_most_once and row.source != NO_SOURCE for row in rows)
-                await (self.store.recorded() if from_log else self.store.committed())
+                durable = self.store.recorded() if from_log else self.store.committed()
+                await self.store.answerable(durable)
         except TimeoutError:
             self.store.release(rows)
             raise Refused(
@@ -250,7 +253,7 @@ class Consumers:
         self, settled: Sequence[Answer | Report], ids: Sequence[int]
     ) -> list[consumer_pb2.OutcomeAnswer]:
         """Answers, once they are durable and no other broker can run again what they acknowledge."""
-        await self.store.committed()
+        await self.store.answerable(self.store.committed())
         answers = [s.answer if isinstance(s, Report) else s for s in settled]
         held = [i for i, id_hash in enumerate(ids) if self.store.is_held(id_hash)]
         if held:

@@ -13,9 +13,12 @@ from penstock_broker.store.inflight import Inflight
 from penstock_protocol.v1 import producer_pb2
 from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
 
-_LIMITS = {
-    "rows": "max_pending_count (TASKBROKER_MAX_PENDING_COUNT)",
-    "bytes": "pending_bytes_max (TASKBROKER_PENDING_BYTES_MAX)",
+_MAKE_ROOM = "try again when workers have made room, or raise it"
+# Why the intake is paused -> what to say to who sends.
+_PAUSED = {
+    "rows": f"the limit is max_pending_count (TASKBROKER_MAX_PENDING_COUNT); {_MAKE_ROOM}",
+    "bytes": f"the limit is pending_bytes_max (TASKBROKER_PENDING_BYTES_MAX); {_MAKE_ROOM}",
+    "disk": "the disk of the broker is nearly full; try again when it has space",
 }
 
 
@@ -46,7 +49,8 @@ class Direct:
         """Admit and store a SendTasksRequest; the serialized SendTasksResponse, once all is durable.
 
         What is no usable activation is rejected to the caller. Raises IntakePaused when there is no
-        room for all of it (then nothing was stored), Draining, InvalidRequest, StoreStopped.
+        room for all of it (then nothing was stored), Draining, InvalidRequest, StoreStopped,
+        DiskFailing.
         """
         if self.draining:
             raise Draining
@@ -54,6 +58,7 @@ class Direct:
             values = RawSendTasksRequest.FromString(request).activations
         except DecodeError:
             raise InvalidRequest("the request is no SendTasksRequest") from None
+        self._store.require_disk()
         now = self._store.clock.wall_ms()
         answers = []
         accepted: dict[str, Activation] = {}
@@ -73,13 +78,12 @@ class Direct:
                 answers.append(producer_pb2.SendAnswer(result=producer_pb2.SEND_RESULT_ACCEPTED))
         room = self._store.room()
         if len(accepted) > room:
-            _, limit = self._store.intake_state()
+            _, reason = self._store.intake_state()
             raise IntakePaused(
-                f"no room for {len(accepted)} more activations, only for {room}: the limit is"
-                f" {_LIMITS.get(limit or 'rows', limit)}; try again when workers have made room, or raise it"
+                f"no room for {len(accepted)} more activations, only for {room}: {_PAUSED[reason or 'rows']}"
             )
         # Also when there is nothing new: what a duplicate's first copy waits for comes before.
-        await self._store.insert(list(accepted.values()))
+        await self._store.answerable(self._store.insert(list(accepted.values())))
         return producer_pb2.SendTasksResponse(answers=answers).SerializeToString()
 
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from penstock_broker.store.database import Database
 
 
+# Of new bodies in one tick; the last arrival may exceed it.
+TICK_BYTES_MAX = 8 * 1024 * 1024
+
+
 class Move(NamedTuple):
     """The new mutable state of a row that stays, and the status and claim it is expected to have."""
 
@@ -147,7 +151,8 @@ class Batch:
     # source id -> (topic, partition, start, next, covered)
     sources: dict[int, tuple[str, int, int, int, int]] = field(default_factory=dict)
     books: dict[tuple[int, str], int] = field(default_factory=dict)
-    # Rare work on the database that belongs into the tick's order, after the writes above.
+    # Rare work on the database that belongs into the tick's order, after the writes above. A tick that
+    # the disk did not take is written again: so may each of these be called again.
     calls: list[Callable[[Database], None]] = field(default_factory=list)
     # What the event loop does when the tick is committed.
     then: list[Callable[[], None]] = field(default_factory=list)
@@ -177,10 +182,22 @@ class Batch:
         self.books[key] = self.books.get(key, 0) + n
 
 
+class Damaged(NamedTuple):
+    """A row that was set aside, as memory counts it."""
+
+    seq: int
+    pair: int
+    status: int
+    size: int
+
+
 @dataclass(slots=True)
 class Written:
     """What a tick found out."""
 
+    # The disk is nearly full.
+    disk_low: bool = False
+    damaged: list[Damaged] = field(default_factory=list)
     # Delayed rows that became pending (and spilled), per pair.
     due: dict[int, int] = field(default_factory=dict)
     # Rows whose expiry has passed.

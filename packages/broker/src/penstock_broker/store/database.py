@@ -6,14 +6,17 @@ import fcntl
 import os
 import secrets
 import struct
+import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import apsw
+import structlog
 
 from penstock_broker.domain.activation import NO_SOURCE, Activation, OnExceeded, Status, hash_id
 from penstock_broker.domain.lifecycle import IllegalTransition, Limits, decide
@@ -21,6 +24,7 @@ from penstock_broker.errors import FatalError
 from penstock_broker.store.batch import (
     Answer,
     Batch,
+    Damaged,
     Move,
     PageRequest,
     Report,
@@ -30,14 +34,31 @@ from penstock_broker.store.batch import (
     wake_at,
 )
 from penstock_broker.store.finished import last_of, position
-from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_VERSION
+from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from penstock_broker.store.soundness import (
+    THOROUGH_BYTES_MAX,
+    Malformed,
+    make_sound,
+    quarantine,
+    schema_digest,
+)
+from penstock_broker.store.space import Space, reserve_of
+
+log = structlog.get_logger("store")
 
 # The WAL is copied back to the database once it is this long. docs/adr/0002 has the measurement.
 CHECKPOINT_BYTES = 16 * 1024 * 1024
+# On a disk that is nearly full, at this length.
+LOW_CHECKPOINT_BYTES = 1024 * 1024
+# At this length it must be before anything else is written, and one more tick fits in below the maximum.
+WAL_BYTES_LATE = 24 * 1024 * 1024
+WAL_BYTES_MAX = 64 * 1024 * 1024
 PAGE_BYTES = 4096
 # No other process can open the file: a foreign reader would keep the WAL from being reused.
 VFS = "unix-excl"
 DUE_ROWS_MAX = 2000
+
+_FAILED_SYNCS = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC)
 
 _INSERT_COLUMNS = (
     "seq, status, pair, ready_at, wake_at, spilled, attempts, lost, reason, error, source, log_offset,"
@@ -55,6 +76,7 @@ _LOAD_COLUMNS = (
     " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id,"
     " a.taskname, a.content, a.size, a.checksum"
 )
+_CHECKSUM_AT = _LOAD_COLUMNS.count(",")
 _FIXED = struct.Struct(">9q")
 _BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
 _FROM = " FROM activation a JOIN pair p ON p.pair = a.pair"
@@ -77,6 +99,20 @@ def checksum(row: Activation) -> int:
     return zlib.crc32(numbers, zlib.crc32(names, zlib.crc32(row.body or b"")))
 
 
+def suspect_of(path: Path) -> Path:
+    """A file with a byte for each time that the database was found damaged while a broker ran, since one
+    stopped in order."""
+    return path.with_name(path.name + ".suspect")
+
+
+class DiskFailing(Exception):
+    """A tick has not happened because the disk failed or is full; it may succeed later."""
+
+    def __init__(self, cause: apsw.Error) -> None:
+        super().__init__(str(cause) or type(cause).__name__)
+        self.full = isinstance(cause, apsw.FullError)
+
+
 class Database:
     """The file: opened so that no other process can, carrying out ticks.
 
@@ -87,24 +123,44 @@ class Database:
     def __init__(self, path: Path | str, limits: Limits, epoch_started_at: int) -> None:
         self.path = Path(path)
         self.limits = limits
+        # A file that is no database is taken for a damaged one only where a broker has been before.
+        self._was_ours = self._lock_path.exists()
         self._lock = self._lock_file()
-        try:
-            self.connection = self._open()
-            self.store_id, self.epoch, self.nonces = self._boot(epoch_started_at)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self.nonce: int = self.nonces[self.epoch]
         self.checkpoint_bytes = CHECKPOINT_BYTES
+        # Watched after each tick, if somebody sets it.
+        self.space: Space | None = None
         self._wal_bytes = 0
+        # Set by SQLite once a transaction is in the WAL.
+        self._committed = False
+        # Whether what is in the WAL can be believed.
+        self._broken = False
+        # Rows found damaged in the tick under way.
+        self._damaged: list[Damaged] = []
+        # A broker that was killed has left it, and starting may need the space.
+        reserve_of(self.path).unlink(missing_ok=True)
+        try:
+            self.connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
+            try:
+                self._open(epoch_started_at)
+            except BaseException:
+                self._broken = True
+                self._close_connection()
+                raise
+        except BaseException as error:
+            self.release_lock()
+            self._explain(error)
+            raise
         self.connection.set_wal_hook(self._on_wal)
 
     # -- opening and closing
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".lock")
+
     def _lock_file(self) -> int:
-        path = self.path.with_name(self.path.name + ".lock")
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise FatalError(
                 f"cannot open the database {self.path}: {error.strerror}",
@@ -124,50 +180,71 @@ class Database:
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
 
-    def _open(self) -> apsw.Connection:
-        try:
-            connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
-            connection.pragma("locking_mode", "exclusive")
-            if connection.pragma("journal_mode", "wal") != "wal":
-                raise apsw.CantOpenError("the file system does not support a write-ahead log")
-            for name, value in (
-                ("synchronous", "FULL"),
-                ("wal_autocheckpoint", 0),
-                ("journal_size_limit", 4 * CHECKPOINT_BYTES),
-                ("cache_size", -65536),
-                ("temp_store", "MEMORY"),
-                ("mmap_size", 0),
-                ("trusted_schema", 0),
-                ("foreign_keys", 0),
-            ):
-                connection.pragma(name, value)
-            version = connection.pragma("user_version")
-            if version == 0:
-                self._create(connection)
-            elif version > SCHEMA_VERSION:
-                connection.close()
-                raise FatalError(
-                    f"the database {self.path} has schema version {version};"
-                    f" this broker knows up to {SCHEMA_VERSION}",
-                    "it was written by a newer penstock-broker: run that version, or set another db_path",
-                )
-        except apsw.BusyError:
+    def _open(self, started_at: int) -> None:
+        connection = self.connection
+        connection.pragma("locking_mode", "exclusive")
+        if connection.pragma("journal_mode", "wal") != "wal":
+            raise apsw.CantOpenError("the file system does not support a write-ahead log")
+        for name, value in (
+            ("synchronous", "FULL"),
+            ("wal_autocheckpoint", 0),
+            ("journal_size_limit", WAL_BYTES_MAX),
+            ("cache_size", -65536),
+            ("temp_store", "MEMORY"),
+            ("mmap_size", 0),
+            ("trusted_schema", 0),
+            ("foreign_keys", 0),
+        ):
+            connection.pragma(name, value)
+        version = connection.pragma("user_version")
+        if version == 0:
+            self._create(connection)
+        elif version > SCHEMA_VERSION:
+            raise FatalError(
+                f"the database {self.path} has schema version {version};"
+                f" this broker knows up to {SCHEMA_VERSION}",
+                "it was written by a newer penstock-broker: run that version, or set another db_path",
+            )
+        else:
+            self._migrate(connection, version)
+            self._make_sound(started_at)
+        self.store_id, self.epoch, self.nonces = self._boot(started_at)
+        self.nonce: int = self.nonces[self.epoch]
+
+    def _explain(self, error: BaseException) -> None:
+        """Raise what an error at the start means for the operator; return if it is none of these."""
+        if isinstance(error, apsw.BusyError):
             raise FatalError(
                 f"the database {self.path} is locked by another process",
                 "close whatever has it open: a broker is the only one that may",
             ) from None
-        except (
-            apsw.CantOpenError,
-            apsw.NotADBError,
-            apsw.CorruptError,
-            apsw.ReadOnlyError,
-            apsw.IOError,
-        ) as error:
+        if isinstance(error, apsw.CorruptError) or (isinstance(error, apsw.NotADBError) and self._was_ours):
+            raise Malformed(self.path, str(error)) from None
+        if isinstance(error, apsw.FullError):
+            raise FatalError(
+                f"cannot open the database {self.path}: the disk is full",
+                "free some space there; then start again",
+            ) from None
+        if isinstance(error, (apsw.CantOpenError, apsw.NotADBError, apsw.ReadOnlyError, apsw.IOError)):
             raise FatalError(
                 f"cannot open the database {self.path}: {error}",
                 "set db_path (TASKBROKER_DB_PATH) to a broker's database or to a file that is not there yet",
             ) from None
-        return connection
+
+    def _make_sound(self, now: int) -> None:
+        path = suspect_of(self.path)
+        strikes = path.stat().st_size if path.exists() else 0
+        if strikes > 1:
+            raise Malformed(self.path, "it was found damaged again, though it looked sound at the start")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        make_sound(self.connection, self.path, now, thorough=strikes > 0 or size <= THOROUGH_BYTES_MAX)
+
+    def suspect(self, why: str) -> Malformed:
+        """The error with which to stop; the next start looks at all of the database."""
+        self._broken = True
+        with suppress(OSError), suspect_of(self.path).open("ab") as file:
+            file.write(b"!")
+        return Malformed(self.path, why)
 
     @staticmethod
     def _create(connection: apsw.Connection) -> None:
@@ -176,7 +253,23 @@ class Database:
         with connection:
             connection.execute(SCHEMA)
             connection.execute("INSERT INTO meta VALUES ('store_id', ?)", (secrets.token_hex(4),))
-            connection.pragma("user_version", SCHEMA_VERSION)
+            Database._remember_schema(connection, SCHEMA_VERSION)
+
+    @staticmethod
+    def _migrate(connection: apsw.Connection, version: int) -> None:
+        """One version at a time, each whole or not at all: what is interrupted goes on from there."""
+        for next_version in range(version + 1, SCHEMA_VERSION + 1):
+            with connection:
+                connection.execute(MIGRATIONS[next_version])
+                Database._remember_schema(connection, next_version)
+            log.info("the database has a new schema", version=next_version)
+
+    @staticmethod
+    def _remember_schema(connection: apsw.Connection, version: int) -> None:
+        connection.execute(
+            "INSERT OR REPLACE INTO meta VALUES ('schema_digest', ?)", (schema_digest(connection),)
+        )
+        connection.pragma("user_version", version)
 
     def _boot(self, started_at: int) -> tuple[str, int, dict[int, int]]:
         c = self.connection
@@ -192,40 +285,109 @@ class Database:
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
         try:
-            self.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            if not self._broken:
+                self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
+                suspect_of(self.path).unlink(missing_ok=True)
+        except (DiskFailing, FatalError) as error:
+            log.warning("the write-ahead log is kept until the next start", error=str(error))
         finally:
-            self.connection.close()
+            self._close_connection()
+            if self.space is not None:
+                self.space.close()
             self.release_lock()
+
+    def _close_connection(self) -> None:
+        if self._broken:
+            # What it cannot be sure of must not be copied into the database.
+            self.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        self.connection.close(True)
 
     def release_lock(self) -> None:
         """Let another broker have the file."""
         os.close(self._lock)
 
     def _on_wal(self, connection: apsw.Connection, name: str, frames: int) -> int:
+        self._committed = True
         self._wal_bytes = frames * PAGE_BYTES
         return apsw.SQLITE_OK
 
     # -- a tick
 
     def write(self, batch: Batch) -> Written:
-        """Carry out ``batch`` in one durable transaction. On an error nothing of it has happened."""
-        written = Written()
-        c = self.connection
-        c.execute("BEGIN IMMEDIATE")
+        """Carry out ``batch`` in one durable transaction.
+
+        Raises DiskFailing when the disk failed and nothing of it has happened: it can be written again.
+        After any other error the store must stop: FatalError when its cause is known.
+        """
         try:
-            self._write(batch, written)
-        except BaseException:
-            if c.in_transaction:
-                c.execute("ROLLBACK")
-            raise
-        c.execute("COMMIT")
-        if self._wal_bytes > self.checkpoint_bytes:
-            c.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-            self._wal_bytes = 0
+            written = self._attempt(batch)
+        except DiskFailing as failing:
+            if not (failing.full and self.space is not None and self.space.give_up()):
+                raise
+            written = self._attempt(batch)
+        low = self.space is not None and self.space.low
+        if self._wal_bytes > (LOW_CHECKPOINT_BYTES if low else self.checkpoint_bytes):
+            try:
+                self._checkpoint()
+            except DiskFailing as failing:
+                log.warning("the write-ahead log could not be copied back; it grows", error=str(failing))
+                if failing.full and self.space is not None:
+                    self.space.give_up()
+        written.disk_low = self.space is not None and self.space.watch()
         return written
+
+    def _attempt(self, batch: Batch) -> Written:
+        if self._wal_bytes > WAL_BYTES_LATE:
+            # It could not be copied back until now: no tick before it is.
+            self._checkpoint()
+        written = Written()
+        finished, books = len(batch.finished), dict(batch.books)
+        self._committed = False
+        try:
+            self.connection.execute("BEGIN IMMEDIATE")
+            self._write(batch, written)
+            self.connection.execute("COMMIT")
+        except BaseException as error:
+            # SQLite may report what went wrong after the commit; the hook knows.
+            if not self._committed:
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                del batch.finished[finished:]
+                batch.books = books
+                self._judge(error)
+                raise
+        return written
+
+    def _checkpoint(self, mode: int = apsw.SQLITE_CHECKPOINT_PASSIVE) -> None:
+        """Copy the WAL back, so that the next tick begins it anew."""
+        try:
+            frames, copied = self.connection.wal_checkpoint(mode=mode)
+        except apsw.Error as error:
+            self._judge(error)
+            raise
+        if frames == copied:
+            self._wal_bytes = 0
+
+    def _judge(self, error: BaseException) -> None:
+        """Raise what an error of SQLite means for the broker; return if it is none of these."""
+        if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
+            raise self.suspect(str(error)) from error
+        if isinstance(error, apsw.ConstraintError):
+            raise self.suspect(f"a row became impossible ({error})") from error
+        if getattr(error, "extendedresult", 0) in _FAILED_SYNCS:
+            self._broken = True
+            raise FatalError(
+                f"the disk could not make {self.path} durable (fsync failed); nothing after that was"
+                " acknowledged",
+                "check the disk; what was acknowledged before is in the database, so start again on it"
+                " once the disk can be trusted",
+            ) from error
+        if isinstance(error, (apsw.IOError, apsw.FullError)):
+            raise DiskFailing(error) from error
 
     def _write(self, batch: Batch, written: Written) -> None:
         c = self.connection
+        self._damaged, self._stamp = [], batch.stamp
         if batch.new_pairs:
             c.executemany("INSERT INTO pair VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
@@ -255,7 +417,8 @@ class Database:
         if batch.due_at is not None:
             self._wake(batch.due_at, batch.stamp + 1, written)
         for page in batch.pages:
-            written.pages[page.pair] = list(self._page(page))
+            written.pages[page.pair] = self._page(page)
+        written.damaged = self._damaged
 
     def _claim(self, batch: Batch) -> None:
         if batch.claims:
@@ -367,18 +530,66 @@ class Database:
 
     # -- reading
 
-    def _page(self, page: PageRequest) -> Iterator[Activation]:
-        taken = 0
-        for record in self.connection.execute(
-            f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE a.status = 1 AND a.spilled = 1 AND a.pair = ?1"
-            " AND (a.ready_at, a.seq) > (?2, ?3) ORDER BY a.ready_at, a.seq LIMIT ?4",
+    def _page(self, page: PageRequest) -> list[Activation]:
+        return self.load_sound(
+            "a.status = 1 AND a.spilled = 1 AND a.pair = ?1 AND (a.ready_at, a.seq) > (?2, ?3)"
+            " ORDER BY a.ready_at, a.seq LIMIT ?4",
             (page.pair, page.after_ready_at, page.after_seq, page.rows),
-        ):
-            row = _load(record)
-            yield row
-            taken += row.size
-            if taken >= page.bytes:
-                return
+            page.bytes,
+        )
+
+    def load_sound(
+        self, where: str, values: tuple[object, ...], bytes_max: int = sys.maxsize
+    ) -> list[Activation]:
+        """Rows with their bodies, which may be handed out or forwarded; in a tick only.
+
+        What does not fit its checksum, or cannot be read, is set aside.
+        """
+        rows: list[Activation] = []
+        damaged: list[int] = []
+        size = 0
+        try:
+            for record in self.connection.execute(
+                f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE {where}", values
+            ):
+                row = _load(record)
+                if checksum(row) == record[_CHECKSUM_AT]:
+                    rows.append(row)
+                else:
+                    damaged.append(row.seq)
+                size += row.size
+                if size >= bytes_max:
+                    break
+        except ValueError:  # text that is none, or a number out of its range
+            seqs = [s for (s,) in self.connection.execute(f"SELECT a.seq{_FROM} WHERE {where}", values)]
+            return [row for seq in seqs for row in self._load_one(seq)]
+        for seq in damaged:
+            self._set_aside(seq, "its checksum does not fit")
+        return rows
+
+    def _load_one(self, seq: int) -> list[Activation]:
+        try:
+            row = self.get(seq)
+        except ValueError:
+            self._set_aside(seq, "it cannot be read")
+            return []
+        if row is None or checksum(row) == self._checksum_of(seq):
+            return [] if row is None else [row]
+        self._set_aside(seq, "its checksum does not fit")
+        return []
+
+    def _checksum_of(self, seq: int) -> int:
+        return int(self.connection.execute("SELECT checksum FROM activation WHERE seq = ?", (seq,)).get)
+
+    def _set_aside(self, seq: int, why: str) -> None:
+        ((pair, status, size),) = cast(
+            "list[tuple[int, int, int]]",
+            self.connection.execute(
+                "SELECT pair, status, size FROM activation WHERE seq = ?", (seq,)
+            ).fetchall(),
+        )
+        quarantine(self.connection, [seq], why, self._stamp)
+        self._damaged.append(Damaged(seq, pair, status, size))
 
     def spilled_before(self, pair: int, ready_at: int, limit: int) -> list[int]:
         """Spilled pending rows of a pair that became ready no later, the first ones."""
@@ -396,6 +607,16 @@ class Database:
         for row in self.load([seq]):
             return row
         return None
+
+    def load_forwarded(self, seqs: Sequence[int]) -> list[Activation]:
+        """Rows that are to leave, with their bodies, in the order of ``seqs``; in a tick only."""
+        if not seqs:
+            return []
+        rows = {r.seq: r for r in self.load_sound("a.seq IN carray(?)", (apsw.carray(array("q", seqs)),))}
+        return [rows[seq] for seq in seqs if seq in rows]
+
+    def quarantined(self) -> int:
+        return int(self.connection.execute("SELECT count(*) FROM quarantine").get)
 
     def load(self, seqs: Sequence[int]) -> list[Activation]:
         """Rows with their bodies, in the order of ``seq``."""

@@ -51,6 +51,9 @@ PASSED_ROWS_MAX = 64
 # Terms of the books by which rows come in: from their producer, or as what is left of a broker's disk.
 ARRIVALS = ("accepted", "restored", "adopted")
 
+# Why the intake pauses -> how it is said.
+_LIMITS = {"rows": "max_pending_count", "bytes": "pending_bytes_max", "disk": "the disk is full or fails"}
+
 _LEASE_LOST = '{"type":"lease lost","message":"no heartbeat and no report in time"}'
 
 
@@ -78,25 +81,48 @@ class Inflight:
         # Awaited before an at-most-once claim is handed out: resolves when the ledger has it.
         self.recorded: Callable[[], Awaitable[None]] = self.committed
         self.writer.on_committed += [self._check_room, self._check_shares]
+        self.writer.on_trouble.append(self._tell_room)
 
     def committed(self) -> Awaitable[None]:
         """Resolves when everything done so far is durable. Raises StoreStopped when it will not be."""
         return self.writer.committed()
+
+    def answerable(self, durable: Awaitable[None]) -> Awaitable[None]:
+        """``durable`` (of ``committed`` or ``insert``) for a caller who can repeat: raises DiskFailing as
+        soon as the disk fails. What was asked for may happen all the same, once it recovers."""
+        return self.writer.answerable(durable)
+
+    def watch_disk(self) -> None:
+        """Look at the free space, also when nothing is written."""
+        self.memory.batch.calls.append(lambda database: None)
+        self.memory.work.set()
+
+    def require_disk(self) -> None:
+        """Raises DiskFailing while the disk takes nothing."""
+        if self.writer.trouble is not None:
+            raise self.writer.trouble
 
     # -- limits
 
     def room(self) -> int:
         """Rows that may still be accepted; 0 while the intake is paused."""
         rows = self.limits.rows_max - self.memory.rows
-        if not self._paused and (rows <= 0 or self.memory.bytes >= self.limits.bytes_max):
-            self._paused = "bytes" if rows > 0 else "rows"
+        if not self._paused and (limit := self._limit_reached(rows)):
+            self._paused = limit
             log.warning(
                 "intake paused: a limit is reached",
-                limit="pending_bytes_max" if rows > 0 else "max_pending_count",
+                limit=_LIMITS[limit],
                 rows=self.memory.rows,
                 bytes=self.memory.bytes,
             )
         return 0 if self._paused or self.writer.stopping else rows
+
+    def _limit_reached(self, rows: int) -> str:
+        if self.writer.trouble is not None or self.memory.disk_low:
+            return "disk"
+        if rows <= 0:
+            return "rows"
+        return "bytes" if self.memory.bytes >= self.limits.bytes_max else ""
 
     def intake_state(self) -> tuple[str, str]:
         """("OPEN" or "PAUSED", the limit that is reached)."""
@@ -104,18 +130,23 @@ class Inflight:
         return ("PAUSED", self._paused) if self._paused else ("OPEN", "")
 
     def on_room(self, callback: Callable[[], None]) -> None:
-        """Call back when a paused intake has room again: a twentieth of the limit."""
+        """Call back when a paused intake has room again (a twentieth of the limit), or the disk fails."""
         self._on_room.append(callback)
 
     def _check_room(self) -> None:
-        if not self._paused:
+        if self.memory.disk_low and not self._paused:
+            self._tell_room()
+        if not self._paused or self.memory.disk_low:
             return
         rows, size = self.limits.rows_max * 19 // 20, self.limits.bytes_max * 19 // 20
         if self.memory.rows <= rows and self.memory.bytes <= size:
             self._paused = ""
             log.info("intake open again", rows=self.memory.rows, bytes=self.memory.bytes)
-            for callback in self._on_room:
-                callback()
+            self._tell_room()
+
+    def _tell_room(self) -> None:
+        for callback in self._on_room:
+            callback()
 
     # -- insert
 
@@ -270,7 +301,7 @@ class Inflight:
         drops the body of a row when it has been sent.
         """
         claimed: list[Activation] = []
-        if not self.claiming:
+        if not self.claiming or self.writer.trouble is not None:
             return claimed
         memory, limits = self.memory, self.limits
         now, mono = self.clock.wall_ms(), self.clock.mono_ms()
@@ -578,7 +609,7 @@ class Inflight:
         rows: list[Activation] = []
 
         def delete(database: Database) -> None:
-            rows.extend(database.load(seqs))
+            rows[:] = database.load(seqs)
             database.delete(seqs, seqs)
 
         def account() -> None:
@@ -631,8 +662,12 @@ class Inflight:
     async def read(self, query: Callable[[Database], T]) -> T:
         """Run a bounded query in the next tick."""
         result: list[T] = []
-        self.memory.batch.calls.append(lambda database: result.append(query(database)))
-        await self.committed()
+
+        def ask(database: Database) -> None:
+            result[:] = [query(database)]
+
+        self.memory.batch.calls.append(ask)
+        await self.answerable(self.committed())
         return result[0]
 
     def pending(self) -> list[tuple[str, str, int]]:

@@ -22,7 +22,7 @@ from penstock_broker.domain.activation import (
     route_of,
 )
 from penstock_broker.domain.lifecycle import OUTCOMES, Change, Event, decide
-from penstock_broker.store.batch import Answer, Batch, Report, move
+from penstock_broker.store.batch import Answer, Batch, Damaged, Report, move
 from penstock_broker.store.database import Database
 from penstock_broker.store.finished import (
     OFFSET_BITS,
@@ -53,6 +53,8 @@ class Tally:
     dropped: int = 0
     # Deliveries whose worker died or vanished.
     lost: int = 0
+    # Ticks that the disk did not take, each time they were tried.
+    disk_failures: int = 0
     # Applied reports by the number of their outcome; 0 for what time or the broker caused.
     outcomes: list[int] = field(default_factory=lambda: [0] * (max(OUTCOMES.values()) + 1))
     answers: dict[Answer, int] = field(default_factory=lambda: dict.fromkeys(Answer, 0))
@@ -91,6 +93,10 @@ class Memory:
         self.low: set[int] = set()
         # Covered rows that leave, and that nobody has taken yet.
         self.outbox: dict[Route, deque[Exit]] = {route: deque() for route in Route}
+        # Rows that were found damaged on disk, ever.
+        self.quarantined = database.quarantined()
+        # The disk is nearly full.
+        self.disk_low = False
         # Wall clock at which the next delay or expiry is due.
         self.next_wake_at: int | None = None
         self.batch = Batch()
@@ -299,6 +305,23 @@ class Memory:
         row.status = Status.GONE
         row.body = None
 
+    def set_aside(self, damaged: Iterable[Damaged]) -> None:
+        """Rows were damaged on disk and are not there any more. In the ledger they stay unfinished: what
+        is restored from there is whole."""
+        for seq, pair, status, size in damaged:
+            self.counts[pair][status] -= 1
+            self.rows -= 1
+            self.bytes -= size
+            if status != Status.FORWARDING:
+                self.held_bytes[pair] -= size
+            if status == Status.PENDING:
+                self.index.pairs[pair].spilled -= 1
+            # By what it was called when it was whole.
+            for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS == seq]:
+                del self.live[id_hash]
+            self.add_to_books({(pair, "quarantined"): 1})
+            self.quarantined += 1
+
     def forget(self, row: Activation) -> None:
         """A row is no longer counted: it was dropped, or never stored."""
         self.counts[row.pair][row.status] -= 1
@@ -338,11 +361,11 @@ class Memory:
             if q.spilled and not q.paging and len(q.ready) < LOW_WATER_ROWS and self.index.room(q)
         ]
 
-    def paged(self, queue: PairQueue, rows: list[Activation]) -> None:
-        """The next spilled rows of a pair were read."""
+    def paged(self, queue: PairQueue, rows: list[Activation], damaged: bool = False) -> None:
+        """The next spilled rows of a pair were read; ``damaged``: others were set aside."""
         queue.paging = False
-        if not rows and queue.spilled:
-            raise AssertionError(
+        if not rows and queue.spilled and not damaged:
+            raise self.database.suspect(
                 f"{queue.spilled} pending rows of {queue.application}/{queue.namespace} are in no page"
             )
         for row in rows:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from penstock_broker.domain.activation import Activation, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
+from penstock_broker.store.database import Database
 from penstock_broker.store.memory import Memory
 from penstock_broker.store.partitions import Exit
 from penstock_broker.store.writer import Writer
@@ -40,7 +41,11 @@ class Outbox:
             seqs.append(waiting[0].seq)
             bytes_max -= waiting.popleft().size
         rows: list[Activation] = []
-        memory.batch.calls.append(lambda database: rows.extend(database.load(seqs)))
+
+        def load(database: Database) -> None:
+            rows[:] = database.load_forwarded(seqs)
+
+        memory.batch.calls.append(load)
         await self._writer.committed()
         for row in rows:
             row.id_hash = hash_id(row.id)

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Bodies above this many bytes live in their own table: a change of status rewrites the row's page,
 # and should not rewrite the payload with it. Below it the second table costs more than it saves.
 INLINE_BODY_BYTES_MAX = 1024
 
-SCHEMA = """
+# Rows that were damaged on disk, as far as they could be read. Nothing is made of them.
+QUARANTINE = """
+CREATE TABLE quarantine (
+  seq INTEGER PRIMARY KEY,
+  at INTEGER NOT NULL,
+  why TEXT NOT NULL,
+  status ANY,
+  pair ANY,
+  id ANY,
+  taskname ANY,
+  source ANY,
+  log_offset ANY,
+  received_at ANY,
+  checksum ANY,
+  body ANY
+) STRICT;
+"""
+
+# Version -> what makes a database of the version before into one of it.
+MIGRATIONS = {2: QUARANTINE}
+
+SCHEMA = (
+    """
 CREATE TABLE meta (
   key TEXT PRIMARY KEY,
   value ANY NOT NULL
@@ -119,3 +141,5 @@ CREATE TABLE dead_letter (
   body BLOB NOT NULL
 ) STRICT;
 """
+    + QUARANTINE
+)

@@ -81,7 +81,7 @@ class Unclaimable:
             spilled: list[int] = []
 
             def find(database: Database) -> None:
-                spilled.extend(database.spilled_before(queue.pair, before, AGED_ROWS_MAX))
+                spilled[:] = database.spilled_before(queue.pair, before, AGED_ROWS_MAX)
 
             def report() -> None:
                 only = frozenset((Status.PENDING,))

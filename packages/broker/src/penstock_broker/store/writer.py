@@ -8,13 +8,29 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+import structlog
+
 from penstock_broker.domain.activation import Activation, Status
-from penstock_broker.store.batch import Answer, Batch, PageRequest, Written, repeated, wake_at
+from penstock_broker.store.batch import (
+    TICK_BYTES_MAX,
+    Answer,
+    Batch,
+    PageRequest,
+    Written,
+    repeated,
+    wake_at,
+)
+from penstock_broker.store.database import DiskFailing
 from penstock_broker.store.finished import place
 from penstock_broker.store.memory import Memory
 
+log = structlog.get_logger("store")
+
 PAGE_ROWS_MAX = 1024
 PAGE_BYTES_MAX = 4 * 1024 * 1024
+# A tick that the disk did not take is written again after pauses between these.
+RETRY_SECONDS_MIN = 0.05
+RETRY_SECONDS_MAX = 1.0
 
 # Carries out a tick where waiting for the disk holds up nobody.
 Handoff = Callable[[Callable[[Batch], Written], Batch], Awaitable[Written]]
@@ -49,6 +65,12 @@ class Writer:
         self.arrivals: deque[Arrival] = deque()
         self.stopping = False
         self.failed = False
+        # Why the tick under way cannot be written; None while the disk takes what it is given.
+        self.trouble: DiskFailing | None = None
+        # Called when it begins.
+        self.on_trouble: list[Callable[[], None]] = []
+        # Who is told at once.
+        self._impatient: set[asyncio.Future[None]] = set()
         self._gathered: asyncio.Future[None] | None = None
         self._writing: asyncio.Future[None] | None = None
         self._waking = False
@@ -56,7 +78,8 @@ class Writer:
         self.on_committed: list[Callable[[], None]] = []
 
     async def run(self) -> None:
-        """Write ticks until ``stop``; a failed tick stops the store for good.
+        """Write ticks until ``stop``. A tick that the disk does not take is written again until it does;
+        one that fails otherwise stops the store for good.
 
         Raises what the database raised: nothing after it was acknowledged.
         """
@@ -107,6 +130,28 @@ class Writer:
         done.set_result(None)
         return done
 
+    def answerable(self, durable: Awaitable[None]) -> Awaitable[None]:
+        """``durable``, but raises DiskFailing as soon as the disk fails."""
+        outer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        inner = asyncio.ensure_future(durable)
+
+        def resolve(inner: asyncio.Future[None]) -> None:
+            self._impatient.discard(outer)
+            error = None if inner.cancelled() else inner.exception()
+            if outer.done():
+                return
+            if error is None:
+                outer.set_result(None)
+            else:
+                outer.set_exception(error)
+
+        if self.trouble is not None and not inner.done():
+            outer.set_exception(self.trouble)
+        else:
+            self._impatient.add(outer)
+        inner.add_done_callback(resolve)
+        return outer
+
     # -- delays and expiries
 
     def next_due(self) -> int | None:
@@ -126,7 +171,7 @@ class Writer:
         done = self._gathered or asyncio.get_running_loop().create_future()
         self._gathered, self._writing = None, done
         try:
-            written = await self._handoff(self._memory.database.write, batch)
+            written = await self._write(batch)
             self._release(batch, written)
         except BaseException:
             self._fail([done, *(arrival.stored for arrival in arrivals)])
@@ -138,6 +183,42 @@ class Writer:
         for callback in self.on_committed:
             callback()
 
+    async def _write(self, batch: Batch) -> Written:
+        """Carry out a tick. While the disk fails it has not happened, and no tick after it can."""
+        pause = RETRY_SECONDS_MIN
+        while True:
+            try:
+                written = await self._handoff(self._memory.database.write, batch)
+            except DiskFailing as failing:
+                if self.stopping:
+                    raise
+                self._tell_trouble(failing)
+            else:
+                if self.trouble is not None:
+                    self.trouble = None
+                    log.info("the disk takes what is written again", database=str(self._memory.database.path))
+                return written
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, RETRY_SECONDS_MAX)
+
+    def _tell_trouble(self, failing: DiskFailing) -> None:
+        self._memory.tally.disk_failures += 1
+        begins, self.trouble = self.trouble is None, failing
+        for waiting in self._impatient:
+            if not waiting.done():
+                waiting.set_exception(failing)
+        self._impatient.clear()
+        if begins:
+            log.error(
+                "the disk does not take what is written: nothing is acknowledged, handed out or taken in"
+                " until it does; it is tried again",
+                database=str(self._memory.database.path),
+                error=str(failing),
+                full=failing.full,
+            )
+            for callback in self.on_trouble:
+                callback()
+
     def _gather(self) -> tuple[Batch, list[Arrival]]:
         """What the tick will do; from now on the next one gathers."""
         memory = self._memory
@@ -148,10 +229,14 @@ class Writer:
             batch.due_at = memory.clock.wall_ms()
             memory.next_wake_at = None
         arrivals: list[Arrival] = []
+        size = 0
         # Claims and outcomes are all in; of new rows, as many as fit.
-        while self.arrivals and (not arrivals or len(batch.rows) < memory.limits.batch_rows_max):
+        while self.arrivals and (
+            not arrivals or (len(batch.rows) < memory.limits.batch_rows_max and size < TICK_BYTES_MAX)
+        ):
             arrivals.append(self.arrivals.popleft())
             self._prepare(arrivals[-1], batch)
+            size += sum(row.size for row in arrivals[-1].rows)
         if not self.stopping:
             self._page(batch)
         memory.add_to_books(batch.books)
@@ -219,6 +304,8 @@ class Writer:
         memory.unfinished.kept(batch.kept)
         memory.unfinished.took(batch.rows)
         memory.unfinished.ranged(batch.sources)
+        memory.disk_low = written.disk_low
+        memory.set_aside(written.damaged)
         for row in batch.rows:
             self._stored(row)
         for report in batch.reports:
@@ -235,7 +322,7 @@ class Writer:
         for then in batch.then:
             then()
         for pair, paged in written.pages.items():
-            memory.paged(memory.index.pairs[pair], paged)
+            memory.paged(memory.index.pairs[pair], paged, bool(written.damaged))
 
     def _stored(self, row: Activation) -> None:
         memory = self._memory

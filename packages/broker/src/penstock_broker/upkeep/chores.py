@@ -19,6 +19,8 @@ SLEEP_MS_MAX = 60_000
 # While there are leases, so that the time the broker stood still is known to half a second.
 WATCH_MS = 500
 FORGET_EVERY_MS = 60_000
+# Each tick looks as well; this is for when there is none.
+LOOK_AT_DISK_EVERY_MS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,14 @@ class Upkeep:
         self._store = store
         self._clock = store.clock
         self._forget_at = self._clock.mono_ms() + FORGET_EVERY_MS
+        self._look_at_disk_at = self._clock.mono_ms()
         self._sleeping_until = 0
         self._earlier = asyncio.Event()
         self.chores = (
             Chore("delays and expiry", self._wake_due, lambda mono: store.writer.wake()),
             Chore("leases", store.memory.leases.next_due, self._lapse),
             Chore("de-duplication window", lambda: self._forget_at, self._forget),
+            Chore("disk space", lambda: self._look_at_disk_at, self._look_at_disk),
             Chore("unclaimable", lambda: store.unclaimable.look_at, store.unclaimable.look),
         )
         store.writer.on_committed.append(self._reconsider)
@@ -87,6 +91,10 @@ class Upkeep:
     def _lapse(self, mono: int) -> None:
         if lapsed := self._store.lapse(mono):
             log.warning("claims whose worker vanished were taken back", claims=lapsed)
+
+    def _look_at_disk(self, mono: int) -> None:
+        self._store.watch_disk()
+        self._look_at_disk_at = mono + LOOK_AT_DISK_EVERY_MS
 
     def _forget(self, mono: int) -> None:
         self._store.forget_finished()

@@ -1,0 +1,140 @@
+"""A small file system of its own that fills up: the intake pauses before, what is in flight goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+
+from penstock_broker.domain.activation import Route
+from penstock_broker.domain.lifecycle import Event
+from penstock_broker.store.batch import Answer
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.space import Space
+
+SIZE = 96 * 1024 * 1024
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs; needs the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", folder], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"this user cannot mount a file system: {mount.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def store(small_disk: Path) -> Iterator[Inflight]:
+    store = open_store(small_disk / "store.sqlite", ManualClock())
+    store.database.space = Space(store.database.path)
+    yield store
+    store.database.close()
+
+
+def fill(folder: Path) -> Path:
+    """Somebody else takes all that is free."""
+    path = folder / "somebody else's"
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    assert os.statvfs(folder).f_bavail == 0
+    return path
+
+
+async def insert_until_paused(store: Inflight, clock: ManualClock) -> int:
+    count = 0
+    while store.room():
+        rows = [activation(f"t{count + i}", clock, body=os.urandom(4000)) for i in range(100)]
+        count += len(rows)
+        stored = store.insert(rows)
+        await settle_down(store)
+        await stored
+    return count
+
+
+async def finish(store: Inflight, clock: ManualClock, count: int, event: Event) -> int:
+    """Claim and settle; how many."""
+    done = 0
+    while done < count and (rows := store.claim(None, (), min(200, count - done), 1 << 30)):
+        for row in rows:
+            row.body = None
+            assert (
+                store.settle(token_of(store, row), event, clock.wall, error=json.dumps("e" * 2000))
+                is Answer.APPLIED
+            )
+        await settle_down(store)
+        done += len(rows)
+    return done
+
+
+async def test_the_intake_pauses_before_the_disk_is_full_and_opens_when_there_is_room(
+    store: Inflight,
+) -> None:
+    clock = store.clock
+    await insert_until_paused(store, clock)
+    assert store.intake_state() == ("PAUSED", "disk")
+    space = store.database.space
+    assert space.path.stat().st_size == space.reserve_bytes, "it paused only when the reserve was needed"
+    assert not store.memory.tally.disk_failures
+    # Rows that are finished free pages of the database, not of the disk: nothing opens by itself.
+    assert await finish(store, clock, 1000, Event.COMPLETE) == 1000
+    assert store.intake_state() == ("PAUSED", "disk")
+
+
+async def test_on_a_full_disk_outcomes_claims_and_dead_letters_go_on_and_then_it_recovers(
+    store: Inflight, small_disk: Path
+) -> None:
+    clock = store.clock
+    rows = [activation(f"t{i}", clock, body=os.urandom(1000)) for i in range(5000)]
+    stored = store.insert(rows)
+    await settle_down(store)
+    await stored
+    theirs = fill(small_disk)
+    assert await finish(store, clock, 2000, Event.COMPLETE) == 2000
+    assert store.intake_state() == ("PAUSED", "disk")
+    assert store.room() == 0
+    assert await finish(store, clock, 2500, Event.FAIL) == 2500
+    letters = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, 100, 1 << 22))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    store.outbox.rest(await letters)
+    await settle_down(store)
+    assert store.outbox.resting == 100
+    assert not store.memory.tally.disk_failures, "the reserve did not suffice"
+    theirs.unlink()
+    store.watch_disk()
+    await settle_down(store)
+    assert store.intake_state() == ("OPEN", "")
+    assert store.database.space.path.exists(), "the reserve was not taken again"
+    check_store(store)
+
+
+async def test_a_start_on_a_full_disk_uses_the_reserve_that_was_left(small_disk: Path) -> None:
+    clock = ManualClock()
+    path = small_disk / "store.sqlite"
+    first = open_store(path, clock)
+    first.database.space = space = Space(path)
+    await settle_down(first)
+    first.watch_disk()
+    await settle_down(first)
+    assert space.path.exists()
+    # Killed: nothing is tidied up.
+    first.database.connection.close(True)
+    first.database.release_lock()
+    fill(small_disk)
+    second = open_store(path, clock)
+    assert second.epoch == first.epoch + 1
+    second.database.close()
