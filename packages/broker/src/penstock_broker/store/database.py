@@ -77,7 +77,7 @@ _LOAD_COLUMNS = (
     " a.taskname, a.content, a.size, a.checksum"
 )
 _CHECKSUM_AT = _LOAD_COLUMNS.count(",")
-_FIXED = struct.Struct(">9q")
+_FIXED = struct.Struct(">10q")
 _BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
 _FROM = " FROM activation a JOIN pair p ON p.pair = a.pair"
 
@@ -95,6 +95,7 @@ def checksum(row: Activation) -> int:
         row.deadline_ms,
         row.on_exceeded,
         row.at_most_once,
+        row.content,
     )
     return zlib.crc32(numbers, zlib.crc32(names, zlib.crc32(row.body or b"")))
 

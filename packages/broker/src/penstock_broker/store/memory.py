@@ -312,7 +312,9 @@ class Memory:
             self.counts[pair][status] -= 1
             self.rows -= 1
             self.bytes -= size
-            if status != Status.FORWARDING:
+            if status == Status.FORWARDING:
+                self.forwarding.discard(seq)
+            else:
                 self.held_bytes[pair] -= size
             if status == Status.PENDING:
                 self.index.pairs[pair].spilled -= 1
