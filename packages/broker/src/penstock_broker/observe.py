@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Status
@@ -105,9 +106,14 @@ class Observer:
         metrics.books_difference.set(store.imbalance())
 
     def _disk(self) -> None:
-        path, metrics = self._store.database.path, self._metrics
-        disk = os.statvfs(path.parent)
-        metrics.disk_free.set(disk.f_bavail * disk.f_frsize)
-        metrics.database_size.set(path.stat().st_size)
-        wal = path.with_name(path.name + "-wal")
-        metrics.wal_size.set(wal.stat().st_size if wal.exists() else 0)
+        database, wal, free = disk_usage(self._store.database.path)
+        self._metrics.database_size.set(database)
+        self._metrics.wal_size.set(wal)
+        self._metrics.disk_free.set(free)
+
+
+def disk_usage(path: Path) -> tuple[int, int, int]:
+    """Bytes of a database and of its write-ahead log, and those that are free where it is."""
+    disk = os.statvfs(path.parent)
+    wal = path.with_name(path.name + "-wal")
+    return path.stat().st_size, wal.stat().st_size if wal.exists() else 0, disk.f_bavail * disk.f_frsize

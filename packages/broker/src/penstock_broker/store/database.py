@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 
@@ -30,7 +30,7 @@ from penstock_broker.store.batch import (
     wake_at,
 )
 from penstock_broker.store.finished import last_of, position
-from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, SCHEMA, SCHEMA_VERSION
+from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 
 # The WAL is copied back to the database once it is this long. docs/adr/0002 has the measurement.
 CHECKPOINT_BYTES = 16 * 1024 * 1024
@@ -55,9 +55,25 @@ _LOAD_COLUMNS = (
     " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id,"
     " a.taskname, a.content, a.size, a.checksum"
 )
+_LETTER_COLUMNS = "seq, at, pair, id, taskname, reason, story, length(body)"
 _FIXED = struct.Struct(">9q")
 _BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
 _FROM = " FROM activation a JOIN pair p ON p.pair = a.pair"
+
+
+class RestingLetter(NamedTuple):
+    """A dead letter in the store's own table. ``story``: JSON, as Outbox writes it."""
+
+    seq: int
+    at: int
+    pair: int
+    id: str
+    taskname: str
+    reason: str
+    story: str
+    size: int
+    # None: not asked for.
+    body: bytes | None
 
 
 def checksum(row: Activation) -> int:
@@ -151,6 +167,8 @@ class Database:
                     f" this broker knows up to {SCHEMA_VERSION}",
                     "it was written by a newer penstock-broker: run that version, or set another db_path",
                 )
+            else:
+                self._migrate(connection, version)
         except apsw.BusyError:
             raise FatalError(
                 f"the database {self.path} is locked by another process",
@@ -176,6 +194,14 @@ class Database:
         with connection:
             connection.execute(SCHEMA)
             connection.execute("INSERT INTO meta VALUES ('store_id', ?)", (secrets.token_hex(4),))
+            connection.pragma("user_version", SCHEMA_VERSION)
+
+    @staticmethod
+    def _migrate(connection: apsw.Connection, version: int) -> None:
+        """All or nothing: what is interrupted starts again."""
+        with connection:
+            for next_version in range(version + 1, SCHEMA_VERSION + 1):
+                connection.execute(MIGRATIONS[next_version])
             connection.pragma("user_version", SCHEMA_VERSION)
 
     def _boot(self, started_at: int) -> tuple[str, int, dict[int, int]]:
@@ -227,7 +253,7 @@ class Database:
     def _write(self, batch: Batch, written: Written) -> None:
         c = self.connection
         if batch.new_pairs:
-            c.executemany("INSERT INTO pair VALUES (?, ?, ?)", batch.new_pairs)
+            c.executemany("INSERT INTO pair (pair, application, namespace) VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
             c.executemany(
                 "INSERT INTO source (source, topic, partition, start, next, covered)"
@@ -409,8 +435,13 @@ class Database:
         sql = f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.status = 3"
         return (_load(r) for r in self.connection.execute(sql))
 
-    def pairs(self) -> list[tuple[int, str, str]]:
-        return list(self.connection.execute("SELECT pair, application, namespace FROM pair"))
+    def pairs(self) -> list[tuple[int, str, str, int | None]]:
+        """(pair, application, namespace, since when it is paused)."""
+        return list(self.connection.execute("SELECT pair, application, namespace, paused_at FROM pair"))
+
+    def pause(self, pair: int, at: int | None) -> None:
+        """Note since when a pair is paused; None: it is not."""
+        self.connection.execute("UPDATE pair SET paused_at = ?2 WHERE pair = ?1", (pair, at))
 
     def sources(self) -> list[tuple[int, str, int, int, int, int]]:
         return list(
@@ -445,6 +476,48 @@ class Database:
     def books(self) -> dict[tuple[int, str], int]:
         return {(p, t): n for p, t, n in self.connection.execute("SELECT pair, term, count FROM books")}
 
+    def held(
+        self,
+        after: int,
+        scan: int,
+        pairs: Sequence[int] | None,
+        status: int,
+        taskname: str | None,
+        limit: int,
+    ) -> tuple[list[Activation], int | None]:
+        """Rows after ``after`` without their bodies, of the next ``scan`` rows the first ``limit`` that
+        match; and after which to go on, None at the end. None, and status 0, match all."""
+        c = self.connection
+        last, scanned = next(
+            c.execute(
+                "SELECT max(seq), count(*) FROM"
+                " (SELECT seq FROM activation WHERE seq > ? ORDER BY seq LIMIT ?)",
+                (after, scan),
+            )
+        )
+        if not scanned:
+            return [], None
+        records = c.execute(
+            f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.seq > ?1 AND a.seq <= ?2"
+            " AND (?3 = 0 OR a.status = ?3) AND (?4 IS NULL OR a.taskname = ?4)"
+            " AND (?5 OR a.pair IN carray(?6)) ORDER BY a.seq LIMIT ?7",
+            (after, last, status, taskname, pairs is None, apsw.carray(array("q", pairs or (0,))), limit),
+        )
+        rows = [_load(record) for record in records]
+        if len(rows) == limit:
+            return rows, rows[-1].seq
+        return rows, last if scanned == scan else None
+
+    def spilled_before(self, row: Activation, at_most: int) -> int:
+        """Pending rows of the pair that memory does not hold and that come before ``row``, up to a bound."""
+        return int(
+            self.connection.execute(
+                "SELECT count(*) FROM (SELECT 1 FROM activation WHERE status = 1 AND spilled = 1"
+                " AND pair = ?1 AND (ready_at, seq) < (?2, ?3) LIMIT ?4)",
+                (row.pair, row.ready_at, row.seq, at_most),
+            ).get
+        )
+
     # -- dead letters that rest here
 
     def rest_dead_letters(self, letters: Iterable[tuple[object, ...]]) -> None:
@@ -453,14 +526,43 @@ class Database:
     def dead_letter_count(self) -> int:
         return int(self.connection.execute("SELECT count(*) FROM dead_letter").get)
 
-    def dead_letters(self, limit: int) -> list[tuple[int, int, str, str, str, str]]:
-        """(seq, time, id, taskname, reason, story), newest first."""
-        return list(
-            self.connection.execute(
-                "SELECT seq, at, id, taskname, reason, story FROM dead_letter ORDER BY seq DESC LIMIT ?",
-                (limit,),
+    def dead_letters(
+        self, after: int, pairs: Sequence[int] | None, taskname: str | None, reason: str | None, limit: int
+    ) -> list[RestingLetter]:
+        """Those that match after ``after``, oldest first. None matches all."""
+        return [
+            RestingLetter(*record)
+            for record in self.connection.execute(
+                f"SELECT {_LETTER_COLUMNS}, NULL FROM dead_letter WHERE seq > ?1"
+                " AND (?2 OR pair IN carray(?3)) AND (?4 IS NULL OR taskname = ?4)"
+                " AND (?5 IS NULL OR reason = ?5) ORDER BY seq LIMIT ?6",
+                (after, pairs is None, apsw.carray(array("q", pairs or (0,))), taskname, reason, limit),
             )
+        ]
+
+    def dead_letter_of(self, id: str) -> RestingLetter | None:
+        """The latest dead letter of a task, with its body."""
+        sql = (
+            f"SELECT {_LETTER_COLUMNS}, body FROM dead_letter WHERE id = ? ORDER BY at DESC, seq DESC LIMIT 1"
         )
+        for record in self.connection.execute(sql, (id,)):
+            return RestingLetter(*record)
+        return None
+
+    def load_dead_letters(self, seqs: Sequence[int]) -> list[RestingLetter]:
+        """Those that are there, with their bodies."""
+        if not seqs:
+            return []
+        sql = f"SELECT {_LETTER_COLUMNS}, body FROM dead_letter WHERE seq IN carray(?)"
+        return [RestingLetter(*r) for r in self.connection.execute(sql, (apsw.carray(array("q", seqs)),))]
+
+    def drop_dead_letters(self, seqs: Sequence[int]) -> int:
+        """How many there were."""
+        if not seqs:
+            return 0
+        c = self.connection
+        c.execute("DELETE FROM dead_letter WHERE seq IN carray(?)", (apsw.carray(array("q", seqs)),))
+        return int(c.changes())
 
 
 def _rows_of(n: int, width: int) -> str:

@@ -78,8 +78,8 @@ class Memory:
 
     def _load(self) -> None:
         left = self.finished.load(self.clock.wall_ms(), self.database.finished())
-        for pair, application, namespace in self.database.pairs():
-            self.add_pair(pair, application, namespace)
+        for pair, application, namespace, paused_at in self.database.pairs():
+            self.add_pair(pair, application, namespace).paused_at = paused_at
         for source in self.database.sources():
             self.partitions.add(Source(*source))
         for pair, status, rows, size in self.database.counts():
