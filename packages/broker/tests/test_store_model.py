@@ -205,13 +205,12 @@ class StoreMachine(RuleBasedStateMachine):
     def cancel(self, n):
         async def go():
             id_hash = hash_id(f"task-{self.ids - n}")
+            live = id_hash in self.store.memory.live
             answer = self.store.control.cancel(id_hash)
+            assert (answer is Answer.UNKNOWN) == (not live)
             await settle_down(self.store)
             if isinstance(answer, Report):
                 answer = answer.answer
-            assert (answer is Answer.UNKNOWN) == (not self.store.known(f"task-{self.ids - n}")) or (
-                answer is Answer.UNKNOWN and id_hash not in self.store.memory.live
-            )
             if answer is Answer.APPLIED:
                 assert id_hash not in self.store.memory.live
                 assert self.store.control.cancel(id_hash) is Answer.UNKNOWN

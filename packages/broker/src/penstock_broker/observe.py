@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Batch
 from penstock_broker.store.inflight import Inflight
 
+# A scrape does not wait longer for the event loop; what it would have told stays as it was.
+LOOP_SECONDS_MAX = 2.0
+
 
 class Observer:
     """Fills the metrics of one broker from its store."""
@@ -21,6 +25,7 @@ class Observer:
         self._metrics = metrics
         self._store = store
         self._waiting = waiting
+        self._loop = asyncio.get_running_loop()
         # What the counters were told of the store's own totals.
         self._told: dict[object, int] = {key: n for key, n in store.memory.books.items()}  # noqa: C416 - wider
         self._hit = metrics.claims.labels("hit")
@@ -56,6 +61,7 @@ class Observer:
         """In the thread of the scrape: reads, and copies what may change meanwhile."""
         self._tasks()
         self._books()
+        self._differences()
         store, metrics = self._store, self._metrics
         for answer, count in list(store.memory.tally.answers.items()):
             metrics.reports.labels(answer.name.lower()).inc(self._since(("answer", answer), count))
@@ -74,6 +80,7 @@ class Observer:
         store, metrics = self._store, self._metrics
         by_state = dict.fromkeys(list(Status)[1:], 0)
         pending: dict[tuple[str, ...], float] = {}
+        paused: dict[tuple[str, ...], float] = {}
         oldest: list[int] = []
         for queue in list(store.memory.index.pairs.values()):
             counts = store.memory.counts[queue.pair]
@@ -81,6 +88,8 @@ class Observer:
                 by_state[status] += counts[status]
             if counts[Status.PENDING]:
                 pending[queue.application, queue.namespace] = counts[Status.PENDING]
+                if queue.paused_at is not None:
+                    paused[queue.application, queue.namespace] = counts[Status.PENDING]
             oldest += [row.ready_at for row in list(queue.ready)[:1]]
         for status, count in by_state.items():
             metrics.tasks.labels(status.name.lower()).set(count)
@@ -88,6 +97,7 @@ class Observer:
         metrics.unclaimable.replace(
             {(queue.application, queue.namespace): n for queue, n in store.unclaimable.pending()}
         )
+        metrics.paused.replace(paused)
         age = store.clock.wall_ms() - min(oldest) if oldest else 0
         metrics.oldest_pending.set(max(0, age) / 1000)
 
@@ -103,7 +113,22 @@ class Observer:
             metrics.finished.labels(*names, term).inc(grown)
             if term.startswith("dead:"):
                 metrics.dead_letters.labels(term.removeprefix("dead:")).inc(grown)
-        metrics.books_difference.set(store.imbalance())
+
+    def _differences(self) -> None:
+        """Between two ticks' steps the books are in motion: they are read on the event loop."""
+        told = asyncio.run_coroutine_threadsafe(self._balances(), self._loop)
+        try:
+            balances = told.result(LOOP_SECONDS_MAX)
+        except TimeoutError:  # the event loop is busy
+            told.cancel()
+            return
+        self._metrics.books_difference.set(sum(map(abs, balances.values())))
+        self._metrics.namespace_books_difference.replace(balances)
+
+    async def _balances(self) -> dict[tuple[str, ...], float]:
+        pairs = self._store.memory.index.pairs
+        balances = self._store.control.balances().items()
+        return {(pairs[pair].application, pairs[pair].namespace): n for pair, n in balances}
 
     def _disk(self) -> None:
         database, wal, free = disk_usage(self._store.database.path)

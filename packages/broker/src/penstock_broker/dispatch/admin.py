@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import grpc
 import structlog
 
-from penstock_broker.dispatch.explain import UNASKED_MS, Explanation
+from penstock_broker.dispatch.explain import Explanation
 from penstock_broker.dispatch.roster import Roster
 from penstock_broker.dispatch.service import COVER_SECONDS_MAX, Refused, parse
 from penstock_broker.dispatch.waiting import Waiting
@@ -98,10 +98,9 @@ class Admin:
                 states[status] += counts[status]
             answer.paused_namespaces += queue.paused_at is not None
             answer.oldest_pending_seconds = max(answer.oldest_pending_seconds, self._oldest(queue))
-            if queue.paused_at is None and self._unasked_ms(queue) >= UNASKED_MS:
-                answer.unclaimable += counts[Status.PENDING]
         for status, tasks in states.items():
             answer.states.add(state=status.name.lower(), tasks=tasks)
+        answer.unclaimable = sum(rows for _, rows in store.unclaimable.pending())
         self._describe(answer)
         return answer.SerializeToString()
 
@@ -182,8 +181,7 @@ class Admin:
 
     async def _held(self, ids: Iterable[str]) -> dict[str, Activation]:
         """Those of ``ids`` that are in the store, as they are there, with their bodies."""
-        live = self._memory.live
-        seqs = [seq for id in ids if (seq := live.get(hash_id(id))) is not None]
+        seqs = [seq for id in ids if (seq := self._memory.seq_of(hash_id(id))) is not None]
         rows = await self._store.read(lambda database: database.load(seqs))
         return {row.id: row for row in rows}
 
@@ -198,7 +196,7 @@ class Admin:
                 answer.ahead = await self._ahead(row)
             explanation.held(self._memory.resident.get(row.seq, row))
         elif (letter := await self._store.read(lambda database: database.dead_letter_of(id))) is not None:
-            explanation.dead(letter.reason, letter.at)
+            explanation.dead(id, letter.reason, letter.at)
         elif (last := self._memory.finished.get(hash_id(id))) is not None:
             explanation.finished(last)
         else:
@@ -209,7 +207,7 @@ class Admin:
         before, found = self._store.control.ahead(row, AHEAD_MAX)
         if not found:
             room = AHEAD_MAX - before
-            before += await self._store.read(lambda database: database.spilled_before(row, room))
+            before += await self._store.read(lambda database: database.count_spilled_before(row, room))
         return before
 
     async def retry_tasks(self, request: bytes) -> bytes:

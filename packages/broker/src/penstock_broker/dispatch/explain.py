@@ -6,14 +6,15 @@ import json
 from datetime import UTC, datetime
 
 from penstock_broker.domain.activation import NO_SOURCE, Activation, Reason, Status
-from penstock_broker.domain.lifecycle import OUTCOMES
+from penstock_broker.domain.lifecycle import OUTCOMES, Event
+from penstock_broker.store.finished import outcome_of
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.unclaimable import UNASKED_MS
 from penstock_protocol.v1 import admin_pb2
 
-# Longer than any poll waits: who has not asked for this long is not there.
-UNASKED_MS = 120_000
-
-_OUTCOMES = {number: event.value for event, number in OUTCOMES.items()}
+_OUTCOMES = {number: event.value for event, number in OUTCOMES.items()} | {
+    OUTCOMES[Event.CANCEL]: "cancelled by an operator"
+}
 
 
 def when(at: int) -> str:
@@ -148,19 +149,23 @@ class Explanation:
         """An id of the de-duplication window, with its last claim and outcome, packed."""
         self._answer.known = True
         self._answer.state = "finished"
-        outcome = _OUTCOMES.get(last & 0xFF)
+        outcome = _OUTCOMES.get(outcome_of(last))
         within = span(self._store.limits.dedup_window_ms)
         if outcome is None:
             text = "it left without a report: expired, cancelled while it waited, forwarded, or discarded"
         else:
-            text = f"the last that was reported of it: {outcome}"
+            text = (
+                f"how its last start ended: {'cancelled by an operator' if outcome == 'cancel' else outcome}"
+            )
         self._say("finished", f"it has left this broker within the last {within}; {text}")
 
-    def dead(self, reason: str, at: int) -> None:
+    def dead(self, id: str, reason: str, at: int) -> None:
         """A dead letter that rests in the store."""
         self._answer.known = True
         self._answer.state = "dead letter"
-        self._say("dead_letter", f"it is a dead letter since {when(at)}: {reason}; next: penstock dlq show")
+        self._say(
+            "dead_letter", f"it is a dead letter since {when(at)}: {reason}; next: penstock dlq show {id}"
+        )
 
     def unknown(self, lag: int | None) -> None:
         """No trace of the id."""

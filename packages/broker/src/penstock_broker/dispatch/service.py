@@ -147,13 +147,13 @@ class Consumers:
         response = raw_pb2.RawGetTasksResponse(lease_ms=self.store.limits.lease_ms)
         if rows:
             self._remember(asked.request_id, rows)
-            self._fill(response, rows, asked.worker.worker_id)
+            self._fill(response, rows)
         else:
             for application, namespace, pending in self.store.pending():
                 response.pending.add(application=application, namespace=namespace, pending=pending)
         return response.SerializeToString()
 
-    def _fill(self, response: raw_pb2.RawGetTasksResponse, rows: Sequence[Activation], worker: str) -> None:
+    def _fill(self, response: raw_pb2.RawGetTasksResponse, rows: Sequence[Activation]) -> None:
         now, add = self.store.clock.wall_ms(), response.tasks.add
         for row in rows:
             task = add(
@@ -164,7 +164,6 @@ class Consumers:
             )
             if row.expires_at is not None:
                 task.expires_in_ms = max(0, row.expires_at - now)
-            row.worker = worker
             row.body = None
 
     def _remember(self, request_id: str, rows: Sequence[Activation]) -> None:

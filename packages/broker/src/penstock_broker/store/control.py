@@ -9,7 +9,7 @@ from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.domain.lifecycle import OUTCOMES, Event
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report
-from penstock_broker.store.finished import pack
+from penstock_broker.store.finished import is_report
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.memory import Memory
 from penstock_broker.store.writer import Writer
@@ -29,7 +29,7 @@ class Control:
     def cancel(self, id_hash: int) -> Answer | Report:
         """It leaves. UNKNOWN: not here; STALE: it is on its way out, or was claimed this moment."""
         memory = self._memory
-        seq = memory.live.get(id_hash)
+        seq = memory.seq_of(id_hash)
         if seq is None:
             return Answer.UNKNOWN
         row, now = memory.resident.get(seq), memory.clock.wall_ms()
@@ -42,12 +42,13 @@ class Control:
 
     def was_cancelled(self, token: ClaimToken) -> bool:
         """Whether the claim of a token ended because an operator cancelled the task."""
-        return self._memory.finished.get(token.id_hash) == pack(token.epoch, token.claim, _CANCELLED)
+        last = self._memory.finished.get(token.id_hash)
+        return last is not None and is_report(last, token.epoch, token.claim, _CANCELLED)
 
     def run_now(self, id_hash: int) -> Answer | Report:
         """What is left of a delay or back-off is skipped. UNKNOWN: not here; STALE: it does not wait so."""
         memory = self._memory
-        seq = memory.live.get(id_hash)
+        seq = memory.seq_of(id_hash)
         if seq is None:
             return Answer.UNKNOWN
         if seq in memory.resident:

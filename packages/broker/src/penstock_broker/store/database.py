@@ -508,7 +508,7 @@ class Database:
             return rows, rows[-1].seq
         return rows, last if scanned == scan else None
 
-    def spilled_before(self, row: Activation, at_most: int) -> int:
+    def count_spilled_before(self, row: Activation, at_most: int) -> int:
         """Pending rows of the pair that memory does not hold and that come before ``row``, up to a bound."""
         return int(
             self.connection.execute(

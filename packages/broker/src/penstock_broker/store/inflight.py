@@ -230,6 +230,7 @@ class Inflight:
                 memory.claimed(row, now)
                 row.claim_epoch = self.epoch
                 row.tokenless = tokenless
+                row.worker = worker
                 row.started = 0
                 row.lease_until = mono + (row.deadline_ms + limits.grace_ms if tokenless else limits.lease_ms)
                 memory.leases.add(row)

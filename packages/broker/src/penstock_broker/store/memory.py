@@ -123,6 +123,11 @@ class Memory:
         queue.asked_at = self.clock.mono_ms()
         return queue
 
+    def seq_of(self, id_hash: int) -> int | None:
+        """The row of an id; None: there is none."""
+        entry = self.live.get(id_hash)
+        return None if entry is None else entry >> CONTENT_BITS
+
     def is_live(self, id_hash: int, seq: int) -> bool:
         """Whether this row is here (and not gone, or another broker's)."""
         return self.live.get(id_hash, -1) >> CONTENT_BITS == seq

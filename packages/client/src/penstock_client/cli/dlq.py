@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from penstock_client.cli.options import (
     YesOption,
     confirm,
 )
-from penstock_client.cli.output import Output, show_facts, show_json, show_table, size, when
+from penstock_client.cli.output import Output, Progress, show_facts, show_json, show_table, size, when
 from penstock_client.cli.tasks import activation_facts, error_text
 from penstock_client.durations import seconds
 
@@ -290,18 +289,19 @@ def _do(
 ) -> Done:
     """Handle the first ``total`` that match, at most ``rate`` of them a second."""
     all_, handled, begun = Done(), 0, time.monotonic()
-    with typer.progressbar(length=total, label=verb, file=sys.stderr) as progress:
-        for place in places:
-            for letter in islice(place.read(wanted), total - handled):
-                if rate is not None:
-                    time.sleep(max(0.0, begun + handled / rate - time.monotonic()))
-                if verb == "replay":
-                    place.replay(letter)
-                else:
-                    place.discard(letter)
-                handled += 1
-                progress.update(1)
-            all_.add(place.finish())
+    progress = Progress(verb, total)
+    for place in places:
+        for letter in islice(place.read(wanted), total - handled):
+            if rate is not None:
+                time.sleep(max(0.0, begun + handled / rate - time.monotonic()))
+            if verb == "replay":
+                place.replay(letter)
+            else:
+                place.discard(letter)
+            handled += 1
+            progress.add()
+        all_.add(place.finish())
+    progress.end()
     return all_
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Iterable, MutableSequence, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -10,6 +12,10 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+
+# How often progress is shown.
+TERMINAL_SECONDS = 0.2
+LOG_SECONDS = 10.0
 
 
 class Output(StrEnum):
@@ -90,6 +96,33 @@ def _cell(value: object) -> str:
         return f"{value:,}"
     text = str(value)
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+class Progress:
+    """How far long work is, on stderr: for people as it goes, in a log now and then."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._done = 0
+        self._terminal = sys.stderr.isatty()
+        self._said_at = time.monotonic()
+
+    def add(self, done: int = 1) -> None:
+        self._done += done
+        now = time.monotonic()
+        if now - self._said_at >= (TERMINAL_SECONDS if self._terminal else LOG_SECONDS):
+            self._said_at = now
+            self._say()
+
+    def _say(self) -> None:
+        line = f"{self._what}: {self._done:,} of {self._total:,}"
+        print(f"\r{line} " if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr)
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        if self._terminal:
+            self._say()
+            print(file=sys.stderr)
 
 
 def _is_number(text: str) -> bool:

@@ -26,6 +26,7 @@ from penstock_client.cli.options import (
 )
 from penstock_client.cli.output import (
     Output,
+    Progress,
     plain,
     show_facts,
     show_json,
@@ -188,7 +189,7 @@ def _show_task(
     show_facts(
         (name.replace("_", " "), json.dumps(value) if isinstance(value, dict | list) else value)
         for name, value in values.items()
-        if value not in (None, "", {})
+        if value not in (None, "", {}, "-", False)
     )
 
 
@@ -237,13 +238,13 @@ def cancel(
         chosen = _chosen(brokers, ids, task_filter(application, namespace, taskname, state), "cancel", yes)
         words = pb.CancelTasksResponse.DESCRIPTOR.fields_by_name["results"]
         results: dict[str, str] = {}
-        with typer.progressbar(
-            _chunks(chosen), label="cancelling", file=typer.get_text_stream("stderr")
-        ) as all_:
-            for chunk in all_:
-                request = pb.CancelTasksRequest(ids=chunk, by=me())
-                for _, answer in brokers.each("CancelTasks", request, pb.CancelTasksResponse):
-                    _merge(results, chunk, [word(words, result) for result in answer.results])
+        progress = Progress("cancel", len(chosen))
+        for chunk in _chunks(chosen):
+            request = pb.CancelTasksRequest(ids=chunk, by=me())
+            for _, answer in brokers.each("CancelTasks", request, pb.CancelTasksResponse):
+                _merge(results, chunk, [word(words, result) for result in answer.results])
+            progress.add(len(chunk))
+        progress.end()
         _report(results, ("cancelled", "killed"), output)
         brokers.complete()
 
