@@ -205,10 +205,13 @@ class Admin:
 
     async def _ahead(self, row: Activation) -> int:
         before, found = self._store.control.ahead(row, AHEAD_MAX)
-        if not found:
-            room = AHEAD_MAX - before
-            before += await self._store.read(lambda database: database.count_spilled_before(row, room))
-        return before
+        if found or before >= AHEAD_MAX:
+            return before
+        queue, room = self._memory.index.pairs[row.pair], AHEAD_MAX - before
+        tail = queue.tail_ready_at, queue.tail_seq
+        return before + await self._store.read(
+            lambda database: database.count_spilled_between(tail, row, room)
+        )
 
     async def retry_tasks(self, request: bytes) -> bytes:
         asked = parse(pb.RetryTasksRequest, request)

@@ -508,13 +508,13 @@ class Database:
             return rows, rows[-1].seq
         return rows, last if scanned == scan else None
 
-    def count_spilled_before(self, row: Activation, at_most: int) -> int:
-        """Pending rows of the pair that memory does not hold and that come before ``row``, up to a bound."""
+    def count_spilled_between(self, tail: tuple[int, int], row: Activation, at_most: int) -> int:
+        """Pending rows of a pair between the order key of the last one in memory and ``row``, up to a bound."""
         return int(
             self.connection.execute(
                 "SELECT count(*) FROM (SELECT 1 FROM activation WHERE status = 1 AND spilled = 1"
-                " AND pair = ?1 AND (ready_at, seq) < (?2, ?3) LIMIT ?4)",
-                (row.pair, row.ready_at, row.seq, at_most),
+                " AND pair = ?1 AND (ready_at, seq) > (?2, ?3) AND (ready_at, seq) < (?4, ?5) LIMIT ?6)",
+                (row.pair, *tail, row.ready_at, row.seq, at_most),
             ).get
         )
 
