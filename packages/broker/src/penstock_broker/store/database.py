@@ -509,7 +509,7 @@ class Database:
         return rows, last if scanned == scan else None
 
     def count_spilled_between(self, tail: tuple[int, int], row: Activation, at_most: int) -> int:
-        """Pending rows of a pair between the order key of the last one in memory and ``row``, up to a bound."""
+        """Pending rows of the pair after the order key ``tail`` and before ``row``, up to a bound."""
         return int(
             self.connection.execute(
                 "SELECT count(*) FROM (SELECT 1 FROM activation WHERE status = 1 AND spilled = 1"
