@@ -38,8 +38,8 @@ GENERATED_PAGES = {
 # lock file -> (what is installed from this tree, dependency groups). `lock` comes first: the others follow
 # its versions, except those that stand alone.
 LOCKS: dict[str, tuple[list[str], list[str]]] = {
-    "lock": (["protocol[grpc]", "client[grpc]", "worker", "broker"], ["dev"]),
-    "runtime": (["protocol[grpc]", "client[grpc]", "worker", "broker"], []),
+    "lock": (["protocol[grpc]", "client[grpc,cli]", "worker", "broker"], ["dev"]),
+    "runtime": (["protocol[grpc]", "client[grpc,cli]", "worker", "broker"], []),
     "broker": (["protocol[grpc]", "broker"], []),
     "worker": (["protocol[grpc]", "client", "worker"], []),
     "client": (["protocol", "client"], []),

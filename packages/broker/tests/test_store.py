@@ -530,7 +530,7 @@ async def test_dead_letters_rest_in_the_store_up_to_the_bound(tmp_path: Path, cl
     store.outbox.rest(await take_outbox(store))
     await settle_down(store)
     assert store.outbox.size() == 1
-    assert [letter[2] for letter in store.database.dead_letters(10)] == ["1", "0"]
+    assert [letter.id for letter in store.database.dead_letters(0, None, None, None, 10)] == ["0", "1"]
     check_store(store)
     store.database.close()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 from store_helpers import (
     ManualClock,
     activation,
@@ -71,6 +71,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.unfinished: set[str] = set()
         # Tokens whose outcome was answered APPLIED, and when durable.
         self.ended: set[str] = set()
+        self.paused: set[tuple[str, str]] = set()
 
     def call(self, coroutine):
         return self.loop.run_until_complete(coroutine)
@@ -83,6 +84,24 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.database.close()
         self.loop.close()
         shutil.rmtree(self.folder)
+
+    @initialize(
+        target=tokens, counts=st.lists(st.integers(1, 6), min_size=2, max_size=4), claimed=st.integers(0, 6)
+    )
+    def begin(self, counts, claimed):
+        """Without it most histories have nothing to claim: rules are drawn from some of them at a time."""
+        for n, count in enumerate(counts):
+            namespace, application = ("pay", "mail", "flood")[n % 3], ("shop", "crm")[n // 3]
+            self.insert_rows(
+                count, 10, n % 2 == 1, OnExceeded.DEADLETTER, namespace=namespace, application=application,
+                max_attempts=3, delay_ms=500 * (n == 2),
+            )  # fmt: skip
+
+        async def go():
+            await settle_down(self.store)
+            return [token_of(self.store, row) for row in self.store.claim(None, (), claimed, 1 << 20)]
+
+        return self.call(go())
 
     @rule(
         count=st.integers(1, 6),
@@ -97,6 +116,9 @@ class StoreMachine(RuleBasedStateMachine):
         from_log=st.booleans(),
     )
     def insert(self, count, size, from_log, policy, **how):
+        self.insert_rows(count, size, from_log, policy, **how)
+
+    def insert_rows(self, count, size, from_log, policy, **how):
         async def go():
             rows, taken = [], {}
             for _ in range(count):
@@ -144,15 +166,19 @@ class StoreMachine(RuleBasedStateMachine):
         namespaces=st.sampled_from([(), ("pay",), ("mail", "flood")]),
         worker=st.sampled_from(["one", "two"]),
         tokenless=st.booleans(),
+        settled=st.sampled_from([True, True, False]),
     )
-    def claim(self, rows, application, namespaces, worker, tokenless):
+    def claim(self, rows, application, namespaces, worker, tokenless, settled):
         async def go():
+            if settled:
+                await settle_down(self.store)
             claimed = self.store.claim(application, namespaces, rows, 1 << 20, worker, tokenless)
             for row in claimed:
                 assert not self.store.refusals.by(row.seq, worker, self.clock.mono)
                 assert row.body is not None
                 assert row.expires_at is None or row.expires_at > self.clock.wall
                 assert row.received_at <= self.clock.wall
+                assert (row.application, row.namespace) not in self.paused
                 row.body = None
             return [token_of(self.store, row) for row in claimed]
 
@@ -192,6 +218,82 @@ class StoreMachine(RuleBasedStateMachine):
         async def go():
             for token in tokens:
                 self.store.extend(token, started)
+
+        self.call(go())
+
+    @rule(n=st.integers(0, 12))
+    def cancel(self, n):
+        async def go():
+            id_hash = hash_id(f"task-{self.ids - n}")
+            live = id_hash in self.store.memory.live
+            answer = self.store.control.cancel(id_hash)
+            assert (answer is Answer.UNKNOWN) == (not live)
+            await settle_down(self.store)
+            if isinstance(answer, Report):
+                answer = answer.answer
+            if answer is Answer.APPLIED:
+                assert id_hash not in self.store.memory.live
+                assert self.store.control.cancel(id_hash) is Answer.UNKNOWN
+
+        self.call(go())
+
+    @rule(tokens=tokens)
+    def cancel_claimed(self, tokens):
+        async def go():
+            for token in tokens:
+                row = self.store.memory.resident.get(token.seq)
+                held = row is not None and row.status is Status.PROCESSING and row.claim == token.claim
+                held = held and row.claim_epoch == token.epoch
+                answer = self.store.control.cancel(token.id_hash)
+                if held:
+                    assert answer is Answer.APPLIED
+                    assert self.store.control.was_cancelled(token)
+                    assert self.store.extend(token, True) is Answer.STALE
+                    late = self.store.settle(token, Event.COMPLETE, self.clock.wall)
+                    assert late is Answer.STALE, "a cancelled task is not done"
+
+        self.call(go())
+
+    @rule(n=st.integers(0, 12))
+    def run_now(self, n):
+        async def go():
+            id_hash = hash_id(f"task-{self.ids - n}")
+            await settle_down(self.store)
+            delayed = [
+                row
+                for row in self.store.database.load([key[0] for key in self.store.database.positions()])
+                if row.status is Status.DELAYED and hash_id(row.id) == id_hash
+            ]
+            answer = self.store.control.run_now(id_hash)
+            await settle_down(self.store)
+            if isinstance(answer, Report):
+                answer = answer.answer
+            assert (answer is Answer.APPLIED) == bool(delayed)
+            for row in delayed:
+                now = self.store.database.get(row.seq)
+                assert now is None or now.status is Status.PENDING
+
+        self.call(go())
+
+    @rule(pair=st.sampled_from([("shop", "pay"), ("shop", "mail"), ("crm", "pay")]), durable=st.booleans())
+    def pause(self, pair, durable):
+        async def go():
+            queue = self.store.memory.index.pair(*pair)
+            if queue is not None:
+                assert self.store.control.pause(queue) == (pair not in self.paused)
+                self.paused.add(pair)
+                if durable:
+                    await settle_down(self.store)
+
+        self.call(go())
+
+    @rule(pair=st.sampled_from([("shop", "pay"), ("shop", "mail"), ("crm", "pay")]))
+    def resume(self, pair):
+        async def go():
+            queue = self.store.memory.index.pair(*pair)
+            if queue is not None:
+                assert self.store.control.resume(queue) == (pair in self.paused)
+                self.paused.discard(pair)
 
         self.call(go())
 
@@ -333,6 +435,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert sorted(key[2] for key in self.store.database.positions()) == sorted(rows)
             self.offset = max(self.offset, self.store.source("tasks", 0).next)
             self.read_to = max(0, self.store.source("sent on", 0).next)
+            pairs = self.store.memory.index.pairs.values()
+            kept = {(q.application, q.namespace) for q in pairs if q.paused_at is not None}
+            assert kept == self.paused or not settled
+            self.paused = kept
 
         self.call(go())
 

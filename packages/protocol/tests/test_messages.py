@@ -29,7 +29,8 @@ V1: dict[type[Message], dict[str, int]] = {
 
 def test_the_numbers_are_those_of_taskbroker_v1() -> None:
     for message, numbers in V1.items():
-        assert {f.name: f.number for f in message.DESCRIPTOR.fields} == numbers
+        theirs = (f for f in message.DESCRIPTOR.fields if f.number < 100)
+        assert {f.name: f.number for f in theirs} == numbers
     status = activation_pb2.TaskActivationStatus
     words = ("PENDING", "PROCESSING", "FAILURE", "RETRY", "COMPLETE")
     assert [status.Value(f"TASK_ACTIVATION_STATUS_{word}") for word in words] == [1, 2, 3, 4, 5]

@@ -181,7 +181,20 @@ class Metrics:
             "penstock_resting_dead_letters", "Dead letters kept in the store because Kafka did not take them."
         )
         self.books_difference = self._plain_gauge(
-            "penstock_books_difference_tasks", "Activations that came in and are unaccounted for; must be 0."
+            "penstock_books_difference_tasks",
+            "Activations that came in and are unaccounted for, summed up without their sign; must be 0.",
+        )
+        self.namespace_books_difference = self._gauge(
+            "penstock_namespace_books_difference_tasks",
+            "Activations accepted, minus ended, minus in flight, of each namespace; must be 0.",
+            "application",
+            "namespace",
+        )
+        self.paused = self._gauge(
+            "penstock_paused_tasks",
+            "Pending activations of namespaces that an operator has paused.",
+            "application",
+            "namespace",
         )
 
     def _dispatch(self) -> None:

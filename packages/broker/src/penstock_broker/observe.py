@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Status
@@ -11,6 +13,9 @@ from penstock_broker.domain.lifecycle import OUTCOMES
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Batch
 from penstock_broker.store.inflight import ARRIVALS, Inflight
+
+# A scrape does not wait longer for the event loop; what it would have told stays as it was.
+LOOP_SECONDS_MAX = 2.0
 
 
 class Observer:
@@ -20,6 +25,7 @@ class Observer:
         self._metrics = metrics
         self._store = store
         self._waiting = waiting
+        self._loop = asyncio.get_running_loop()
         # What the counters were told of the store's own totals.
         self._told: dict[object, int] = {key: n for key, n in store.memory.books.items()}  # noqa: C416 - wider
         self._hit = metrics.claims.labels("hit")
@@ -55,6 +61,7 @@ class Observer:
         """In the thread of the scrape: reads, and copies what may change meanwhile."""
         self._tasks()
         self._books()
+        self._differences()
         store, metrics = self._store, self._metrics
         for answer, count in list(store.memory.tally.answers.items()):
             metrics.reports.labels(answer.name.lower()).inc(self._since(("answer", answer), count))
@@ -75,6 +82,7 @@ class Observer:
         store, metrics = self._store, self._metrics
         by_state = dict.fromkeys(list(Status)[1:], 0)
         pending: dict[tuple[str, ...], float] = {}
+        paused: dict[tuple[str, ...], float] = {}
         oldest: list[int] = []
         for queue in list(store.memory.index.pairs.values()):
             counts = store.memory.counts[queue.pair]
@@ -82,6 +90,8 @@ class Observer:
                 by_state[status] += counts[status]
             if counts[Status.PENDING]:
                 pending[queue.application, queue.namespace] = counts[Status.PENDING]
+                if queue.paused_at is not None:
+                    paused[queue.application, queue.namespace] = counts[Status.PENDING]
             oldest += [row.ready_at for row in list(queue.ready)[:1]]
         for status, count in by_state.items():
             metrics.tasks.labels(status.name.lower()).set(count)
@@ -89,6 +99,7 @@ class Observer:
         metrics.unclaimable.replace(
             {(queue.application, queue.namespace): n for queue, n in store.unclaimable.pending()}
         )
+        metrics.paused.replace(paused)
         age = store.clock.wall_ms() - min(oldest) if oldest else 0
         metrics.oldest_pending.set(max(0, age) / 1000)
 
@@ -105,12 +116,32 @@ class Observer:
             metrics.finished.labels(*names, term).inc(grown)
             if term.startswith("dead:"):
                 metrics.dead_letters.labels(term.removeprefix("dead:")).inc(grown)
-        metrics.books_difference.set(store.imbalance())
+
+    def _differences(self) -> None:
+        """Between two ticks' steps the books are in motion: they are read on the event loop."""
+        told = asyncio.run_coroutine_threadsafe(self._balances(), self._loop)
+        try:
+            balances = told.result(LOOP_SECONDS_MAX)
+        except TimeoutError:  # the event loop is busy
+            told.cancel()
+            return
+        self._metrics.books_difference.set(sum(map(abs, balances.values())))
+        self._metrics.namespace_books_difference.replace(balances)
+
+    async def _balances(self) -> dict[tuple[str, ...], float]:
+        pairs = self._store.memory.index.pairs
+        balances = self._store.control.balances().items()
+        return {(pairs[pair].application, pairs[pair].namespace): n for pair, n in balances}
 
     def _disk(self) -> None:
-        path, metrics = self._store.database.path, self._metrics
-        disk = os.statvfs(path.parent)
-        metrics.disk_free.set(disk.f_bavail * disk.f_frsize)
-        metrics.database_size.set(path.stat().st_size)
-        wal = path.with_name(path.name + "-wal")
-        metrics.wal_size.set(wal.stat().st_size if wal.exists() else 0)
+        database, wal, free = disk_usage(self._store.database.path)
+        self._metrics.database_size.set(database)
+        self._metrics.wal_size.set(wal)
+        self._metrics.disk_free.set(free)
+
+
+def disk_usage(path: Path) -> tuple[int, int, int]:
+    """Bytes of a database and of its write-ahead log, and those that are free where it is."""
+    disk = os.statvfs(path.parent)
+    wal = path.with_name(path.name + "-wal")
+    return path.stat().st_size, wal.stat().st_size if wal.exists() else 0, disk.f_bavail * disk.f_frsize

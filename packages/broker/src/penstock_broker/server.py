@@ -15,9 +15,11 @@ import grpc
 import structlog
 import uvloop
 
+from penstock_broker import __version__
 from penstock_broker.clock import Clock, SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.dispatch import rpc
+from penstock_broker.dispatch.admin import Admin
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.lifecycle import Limits
@@ -25,7 +27,7 @@ from penstock_broker.errors import FatalError, OldDatabase, Replaced
 from penstock_broker.ingest.direct import Draining, IntakePaused, InvalidRequest
 from penstock_broker.ingest.parts import Ingest, build_ingest
 from penstock_broker.metrics import Exposition, Metrics, expose
-from penstock_broker.observe import Observer
+from penstock_broker.observe import Observer, disk_usage
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database, suspect_of
 from penstock_broker.store.inflight import Inflight
@@ -35,6 +37,7 @@ from penstock_broker.store.soundness import Malformed
 from penstock_broker.store.space import Space
 from penstock_broker.store.writer import Handoff
 from penstock_broker.upkeep.chores import Upkeep
+from penstock_protocol.v1 import admin_pb2
 
 log = structlog.get_logger("server")
 
@@ -154,13 +157,23 @@ class Broker:
         self.port = 0
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._serving = False
+        self._began = clock.mono_ms()
         self._exposition: Exposition | None = None
 
     def _services(self) -> dict[str, dict[str, rpc.Method]]:
         consumers = Consumers(self.store, self.waiting)
+        admin = Admin(
+            self.store,
+            self.waiting,
+            consumers.roster,
+            describe=self._describe,
+            admit=self.ingest.direct.admission.admit,
+            lag=self.ingest.lag,
+        )
         services: dict[str, dict[str, rpc.Method]] = {
             rpc.CONSUMER: rpc.consumer_methods(consumers),
             rpc.PRODUCER: {"SendTasks": self._send_tasks},
+            rpc.ADMIN: rpc.admin_methods(admin),
         }
         if self.settings.v1_service == "on":
             services[rpc.TASKBROKER_V1] = rpc.taskbroker_methods(consumers)
@@ -175,6 +188,16 @@ class Broker:
             raise Refused(grpc.StatusCode.UNAVAILABLE, str(draining)) from None
         except InvalidRequest as invalid:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(invalid)) from None
+
+    def _describe(self, status: admin_pb2.GetStatusResponse) -> None:
+        """What an operator is told beside what the store knows."""
+        status.broker_id = self.settings.broker_id
+        status.version = __version__
+        status.uptime_seconds = (self.store.clock.mono_ms() - self._began) / 1000
+        status.healthy = self.healthy()
+        disk = disk_usage(self.database.path)
+        status.database_bytes, status.wal_bytes, status.disk_free_bytes = disk
+        self.ingest.describe(status)
 
     async def _handoff(self, write: Callable[[Batch], Written], batch: Batch) -> Written:
         """Ticks are written on a thread of their own: only there may the broker wait for the disk."""

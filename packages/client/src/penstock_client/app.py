@@ -18,7 +18,7 @@ from penstock_client.context import TaskContext
 from penstock_client.durations import Duration, seconds
 from penstock_client.errors import AppError, nearest
 from penstock_client.retry import Backoff, Exponential, Fixed, Retry, exception_types
-from penstock_client.settings import ClientSettings, load_settings
+from penstock_client.settings import ClientSettings, load_settings, setting_origins
 from penstock_client.task import Task, TaskRef, _refuse
 from penstock_client.transports import Transport, connect
 
@@ -73,6 +73,7 @@ class App:
         self.topics = frozenset(topics)
         given = {"kafka": kafka, "broker": broker, "strict_kwargs": strict_kwargs, **settings}
         self.settings = load_settings(given, config)
+        self._given = (given, config)
         self._namespaces: dict[str, Namespace] = {}
         self._queues = frozenset(queues)
         self._tasks: dict[str, Task[..., Any]] = {}
@@ -160,6 +161,12 @@ class App:
             self._check_topic(topic, origin)
             self._routes[namespace] = topic
         return topic
+
+    def route_of(self, namespace: str) -> tuple[str, str]:
+        """The topic of a namespace, and where that route came from: for people."""
+        topic = self.topic_of(namespace)
+        setting = "route_overrides" if namespace in self.settings.route_overrides else "topic"
+        return topic, setting_origins(*self._given).get(setting, "default")
 
     def _check_topic(self, topic: str, what: str) -> None:
         if self.topics and topic not in self.topics:

@@ -60,12 +60,7 @@ def load_settings(
 
     Raises ConfigError naming the setting, the value and where it came from.
     """
-    values: dict[str, Any] = {}
-    path = config or os.environ.get("PENSTOCK_CONFIG")
-    if path:
-        values |= _from_file(Path(path))
-    values |= _from_environment(os.environ)
-    values |= {name: (value, f"App({name}=)") for name, value in arguments.items() if value is not None}
+    values = _given(arguments, config)
     checked: dict[str, Any] = {
         name: _checked(name, value, origin) for name, (value, origin) in values.items()
     }
@@ -77,6 +72,25 @@ def load_settings(
             f"both kafka ({kafka_from}) and broker ({broker_from}) are set; tasks go one way: remove one"
         )
     return settings
+
+
+def setting_origins(
+    arguments: Mapping[str, object], config: str | os.PathLike[str] | None = None
+) -> dict[str, str]:
+    """Where each setting that was given came from; what is not in it has its default."""
+    return {name: origin for name, (_, origin) in _given(arguments, config).items()}
+
+
+def _given(
+    arguments: Mapping[str, object], config: str | os.PathLike[str] | None
+) -> dict[str, tuple[Any, str]]:
+    """The values from all sources, and where each came from."""
+    values: dict[str, tuple[Any, str]] = {}
+    path = config or os.environ.get("PENSTOCK_CONFIG")
+    if path:
+        values |= _from_file(Path(path))
+    values |= _from_environment(os.environ)
+    return values | {name: (value, f"App({name}=)") for name, value in arguments.items() if value is not None}
 
 
 # 0 would mean "without bound" to librdkafka.

@@ -12,10 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from penstock_broker.auth import authorize
+from penstock_broker.dispatch.admin import Admin
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.store.database import DiskFailing
 from penstock_broker.store.writer import StoreStopped
-from penstock_protocol.v1 import consumer_pb2, producer_pb2, taskbroker_pb2
+from penstock_protocol.v1 import admin_pb2, consumer_pb2, producer_pb2, taskbroker_pb2
 
 log = structlog.get_logger("rpc")
 
@@ -24,6 +25,7 @@ Observe = Callable[[str, str, float], None]
 
 CONSUMER = consumer_pb2.DESCRIPTOR.services_by_name["ConsumerService"].full_name
 PRODUCER = producer_pb2.DESCRIPTOR.services_by_name["ProducerService"].full_name
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 TASKBROKER_V1 = taskbroker_pb2.DESCRIPTOR.services_by_name["ConsumerService"].full_name
 HEALTH_WATCH_SECONDS = 1.0
 
@@ -45,6 +47,26 @@ def taskbroker_methods(consumers: Consumers) -> dict[str, Method]:
         "GetTask": consumers.get_task,
         "SetTaskStatus": consumers.set_task_status,
         "SetBatchActivationStatus": consumers.set_batch_activation_status,
+    }
+
+
+def admin_methods(admin: Admin) -> dict[str, Method]:
+    """AdminService of penstock.v1."""
+    return {
+        "GetStatus": admin.get_status,
+        "ListTasks": admin.list_tasks,
+        "GetTask": admin.get_task,
+        "ExplainTask": admin.explain_task,
+        "RetryTasks": admin.retry_tasks,
+        "CancelTasks": admin.cancel_tasks,
+        "ListNamespaces": admin.list_namespaces,
+        "PauseNamespace": admin.pause_namespace,
+        "ResumeNamespace": admin.resume_namespace,
+        "ListWorkers": admin.list_workers,
+        "ListDeadLetters": admin.list_dead_letters,
+        "GetDeadLetter": admin.get_dead_letter,
+        "ReplayDeadLetters": admin.replay_dead_letters,
+        "DiscardDeadLetters": admin.discard_dead_letters,
     }
 
 

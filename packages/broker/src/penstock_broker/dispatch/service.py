@@ -10,6 +10,7 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from penstock_broker.dispatch.roster import Roster
 from penstock_broker.dispatch.waiting import Waiting, Wanted
 from penstock_broker.domain.activation import NO_SOURCE, Activation, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
@@ -61,6 +62,7 @@ class Consumers:
     def __init__(self, store: Inflight, waiting: Waiting) -> None:
         self.store = store
         self.waiting = waiting
+        self.roster = Roster()
         self._nonce = store.database.nonce
         # request id -> claims it was answered with, for a worker whose answer was lost.
         self._answered: dict[str, list[tuple[int, int]]] = {}
@@ -68,7 +70,7 @@ class Consumers:
     # -- taskbroker v1: one task a call, no tokens
 
     async def get_task(self, request: bytes) -> bytes:
-        asked = _parse(consumer_pb2.GetTaskRequest, request)
+        asked = parse(consumer_pb2.GetTaskRequest, request)
         self.store.require_disk()
         rows = await self._claim_one(asked)
         if not rows:
@@ -85,11 +87,11 @@ class Consumers:
             return []
         rows = self.waiting.claim(_wanted(asked), 1, tokenless=True)
         if rows and rows[0].at_most_once:
-            rows = await self._durable(rows)
-        return rows
+            await self._durable(rows)
+        return _still_claimed(rows)
 
     async def set_task_status(self, request: bytes) -> bytes:
-        report = _parse(consumer_pb2.SetTaskStatusRequest, request)
+        report = parse(consumer_pb2.SetTaskStatusRequest, request)
         settled = self._settle_by_id(report)
         rows: list[Activation] = []
         if report.HasField("fetch_next_task"):
@@ -106,7 +108,7 @@ class Consumers:
         return response.SerializeToString()
 
     async def set_batch_activation_status(self, request: bytes) -> bytes:
-        batch = _parse(consumer_pb2.SetBatchActivationStatusRequest, request)
+        batch = parse(consumer_pb2.SetBatchActivationStatusRequest, request)
         for report in batch.updates:
             _v1_event(report)
         settled = [self._settle_by_id(report) for report in batch.updates]
@@ -125,7 +127,8 @@ class Consumers:
     # -- penstock.v1: batches with claim tokens
 
     async def get_tasks(self, request: bytes) -> bytes:
-        asked = _parse(consumer_pb2.GetTasksRequest, request)
+        asked = parse(consumer_pb2.GetTasksRequest, request)
+        self.roster.asked(asked, self.store.clock.mono_ms())
         if asked.namespaces and not asked.HasField("application"):
             raise Refused(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -141,7 +144,8 @@ class Consumers:
                 asked.worker.worker_id,
             )
             if any(row.at_most_once for row in rows):
-                rows = await self._durable(rows)
+                await self._durable(rows)
+            rows = _still_claimed(rows)
         response = raw_pb2.RawGetTasksResponse(lease_ms=self.store.limits.lease_ms)
         if rows:
             self._remember(asked.request_id, rows)
@@ -179,7 +183,7 @@ class Consumers:
         return await self.store.claimed_again(answered)
 
     async def set_task_statuses(self, request: bytes) -> bytes:
-        reports = _parse(consumer_pb2.SetTaskStatusesRequest, request)
+        reports = parse(consumer_pb2.SetTaskStatusesRequest, request)
         now, settle = self.store.clock.wall_ms(), self.store.settle
         settled: list[Answer | Report] = []
         ids: list[int] = []
@@ -200,7 +204,7 @@ class Consumers:
         return consumer_pb2.SetTaskStatusesResponse(answers=answers).SerializeToString()
 
     async def release_tasks(self, request: bytes) -> bytes:
-        released = _parse(consumer_pb2.ReleaseTasksRequest, request)
+        released = parse(consumer_pb2.ReleaseTasksRequest, request)
         now = self.store.clock.wall_ms()
         settled: list[Answer | Report] = []
         ids: list[int] = []
@@ -220,19 +224,24 @@ class Consumers:
         return consumer_pb2.ReleaseTasksResponse(answers=answers).SerializeToString()
 
     async def extend_claims(self, request: bytes) -> bytes:
-        held = _parse(consumer_pb2.ExtendClaimsRequest, request)
-        answers = []
-        for claim in held.claims:
-            token = decode_token(claim.claim_token)
-            answer = Answer.UNKNOWN if token is None else self.store.extend(token, claim.started)
-            answers.append(_CLAIM_ANSWERS[answer])
+        held = parse(consumer_pb2.ExtendClaimsRequest, request)
+        self.roster.held(held.worker_id, self.store.clock.mono_ms())
+        answers = [self._extend(claim, held.worker_id) for claim in held.claims]
         return consumer_pb2.ExtendClaimsResponse(answers=answers).SerializeToString()
+
+    def _extend(self, claim: consumer_pb2.HeldClaim, worker: str) -> consumer_pb2.ClaimAnswer:
+        token = decode_token(claim.claim_token)
+        if token is None:
+            return consumer_pb2.CLAIM_ANSWER_UNKNOWN
+        answer = self.store.extend(token, claim.started, worker)
+        if answer is Answer.STALE and self.store.control.was_cancelled(token):
+            return consumer_pb2.CLAIM_ANSWER_CANCELLED
+        return _CLAIM_ANSWERS[answer]
 
     # -- what must be true before an answer leaves
 
-    async def _durable(self, rows: Sequence[Activation]) -> list[Activation]:
-        """At-most-once claims are in the rows, and in the ledger, before they are handed out. Those whose
-        lease has not ended meanwhile."""
+    async def _durable(self, rows: Sequence[Activation]) -> None:
+        """At-most-once claims are in the rows, and in the ledger, before they are handed out."""
         try:
             async with asyncio.timeout(COVER_SECONDS_MAX):
                 from_log = any(row.at_most_once and row.source != NO_SOURCE for row in rows)
@@ -247,7 +256,6 @@ class Consumers:
         except BaseException:
             self.store.release(rows)
             raise
-        return [row for row in rows if row.status is Status.PROCESSING]
 
     async def _finish(
         self, settled: Sequence[Answer | Report], ids: Sequence[int]
@@ -286,11 +294,18 @@ _CLAIM_ANSWERS = {
 }
 
 
-def _parse(kind: type[M], request: bytes) -> M:
+def parse(kind: type[M], request: bytes) -> M:
+    """The message in a request. Raises Refused."""
     try:
         return kind.FromString(request)
     except DecodeError:
         raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {kind.DESCRIPTOR.name}") from None
+
+
+def _still_claimed(rows: list[Activation]) -> list[Activation]:
+    """Without those that were cancelled, became another broker's, or lost their lease, before they could be
+    handed out."""
+    return [row for row in rows if row.status is Status.PROCESSING]
 
 
 def _body(row: Activation) -> bytes:

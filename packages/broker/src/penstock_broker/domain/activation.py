@@ -126,6 +126,8 @@ class Activation:
     lease_until: int = 0
     # Monotonic milliseconds at which the worker said it started; 0 before.
     started: int = 0
+    # Who holds the claim, as far as it has said so since the start.
+    worker: str = ""
     # Served without a token (taskbroker v1): reports name the id.
     tokenless: bool = False
     # Pending, and the index may not hold it: it is paged in from the rows when its turn comes.

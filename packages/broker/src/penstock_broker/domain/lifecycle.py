@@ -28,6 +28,7 @@ class Event(StrEnum):
     UNKNOWN_TASK = "unknown task"
     ARGUMENTS_MISMATCH = "arguments mismatch"
     DUE = "due"
+    RUN_NOW = "run now"
     EXPIRE = "expire"
     EXPIRED_AT_START = "expired at start"
     UNCLAIMED = "unclaimed"
@@ -70,6 +71,7 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_P, Event.HAND_OVER): _t("The broker is being drained; another one runs it.", _F),
     (_P, Event.OVERFLOW): _t("Its namespace has its share of the store; it waits in Kafka.", _F),
     (_D, Event.DUE): _t("Its delay or back-off is over.", _P),
+    (_D, Event.RUN_NOW): _t("An operator wants it now, whatever is left of its delay or back-off.", _P),
     (_D, Event.EXPIRE): _t("Its time to start has passed.", _F, _G),
     (_D, Event.CANCEL): _t("An operator cancelled it.", _G),
     (_D, Event.HAND_OVER): _t("The broker is being drained; another one runs it.", _F),
@@ -95,7 +97,8 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_F, Event.FORWARDED): _t("The log acknowledged it, or it rests in the store's own dead letters.", _G),
 }
 
-# Outcomes that may be reported a second time, with the number that is stored for them.
+# Outcomes that may be reported a second time, with the number that is stored for them; and how a claim
+# ends that an operator cancelled, so that its worker is told.
 OUTCOMES: dict[Event, int] = {
     Event.COMPLETE: 1,
     Event.IGNORE: 2,
@@ -107,6 +110,7 @@ OUTCOMES: dict[Event, int] = {
     Event.RELEASE: 8,
     Event.UNKNOWN_TASK: 9,
     Event.ARGUMENTS_MISMATCH: 10,
+    Event.CANCEL: 11,
 }
 
 GIVE_BACK_MIN_MS = 1_000
@@ -327,6 +331,7 @@ _DECISIONS = {
     Event.UNKNOWN_TASK: _give_back,
     Event.ARGUMENTS_MISMATCH: _give_back,
     Event.DUE: _due,
+    Event.RUN_NOW: _due,
     Event.EXPIRE: _expire,
     Event.EXPIRED_AT_START: _expire,
     Event.UNCLAIMED: _unclaimed,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import uuid
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 from penstock_broker.domain.activation import Activation
 from penstock_broker.ingest.admission import is_position_id
 from penstock_broker.store.partitions import Source
+from penstock_protocol import replay
 
 ERROR_TYPE_CHARS_MAX = 256
 ERROR_MESSAGE_CHARS_MAX = 2000
 TRACEBACK_CHARS_MAX = 4000
-
-_FORWARDS = uuid.UUID("1c0b8d7e-52c5-5b86-8f39-9c3f0a7a54be")
 
 
 class Letter(NamedTuple):
@@ -31,7 +29,7 @@ def forward_id(row: Activation) -> str:
     """The same for the same activation, attempt and reason, so that a copy sent twice is known as one."""
     if is_position_id(row):
         return row.id
-    return str(uuid.uuid5(_FORWARDS, f"{row.id}/{row.attempts}/{row.reason}"))
+    return replay.forward_id(row.id, row.attempts, row.reason or "")
 
 
 def letter(row: Activation, source: Source | None, topic: str, trimmed: bool = False) -> Letter:

@@ -21,6 +21,7 @@ from penstock_broker.ingest.publisher import Publisher
 from penstock_broker.ingest.sent_on import sent_on
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.inflight import Inflight
+from penstock_protocol.v1 import admin_pb2
 
 
 class Ways:
@@ -171,6 +172,26 @@ class Ingest:
             await self._publisher.stop()
         if self.ledger is not None:
             await self.ledger.stop()
+
+    def lag(self) -> int | None:
+        """Messages of its partitions that this broker has still to read; None while that is not known."""
+        if self.consumer is None or not self.consumer.lags:
+            return None
+        return sum(self.consumer.lags.values())
+
+    def describe(self, status: admin_pb2.GetStatusResponse) -> None:
+        """What an operator is told of Kafka, and of dead letters that do not leave."""
+        status.forward_alarm = "; ".join(f.alarm for f in self.forwarders if f.alarm)
+        if (consumer := self.consumer) is None:
+            return
+        kafka, settings = status.kafka, self._settings
+        kafka.address, kafka.topic = settings.kafka_cluster, settings.kafka_topic
+        kafka.consumer_group = settings.kafka_consumer_group
+        kafka.deadletter_topic = settings.kafka_deadletter_topic
+        kafka.connected = consumer.connected
+        kafka.commit_age_seconds = consumer.last_commit_age_seconds()
+        for partition in sorted(consumer.assignment):
+            kafka.partitions.add(partition=partition, lag=consumer.lags.get(partition))
 
     def _refresh(self) -> None:
         """In the thread of a scrape: reads only."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import apsw
 import structlog
@@ -76,10 +76,26 @@ _LOAD_COLUMNS = (
     " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id,"
     " a.taskname, a.content, a.size, a.checksum"
 )
+_LETTER_COLUMNS = "seq, at, pair, id, taskname, reason, story, length(body)"
 _CHECKSUM_AT = _LOAD_COLUMNS.count(",")
 _FIXED = struct.Struct(">10q")
 _BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
 _FROM = " FROM activation a JOIN pair p ON p.pair = a.pair"
+
+
+class RestingLetter(NamedTuple):
+    """A dead letter in the store's own table. ``story``: JSON, as Outbox writes it."""
+
+    seq: int
+    at: int
+    pair: int
+    id: str
+    taskname: str
+    reason: str
+    story: str
+    size: int
+    # None: not asked for.
+    body: bytes | None
 
 
 def checksum(row: Activation) -> int:
@@ -390,7 +406,7 @@ class Database:
         c = self.connection
         self._damaged, self._stamp = [], batch.stamp
         if batch.new_pairs:
-            c.executemany("INSERT INTO pair VALUES (?, ?, ?)", batch.new_pairs)
+            c.executemany("INSERT INTO pair (pair, application, namespace) VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
             c.executemany(
                 "INSERT INTO source (source, topic, partition, start, next, covered)"
@@ -631,8 +647,13 @@ class Database:
         sql = f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.status = 3"
         return (_load(r) for r in self.connection.execute(sql))
 
-    def pairs(self) -> list[tuple[int, str, str]]:
-        return list(self.connection.execute("SELECT pair, application, namespace FROM pair"))
+    def pairs(self) -> list[tuple[int, str, str, int | None]]:
+        """(pair, application, namespace, since when it is paused)."""
+        return list(self.connection.execute("SELECT pair, application, namespace, paused_at FROM pair"))
+
+    def pause(self, pair: int, at: int | None) -> None:
+        """Note since when a pair is paused; None: it is not."""
+        self.connection.execute("UPDATE pair SET paused_at = ?2 WHERE pair = ?1", (pair, at))
 
     def sources(self) -> list[tuple[int, str, int, int, int, int]]:
         return list(
@@ -693,6 +714,48 @@ class Database:
     def books(self) -> dict[tuple[int, str], int]:
         return {(p, t): n for p, t, n in self.connection.execute("SELECT pair, term, count FROM books")}
 
+    def held(
+        self,
+        after: int,
+        scan: int,
+        pairs: Sequence[int] | None,
+        status: int,
+        taskname: str | None,
+        limit: int,
+    ) -> tuple[list[Activation], int | None]:
+        """Rows after ``after`` without their bodies, of the next ``scan`` rows the first ``limit`` that
+        match; and after which to go on, None at the end. None, and status 0, match all."""
+        c = self.connection
+        last, scanned = next(
+            c.execute(
+                "SELECT max(seq), count(*) FROM"
+                " (SELECT seq FROM activation WHERE seq > ? ORDER BY seq LIMIT ?)",
+                (after, scan),
+            )
+        )
+        if not scanned:
+            return [], None
+        records = c.execute(
+            f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.seq > ?1 AND a.seq <= ?2"
+            " AND (?3 = 0 OR a.status = ?3) AND (?4 IS NULL OR a.taskname = ?4)"
+            " AND (?5 OR a.pair IN carray(?6)) ORDER BY a.seq LIMIT ?7",
+            (after, last, status, taskname, pairs is None, apsw.carray(array("q", pairs or (0,))), limit),
+        )
+        rows = [_load(record) for record in records]
+        if len(rows) == limit:
+            return rows, rows[-1].seq
+        return rows, last if scanned == scan else None
+
+    def count_spilled_between(self, tail: tuple[int, int], row: Activation, at_most: int) -> int:
+        """Pending rows of the pair after the order key ``tail`` and before ``row``, up to a bound."""
+        return int(
+            self.connection.execute(
+                "SELECT count(*) FROM (SELECT 1 FROM activation WHERE status = 1 AND spilled = 1"
+                " AND pair = ?1 AND (ready_at, seq) > (?2, ?3) AND (ready_at, seq) < (?4, ?5) LIMIT ?6)",
+                (row.pair, *tail, row.ready_at, row.seq, at_most),
+            ).get
+        )
+
     # -- dead letters that rest here
 
     def rest_dead_letters(self, letters: Iterable[tuple[object, ...]]) -> None:
@@ -701,14 +764,43 @@ class Database:
     def dead_letter_count(self) -> int:
         return int(self.connection.execute("SELECT count(*) FROM dead_letter").get)
 
-    def dead_letters(self, limit: int) -> list[tuple[int, int, str, str, str, str]]:
-        """(seq, time, id, taskname, reason, story), newest first."""
-        return list(
-            self.connection.execute(
-                "SELECT seq, at, id, taskname, reason, story FROM dead_letter ORDER BY seq DESC LIMIT ?",
-                (limit,),
+    def dead_letters(
+        self, after: int, pairs: Sequence[int] | None, taskname: str | None, reason: str | None, limit: int
+    ) -> list[RestingLetter]:
+        """Those that match after ``after``, oldest first. None matches all."""
+        return [
+            RestingLetter(*record)
+            for record in self.connection.execute(
+                f"SELECT {_LETTER_COLUMNS}, NULL FROM dead_letter WHERE seq > ?1"
+                " AND (?2 OR pair IN carray(?3)) AND (?4 IS NULL OR taskname = ?4)"
+                " AND (?5 IS NULL OR reason = ?5) ORDER BY seq LIMIT ?6",
+                (after, pairs is None, apsw.carray(array("q", pairs or (0,))), taskname, reason, limit),
             )
+        ]
+
+    def dead_letter_of(self, id: str) -> RestingLetter | None:
+        """The latest dead letter of a task, with its body."""
+        sql = (
+            f"SELECT {_LETTER_COLUMNS}, body FROM dead_letter WHERE id = ? ORDER BY at DESC, seq DESC LIMIT 1"
         )
+        for record in self.connection.execute(sql, (id,)):
+            return RestingLetter(*record)
+        return None
+
+    def load_dead_letters(self, seqs: Sequence[int]) -> list[RestingLetter]:
+        """Those that are there, with their bodies."""
+        if not seqs:
+            return []
+        sql = f"SELECT {_LETTER_COLUMNS}, body FROM dead_letter WHERE seq IN carray(?)"
+        return [RestingLetter(*r) for r in self.connection.execute(sql, (apsw.carray(array("q", seqs)),))]
+
+    def drop_dead_letters(self, seqs: Sequence[int]) -> int:
+        """How many there were."""
+        if not seqs:
+            return 0
+        c = self.connection
+        c.execute("DELETE FROM dead_letter WHERE seq IN carray(?)", (apsw.carray(array("q", seqs)),))
+        return int(c.changes())
 
 
 def _rows_of(n: int, width: int) -> str:

@@ -31,6 +31,11 @@ def _report(epoch: int, claim: int, outcome: int) -> int:
     return ((epoch & _EPOCH_MASK) << 12 | claim & _CLAIM_MASK) << _OUTCOME_BITS | outcome
 
 
+def outcome_of(value: int) -> int:
+    """The number of the outcome in a packed value; 0 when there was none."""
+    return value >> CONTENT_BITS & (1 << _OUTCOME_BITS) - 1
+
+
 def is_report(value: int, epoch: int, claim: int, outcome: int) -> bool:
     """Whether a packed value remembers this outcome of this claim."""
     return value >> CONTENT_BITS == _report(epoch, claim, outcome)

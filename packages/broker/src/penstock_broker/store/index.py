@@ -25,6 +25,7 @@ class PairQueue:
         "namespace",
         "paging",
         "pair",
+        "paused_at",
         "ready",
         "rows",
         "spilled",
@@ -53,6 +54,8 @@ class PairQueue:
         self.turn = 0
         # When a worker last wanted this pair by its name; first, when the pair was made.
         self.asked_at = -1
+        # Since when an operator has it not handed out (wall clock); None: it is.
+        self.paused_at: int | None = None
 
 
 class Application:
@@ -131,14 +134,27 @@ class ReadyIndex:
         self._call(queue)
 
     def _call(self, queue: PairQueue) -> None:
-        """A pair that has work gets its turns."""
-        if not queue.in_ring:
+        """A pair that has work gets its turns, unless it is paused."""
+        if not queue.in_ring and queue.paused_at is None:
             app = self._applications[queue.application]
             queue.in_ring = True
             app.ring.append(queue)
             if not app.in_ring:
                 app.in_ring = True
                 self._ring.append(app)
+
+    def pause(self, queue: PairQueue, at: int) -> None:
+        """Its rows keep their places, but it has no turn."""
+        queue.paused_at = at
+        if queue.in_ring:
+            queue.in_ring = False
+            self._applications[queue.application].ring.remove(queue)
+
+    def resume(self, queue: PairQueue) -> None:
+        """It has its turns again."""
+        queue.paused_at = None
+        if queue.ready:
+            self._call(queue)
 
     def put_back(self, queue: PairQueue, row: Activation) -> None:
         """A row that was taken just now takes its place at the front again."""
@@ -243,7 +259,8 @@ class ReadyIndex:
         self, app: Application, namespaces: tuple[str, ...], rows: int, taken: list[Activation]
     ) -> None:
         named = (app.queues.get(namespace) for namespace in namespaces)
-        turns = deque(sorted((q for q in named if q and q.ready), key=lambda q: q.turn))
+        wanted = (q for q in named if q and q.ready and q.paused_at is None)
+        turns = deque(sorted(wanted, key=lambda q: q.turn))
         while turns and len(taken) < rows and self._bytes_left > 0:
             queue = turns[0]
             self._turn += 1

@@ -28,6 +28,7 @@ from penstock_broker.domain.conflict import in_conflict, refuse_conflict
 from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, repeated
+from penstock_broker.store.control import Control
 from penstock_broker.store.database import Database
 from penstock_broker.store.finished import is_report, last_of, place
 from penstock_broker.store.index import PairQueue
@@ -71,6 +72,7 @@ class Inflight:
         self.outbox = Outbox(self.memory, self.writer)
         self.refusals = Refusals()
         self.unclaimable = Unclaimable(self.memory, limits.unclaimable_ms)
+        self.control = Control(self.memory, self.writer)
         self._next_seq = self.epoch << SEQ_BITS
         self._paused = ""
         self._on_room: list[Callable[[], None]] = []
@@ -327,6 +329,7 @@ class Inflight:
                 memory.claimed(row, now)
                 row.claim_epoch = self.epoch
                 row.tokenless = tokenless
+                row.worker = worker
                 row.started = 0
                 row.lease_until = mono + (row.deadline_ms + limits.grace_ms if tokenless else limits.lease_ms)
                 memory.leases.add(row)
@@ -462,8 +465,8 @@ class Inflight:
 
     # -- leases
 
-    def extend(self, token: ClaimToken, started: bool) -> Answer:
-        """A heartbeat: APPLIED when the claim is held, from now for another lease.
+    def extend(self, token: ClaimToken, started: bool, worker: str = "") -> Answer:
+        """A heartbeat: APPLIED when the claim is held, by ``worker``, from now for another lease.
 
         The deadline counts from the first heartbeat that says ``started``; past it and the grace
         the lease is no longer extended, whatever the worker says.
@@ -476,6 +479,7 @@ class Inflight:
         mono = self.clock.mono_ms()
         if row.status is Status.PENDING:
             row = self._reclaim(row, token.epoch)
+        row.worker = worker
         if started and not row.started:
             row.started = mono
         if not row.started or mono <= row.started + row.deadline_ms + self.limits.grace_ms:
@@ -671,22 +675,14 @@ class Inflight:
         return result[0]
 
     def pending(self) -> list[tuple[str, str, int]]:
-        """(application, namespace, pending rows) of every pair that has any."""
+        """(application, namespace, pending rows) of every pair that has any to hand out."""
         counts = self.memory.counts
         return [
             (queue.application, queue.namespace, counts[queue.pair][Status.PENDING])
             for queue in self.memory.index.pairs.values()
-            if counts[queue.pair][Status.PENDING]
+            if queue.paused_at is None and counts[queue.pair][Status.PENDING]
         ]
 
     def imbalance(self) -> int:
-        """What came in minus what ended and what is in flight, over all namespaces: 0 unless some is lost."""
-        accepted = sum(len(arrival.rows) for arrival in self.writer.arrivals)
-        ended = 0
-        for books in (self.memory.books, self.memory.batch.books):
-            for (_, term), n in books.items():
-                if term in ARRIVALS:
-                    accepted += n
-                else:
-                    ended += n
-        return accepted - ended - self.memory.rows
+        """By how much the books of all pairs are wrong: 0 unless something is lost."""
+        return sum(map(abs, self.control.balances().values()))

@@ -25,6 +25,11 @@ class Leases:
             heapq.heappush(self._order, key)
         bucket.append(row)
 
+    def held(self) -> Iterator[Activation]:
+        """Every claim."""
+        for bucket in self._buckets.values():
+            yield from (row for row in bucket if row.status is Status.PROCESSING)
+
     def next_due(self) -> int | None:
         """Monotonic ms at which a bucket must be looked at."""
         return self._order[0] * BUCKET_MS if self._order else None

@@ -108,8 +108,8 @@ class Memory:
 
     def _load(self) -> None:
         left = self.finished.load(self.clock.wall_ms(), self.database.finished())
-        for pair, application, namespace in self.database.pairs():
-            self.add_pair(pair, application, namespace)
+        for pair, application, namespace, paused_at in self.database.pairs():
+            self.add_pair(pair, application, namespace).paused_at = paused_at
         for source in self.database.sources():
             self.partitions.add(Source(*source))
             self.unfinished.ranged({source[0]: source[1:]})
@@ -164,6 +164,11 @@ class Memory:
         queue = self.index.add_pair(pair, application, namespace)
         queue.asked_at = self.clock.mono_ms()
         return queue
+
+    def seq_of(self, id_hash: int) -> int | None:
+        """The row of an id; None: there is none."""
+        entry = self.live.get(id_hash)
+        return None if entry is None else entry >> CONTENT_BITS
 
     def is_live(self, id_hash: int, seq: int) -> bool:
         """Whether this row is here (and not gone, or another broker's)."""

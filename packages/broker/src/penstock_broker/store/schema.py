@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Bodies above this many bytes live in their own table: a change of status rewrites the row's page,
 # and should not rewrite the payload with it. Below it the second table costs more than it saves.
@@ -27,7 +27,7 @@ CREATE TABLE quarantine (
 """
 
 # Version -> what makes a database of the version before into one of it.
-MIGRATIONS = {2: QUARANTINE}
+MIGRATIONS = {2: QUARANTINE, 3: "ALTER TABLE pair ADD COLUMN paused_at INTEGER"}
 
 SCHEMA = (
     """
@@ -48,6 +48,8 @@ CREATE TABLE pair (
   pair INTEGER PRIMARY KEY,
   application TEXT NOT NULL,
   namespace TEXT NOT NULL,
+  -- Since when an operator has its tasks not handed out. NULL: they are.
+  paused_at INTEGER,
   UNIQUE (application, namespace)
 ) STRICT;
 

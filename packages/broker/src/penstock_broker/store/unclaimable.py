@@ -35,12 +35,14 @@ class Unclaimable:
         self.look_at = memory.clock.mono_ms() + LOOK_EVERY_MS
 
     def pending(self) -> list[tuple[PairQueue, int]]:
-        """(pair, pending rows) of those that nobody asks for. May be called on any thread."""
+        """(pair, pending rows) of those that nobody asks for, paused ones apart. Any thread may call it."""
         memory, since = self._memory, self._memory.clock.mono_ms() - UNASKED_MS
         return [
             (queue, n)
             for queue in list(memory.index.pairs.values())
-            if (n := memory.counts[queue.pair][Status.PENDING]) and memory.index.asked_at(queue) < since
+            if (n := memory.counts[queue.pair][Status.PENDING])
+            and queue.paused_at is None
+            and memory.index.asked_at(queue) < since
         ]
 
     def look(self, mono: int) -> None:

@@ -1,0 +1,48 @@
+"""Dead letters: how they are named, and what a replay of one sends."""
+
+from __future__ import annotations
+
+import uuid
+
+from google.protobuf.message import DecodeError
+
+from penstock_protocol.v1.activation_pb2 import TaskActivation
+
+# In the headers of a replayed activation: the id of the first of its line.
+ROOT_ID = "penstock-root-id"
+
+_FORWARDS = uuid.UUID("1c0b8d7e-52c5-5b86-8f39-9c3f0a7a54be")
+_REPLAYS = uuid.UUID("0d5e3f5c-5a0b-5a7e-9a55-3f6a5f0e6b1d")
+
+
+def forward_id(id: str, attempts: int, reason: str) -> str:
+    """Of a dead letter: the same for the same activation, attempt and reason, so that a copy that was sent
+    twice is known as one."""
+    return str(uuid.uuid5(_FORWARDS, f"{id}/{attempts}/{reason}"))
+
+
+def replay_id(forward_id: str, number: int) -> str:
+    """Of what the ``number``-th replay (from 1) of a dead letter sends: sent twice, it runs once within the
+    de-duplication window."""
+    return str(uuid.uuid5(_REPLAYS, f"{forward_id}/{number}"))
+
+
+def replayed(value: bytes, forward_id: str, number: int, now_ms: int) -> TaskActivation | None:
+    """The activation that the ``number``-th replay of a dead letter sends.
+
+    A new one: ``received_at`` is ``now_ms`` (epoch), no attempt was made; its delay and expiry count anew,
+    everything else is the original's. None: ``value`` is no activation that could run.
+    """
+    try:
+        activation = TaskActivation.FromString(value)
+    except DecodeError:
+        return None
+    if not (activation.id and activation.taskname):
+        return None
+    if ROOT_ID not in activation.headers:
+        activation.headers[ROOT_ID] = activation.id
+    activation.id = replay_id(forward_id, number)
+    activation.received_at.FromMilliseconds(now_ms)
+    if activation.HasField("retry_state"):
+        activation.retry_state.attempts = 0
+    return activation
