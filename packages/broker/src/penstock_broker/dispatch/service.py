@@ -17,6 +17,7 @@ from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import decode_token, encode_parts
 from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.wire import FIELDS_MAX, has_too_many_fields
 from penstock_protocol.v1 import activation_pb2, consumer_pb2, raw_pb2
 
 TASKS_MAX = 1000
@@ -187,10 +188,9 @@ class Consumers:
         now, settle = self.store.clock.wall_ms(), self.store.settle
         settled: list[Answer | Report] = []
         ids: list[int] = []
-        for outcome in reports.outcomes:
-            event = _EVENTS.get(outcome.status)
-            if event is None:
-                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"status {outcome.status} is no outcome")
+        # A call that is refused has settled nothing.
+        events = [_event(outcome.status) for outcome in reports.outcomes]
+        for outcome, event in zip(reports.outcomes, events, strict=True):
             token = decode_token(outcome.claim_token)
             if token is None:
                 settled.append(Answer.UNKNOWN)
@@ -296,6 +296,11 @@ _CLAIM_ANSWERS = {
 
 def parse(kind: type[M], request: bytes) -> M:
     """The message in a request. Raises Refused."""
+    if has_too_many_fields(request):
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"the {kind.DESCRIPTOR.name} has more than {FIELDS_MAX} entries: send fewer at a time",
+        )
     try:
         return kind.FromString(request)
     except DecodeError:
@@ -322,6 +327,13 @@ def _wanted(asked: consumer_pb2.GetTaskRequest | consumer_pb2.FetchNextTask) -> 
         asked.application if asked.HasField("application") else None,
         (asked.namespace,) if asked.HasField("namespace") else (),
     )
+
+
+def _event(status: consumer_pb2.TaskOutcomeStatus) -> Event:
+    event = _EVENTS.get(status)
+    if event is None:
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"status {status} is no outcome")
+    return event
 
 
 def _v1_event(report: consumer_pb2.SetTaskStatusRequest) -> Event:
