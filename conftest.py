@@ -9,7 +9,9 @@ import structlog
 
 # The same examples every time, so that a run says something about a change. To look for more:
 # pytest --hypothesis-profile=default --hypothesis-seed=N
-hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("fixed")
 
 
