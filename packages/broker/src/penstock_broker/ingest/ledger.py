@@ -364,15 +364,15 @@ class Ledger:
         self.is_open = True
         self.store.hold_at_most_once(False)
         if self._failed:
-            log.info("the ledger is written again", topic=self.settings.kafka_ledger_topic)
+            log.info("the ledger can be used again", topic=self.settings.kafka_ledger_topic)
         self._failed = False
 
     def _say_failed(self, error: str) -> None:
         self.store.hold_at_most_once(True)
         if not self._failed:
             log.warning(
-                "the ledger cannot be written; a disk lost now would lose what was accepted since;"
-                " at-most-once tasks wait",
+                "the ledger cannot be used; until it can, at-most-once tasks wait, and if the disk is lost,"
+                " what has finished meanwhile runs again",
                 topic=self.settings.kafka_ledger_topic,
                 error=error,
             )
