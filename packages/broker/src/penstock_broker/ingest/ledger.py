@@ -41,7 +41,7 @@ T = TypeVar("T")
 # With the time a write takes: half a second.
 RECORD_EVERY_SECONDS = 0.4
 RETRY_SECONDS = 1.0
-LOOK_AGAIN_SECONDS = 30.0
+LOOK_AGAIN_SECONDS = 5.0
 # An idle broker says that it lives.
 HEARTBEAT_SECONDS = 10.0
 STOP_SECONDS_MAX = 1.0
@@ -75,6 +75,8 @@ class Ledger:
         self.off = False
         self.written_at_ms = store.clock.mono_ms()
         self.unrestorable = 0
+        # Why the broker must not go on.
+        self.fatal: FatalError | None = None
         self._sequence = int(store.database.meta(SEQUENCE) or 0)  # type: ignore[call-overload]
         self._dirty_at: int | None = None
         self._opened = asyncio.Event()
@@ -256,12 +258,22 @@ class Ledger:
         await asyncio.shield(self._task)
 
     async def _run(self) -> None:
-        await self._opened.wait()
+        try:
+            await self._opened.wait()
+            await self._record()
+        except FatalError as error:
+            self.fatal = error
+            self.store.writer.refuse()
+            raise
+
+    async def _record(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             if self.off:
                 await asyncio.sleep(LOOK_AGAIN_SECONDS)
-                await self._look_again()
+                with contextlib.suppress(KafkaException):
+                    if await self.call(self.log.is_there):
+                        await self._reopen()
                 continue
             begun = loop.time()
             try:
@@ -269,9 +281,11 @@ class Ledger:
                     await self._reopen()
                 await self._write_once()
             except Fenced as error:
-                # Taken over, or given up by Kafka: which one, it says itself.
+                # Taken over, or given up by Kafka: the record says which.
                 self.is_open = False
                 self._say_failed(str(error))
+                with contextlib.suppress(KafkaException):
+                    self._check(await self.read(self.me.broker_id))
             except KafkaException as error:
                 self.is_open = False
                 self._say_failed(error.args[0].str())
@@ -291,18 +305,13 @@ class Ledger:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
 
-    async def _look_again(self) -> None:
-        with contextlib.suppress(KafkaException):
-            if await self.call(self.log.is_there):
-                await self._reopen()
-
     async def _reopen(self) -> None:
         """Somebody may have taken over meanwhile, or has; or Kafka was only away."""
         await self.call(self.log.fence)
         account = await self.read(self.me.broker_id)
         self._check(account)
         self._begin(account)
-        self.off = False
+        self.off, self.is_open = False, True
 
     def _look(self) -> None:
         """A tick was committed."""

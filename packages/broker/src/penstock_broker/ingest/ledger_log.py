@@ -186,13 +186,21 @@ class LedgerLog:
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
     def is_member(self, broker_id: str) -> bool:
-        """Whether a broker of that name is in the consumer group."""
-        group = self._settings.kafka_consumer_group
-        admin = AdminClient(admin_config(self._settings))
-        described = admin.describe_consumer_groups([group], request_timeout=LOOKUP_SECONDS_MAX)[
-            group
-        ].result()
-        return any(member.group_instance_id == broker_id for member in described.members)
+        """Whether a broker of that name is in one of the pool's consumer groups."""
+        settings = self._settings
+        groups = [settings.kafka_consumer_group, settings.group_of(settings.kafka_overflow_topic)]
+        admin = AdminClient(admin_config(settings))
+        described = admin.describe_consumer_groups(groups, request_timeout=LOOKUP_SECONDS_MAX)
+        for group in groups:
+            try:
+                members = described[group].result().members
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
+                    raise
+                continue
+            if any(member.group_instance_id == broker_id for member in members):
+                return True
+        return False
 
 
 def _next(consumer: Consumer) -> list[confluent_kafka.Message[bytes, bytes]]:
