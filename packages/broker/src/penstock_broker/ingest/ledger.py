@@ -42,6 +42,8 @@ T = TypeVar("T")
 RECORD_EVERY_SECONDS = 0.4
 RETRY_SECONDS = 1.0
 LOOK_AGAIN_SECONDS = 5.0
+# A Kafka that has just been made needs a while for its first transaction.
+PATIENCE_MS = 20_000
 # An idle broker says that it lives.
 HEARTBEAT_SECONDS = 10.0
 STOP_SECONDS_MAX = 1.0
@@ -73,7 +75,7 @@ class Ledger:
         # Written here, read by anybody.
         self.is_open = False
         self.off = False
-        self.written_at_ms = store.clock.mono_ms()
+        self.written_at_ms = self._made_at_ms = store.clock.mono_ms()
         self.unrestorable = 0
         # Why the broker must not go on.
         self.fatal: FatalError | None = None
@@ -137,7 +139,9 @@ class Ledger:
         self._check(account)
         left = await find_left(self, account, self.me.broker_id) if self._is_new() else []
         if refused is not None:
-            if account.head is not None or left:
+            patient = self.store.clock.mono_ms() < self._made_at_ms + PATIENCE_MS
+            if account.head is not None or left or patient:
+                on_known()
                 raise refused
             await self._go_without(f"Kafka takes no transactions: {refused.args[0].str()}")
             return True
