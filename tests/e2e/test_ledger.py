@@ -9,7 +9,7 @@ import signal
 import threading
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
@@ -80,6 +80,11 @@ def recorded(pool: Pool, broker: Broker) -> tuple[int, int]:
     account = account_of(pool, broker_id_of(broker))
     taken = sum(taken.next - taken.start for taken in account.ranges.values())
     return taken, sum(sum(segment.offsets or b"") for segment in account.segments.values())
+
+
+def dead_letters_of(broker: Broker) -> int:
+    """How many have left since its database was new."""
+    return int(broker.metrics().get("penstock_dead_letters_total{reason=start_unknown}", 0))
 
 
 def lose_disk(broker: Broker) -> None:
@@ -264,3 +269,39 @@ def test_a_broker_is_adopted_and_the_one_that_returns_stops(kafka_pool: Pool) ->
     assert 0 < reports[0].adopted < 2_500
     assert reports[0].lost == 0
     check_run_again(books, account, kafka_pool, positions(kafka_pool, 2, len(ids | more)))
+
+
+@pytest.mark.timeout(120)
+def test_at_most_once_tasks_start_at_most_once_when_the_disk_is_lost(kafka_pool: Pool) -> None:
+    kafka_pool.create_topic(2)
+    broker = kafka_pool.broker()
+    books = Acknowledgements()
+    ids = {f"once-{n}" for n in range(2_000)}
+    producer = Producer({"bootstrap.servers": kafka_pool.kafka})
+    for id in ids:
+        activation = TaskActivation(id=id, application="e2e", namespace="raw", taskname="raw.noop")
+        activation.retry_state.at_most_once = True
+        producer.produce(kafka_pool.topic, activation.SerializeToString())
+    assert producer.flush(30) == 0
+    workers = [RawWorker(broker.address, books, batch=3) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    buried = 0
+    for share in (0.2, 0.5):
+        eventually(f"{share:.0%} done", lambda share=share: len(books.acknowledged) >= share * len(ids))  # type: ignore[misc]
+        buried += dead_letters_of(broker)
+        broker.kill()
+        lose_disk(broker)
+        broker.start()
+    eventually("all is restored", lambda: broker.metrics()["penstock_ledger_up"] == 1)
+    kafka_pool.await_empty(broker)
+    for worker in workers:
+        worker.stop()
+    assert set(books.handed_out.values()) == {1}
+    # Of what is not done, it was not known whether it had started.
+    unknown = ids - books.acknowledged
+    letters = kafka_pool.dead_letters(buried + dead_letters_of(broker))
+    assert {letter.headers["penstock-reason"] for letter in letters} <= {"start_unknown"}
+    dead = {TaskActivation.FromString(letter.value).id for letter in letters}
+    assert unknown <= dead
+    print(f"{len(unknown)} of {len(ids)} are not known to have started, {len(dead)} dead letters")

@@ -99,6 +99,8 @@ def reader_config(settings: Settings, outside: str, topic: str = "") -> Config:
         "enable.auto.offset.store": False,
         "enable.partition.eof": True,
         "isolation.level": "read_committed",
+        # The end of what is read is told at once.
+        "fetch.wait.max.ms": 20,
         "auto.offset.reset": outside,
         "queued.max.messages.kbytes": QUEUED_KIB_MAX,
     }

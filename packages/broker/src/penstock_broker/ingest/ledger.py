@@ -41,7 +41,9 @@ T = TypeVar("T")
 # With the time a write takes: half a second.
 RECORD_EVERY_SECONDS = 0.4
 RETRY_SECONDS = 1.0
-LOOK_AGAIN_SECONDS = 30.0
+LOOK_AGAIN_SECONDS = 5.0
+# A Kafka that has just been made needs a while for its first transaction.
+PATIENCE_MS = 20_000
 # An idle broker says that it lives.
 HEARTBEAT_SECONDS = 10.0
 STOP_SECONDS_MAX = 1.0
@@ -73,8 +75,10 @@ class Ledger:
         # Written here, read by anybody.
         self.is_open = False
         self.off = False
-        self.written_at_ms = store.clock.mono_ms()
+        self.written_at_ms = self._made_at_ms = store.clock.mono_ms()
         self.unrestorable = 0
+        # Why the broker must not go on.
+        self.fatal: FatalError | None = None
         self._sequence = int(store.database.meta(SEQUENCE) or 0)  # type: ignore[call-overload]
         self._dirty_at: int | None = None
         self._opened = asyncio.Event()
@@ -135,7 +139,9 @@ class Ledger:
         self._check(account)
         left = await find_left(self, account, self.me.broker_id) if self._is_new() else []
         if refused is not None:
-            if account.head is not None or left:
+            patient = self.store.clock.mono_ms() < self._made_at_ms + PATIENCE_MS
+            if account.head is not None or left or patient:
+                on_known()
                 raise refused
             await self._go_without(f"Kafka takes no transactions: {refused.args[0].str()}")
             return True
@@ -256,12 +262,22 @@ class Ledger:
         await asyncio.shield(self._task)
 
     async def _run(self) -> None:
-        await self._opened.wait()
+        try:
+            await self._opened.wait()
+            await self._record()
+        except FatalError as error:
+            self.fatal = error
+            self.store.writer.refuse()
+            raise
+
+    async def _record(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             if self.off:
                 await asyncio.sleep(LOOK_AGAIN_SECONDS)
-                await self._look_again()
+                with contextlib.suppress(KafkaException):
+                    if await self.call(self.log.is_there):
+                        await self._reopen()
                 continue
             begun = loop.time()
             try:
@@ -269,9 +285,11 @@ class Ledger:
                     await self._reopen()
                 await self._write_once()
             except Fenced as error:
-                # Taken over, or given up by Kafka: which one, it says itself.
+                # Taken over, or given up by Kafka: the record says which.
                 self.is_open = False
                 self._say_failed(str(error))
+                with contextlib.suppress(KafkaException):
+                    self._check(await self.read(self.me.broker_id))
             except KafkaException as error:
                 self.is_open = False
                 self._say_failed(error.args[0].str())
@@ -291,18 +309,13 @@ class Ledger:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
 
-    async def _look_again(self) -> None:
-        with contextlib.suppress(KafkaException):
-            if await self.call(self.log.is_there):
-                await self._reopen()
-
     async def _reopen(self) -> None:
         """Somebody may have taken over meanwhile, or has; or Kafka was only away."""
         await self.call(self.log.fence)
         account = await self.read(self.me.broker_id)
         self._check(account)
         self._begin(account)
-        self.off = False
+        self.off, self.is_open = False, True
 
     def _look(self) -> None:
         """A tick was committed."""
@@ -364,15 +377,15 @@ class Ledger:
         self.is_open = True
         self.store.hold_at_most_once(False)
         if self._failed:
-            log.info("the ledger is written again", topic=self.settings.kafka_ledger_topic)
+            log.info("the ledger can be used again", topic=self.settings.kafka_ledger_topic)
         self._failed = False
 
     def _say_failed(self, error: str) -> None:
         self.store.hold_at_most_once(True)
         if not self._failed:
             log.warning(
-                "the ledger cannot be written; a disk lost now would lose what was accepted since;"
-                " at-most-once tasks wait",
+                "the ledger cannot be used; until it can, at-most-once tasks wait, and if the disk is lost,"
+                " what has finished meanwhile runs again",
                 topic=self.settings.kafka_ledger_topic,
                 error=error,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -45,8 +46,8 @@ class AdoptReport:
     lost: int
 
 
-async def adopt(ledger: Ledger, intake: Intake, broker_id: str, force: bool) -> AdoptReport:
-    """Take over what the broker ``broker_id`` of this pool has left.
+async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force: bool) -> AdoptReport:
+    """Take over what the broker ``broker_id`` of this pool has left. ``intakes``: this broker's.
 
     It is fenced first: should it live, it stops. What is adopted is in this store and in this broker's
     ledger before the other's forgets it, so that an adoption that fails, or whose broker dies, can be
@@ -63,7 +64,7 @@ async def adopt(ledger: Ledger, intake: Intake, broker_id: str, force: bool) -> 
         lost, adopted = ledger.unrestorable, 0
         lefts = await find_left(ledger, account, broker_id)
         for left in lefts:
-            await _settle_own(ledger, intake, left)
+            await _settle_own(ledger, intakes, left)
             adopted += await restore(ledger, left, "adopted")
             await ledger.record_with(_handed(ledger, broker_id, account, left))
         await ledger.record_with([_handed_head(ledger, broker_id, account)])
@@ -116,13 +117,14 @@ async def _await_gone(ledger: Ledger, broker_id: str) -> None:
         await asyncio.sleep(LOOK_SECONDS)
 
 
-async def _settle_own(ledger: Ledger, intake: Intake, left: Left) -> None:
+async def _settle_own(ledger: Ledger, intakes: Sequence[Intake], left: Left) -> None:
     """Rows of this broker in the same part of the log are settled first: whose they are, and covered."""
+    resolving = [i for i in intakes if i.topic == left.topic and left.partition not in i.readings]
     source = ledger.store.source(left.topic, left.partition)
     until = ledger.store.clock.mono_ms() + GONE_SECONDS_MAX * 1000
     while source.uncovered and source.uncovered[0][0] < left.end:
-        if left.topic == intake.topic and left.partition not in intake.readings:
-            await intake.resolve(await ledger.call(ledger.log.look_up, left.topic, [left.partition]))
+        if resolving:
+            await resolving[0].resolve(await ledger.call(ledger.log.look_up, left.topic, [left.partition]))
         elif ledger.store.clock.mono_ms() > until:
             raise AdoptError(
                 f"this broker's own offsets of {left.topic}/{left.partition} are not committed:"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import confluent_kafka
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
@@ -26,6 +27,7 @@ WRITE_SECONDS_MAX = 5.0
 # A transaction of a broker that vanished keeps others from being read until it is given up.
 READ_MS_MAX = 60_000
 READ_MESSAGES_MAX = 1000
+POLL_SECONDS = 0.5
 # Offsets between two wanted ones that are rather read than jumped over.
 GAP_MAX = 2000
 
@@ -116,7 +118,7 @@ class LedgerLog:
             while ends:
                 if self._closed or self._clock.mono_ms() > deadline:
                     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
-                for message in consumer.consume(READ_MESSAGES_MAX, 0.5):
+                for message in _next(consumer):
                     error, number, offset = message.error(), message.partition(), message.offset()
                     assert number is not None
                     assert offset is not None
@@ -169,7 +171,7 @@ class LedgerLog:
         at, deadline = begin.offset, self._clock.mono_ms() + READ_MS_MAX
         while at <= last:
             batch = []
-            for message in consumer.consume(READ_MESSAGES_MAX, 0.5):
+            for message in _next(consumer):
                 error, offset = message.error(), message.offset()
                 assert offset is not None
                 if error is not None and error.code() != KafkaError._PARTITION_EOF:
@@ -184,10 +186,24 @@ class LedgerLog:
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
     def is_member(self, broker_id: str) -> bool:
-        """Whether a broker of that name is in the consumer group."""
-        group = self._settings.kafka_consumer_group
-        admin = AdminClient(admin_config(self._settings))
-        described = admin.describe_consumer_groups([group], request_timeout=LOOKUP_SECONDS_MAX)[
-            group
-        ].result()
-        return any(member.group_instance_id == broker_id for member in described.members)
+        """Whether a broker of that name is in one of the pool's consumer groups."""
+        settings = self._settings
+        groups = [settings.kafka_consumer_group, settings.group_of(settings.kafka_overflow_topic)]
+        admin = AdminClient(admin_config(settings))
+        described = admin.describe_consumer_groups(groups, request_timeout=LOOKUP_SECONDS_MAX)
+        for group in groups:
+            try:
+                members = described[group].result().members
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
+                    raise
+                continue
+            if any(member.group_instance_id == broker_id for member in members):
+                return True
+        return False
+
+
+def _next(consumer: Consumer) -> list[confluent_kafka.Message[bytes, bytes]]:
+    """What is there, as soon as something is; ``consume`` alone would wait for a full batch."""
+    first = consumer.poll(POLL_SECONDS)
+    return [] if first is None else [first, *consumer.consume(READ_MESSAGES_MAX - 1, 0)]

@@ -40,6 +40,8 @@ class Left(NamedTuple):
     recorded_to: int
     # How many of them are no longer in the log.
     expired: int
+    # There was no ledger when they were taken: nothing says which at-most-once tasks have started.
+    unrecorded: bool = False
 
 
 def left_of(
@@ -53,7 +55,7 @@ def left_of(
     mine = next((owner.start for owner in found.owners if owner.me == lost), None)
     if taken is None and mine is None:
         return None
-    taken = taken or Taken(-1, -1, 0)
+    unrecorded, taken = taken is None, taken or Taken(-1, -1, 0)
     bound = boundary(found.owners, found.committed, lost, assigned=False) or 0
     end = max(bound, taken.covered)
     offsets: list[int] = []
@@ -68,7 +70,7 @@ def left_of(
         offsets += range(begin, bound)
     there = [offset for offset in offsets if found.low <= offset < found.high]
     expired = len(offsets) - len(there)
-    return Left(topic, found.partition, start, end, there, states, recorded_to, expired)
+    return Left(topic, found.partition, start, end, there, states, recorded_to, expired, unrecorded)
 
 
 async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Left]:
@@ -122,7 +124,10 @@ async def restore(ledger: Ledger, left: Left, term: str) -> int:
             row = admission.admit(
                 message.value, sent_at, source.id, message.offset, left.topic, left.partition
             )
-            become(row, left.states.get(message.offset), now, store.limits.lifecycle)
+            state = left.states.get(message.offset)
+            if left.unrecorded and row.at_most_once:
+                state = State(row.attempts, row.lost, 0, None, True, None, row.max_attempts, 0)
+            become(row, state, now, store.limits.lifecycle)
             rows.append(row)
         restored += len(rows)
         await store.insert(rows, {source.id: batch[-1].offset + 1} if fresh else {}, term)

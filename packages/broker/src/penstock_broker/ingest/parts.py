@@ -120,7 +120,7 @@ class Ingest:
         if self.ledger is None or self.consumer is None:
             raise AdoptError("this broker consumes no topic, so it has no ledger")
         async with self._adopting:
-            return await adopt(self.ledger, self.consumer.intake, broker_id, force)
+            return await adopt(self.ledger, [c.intake for c in self._consumers()], broker_id, force)
 
     async def failed(self) -> None:
         """Ends when a part of ingest has, with its error; a broker without it must not go on."""
@@ -133,6 +133,9 @@ class Ingest:
         finally:
             for part in parts:
                 part.cancel()
+        if self.ledger is not None and self.ledger.fatal is not None:
+            # Others end because of it.
+            raise self.ledger.fatal
         for part in done:
             part.result()
 

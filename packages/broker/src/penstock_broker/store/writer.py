@@ -332,6 +332,13 @@ class Writer:
             memory.depart(row)
         memory.wake_earlier(wake_at(row.status, row.ready_at, row.expires_at))
 
+    def refuse(self) -> None:
+        """Another broker has these rows: what is done here from now on is written, and told to nobody."""
+        self.failed = True
+        if self._gathered is not None and not self._gathered.done():
+            self._gathered.set_exception(StoreStopped())
+            self._gathered.exception()  # whoever waits is told; nobody need wait
+
     def _fail(self, waiting: list[asyncio.Future[None]]) -> None:
         """Fail-stop: nothing that depends on a tick that did not happen is answered."""
         self.failed = self.stopping = True
