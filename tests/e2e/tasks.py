@@ -72,7 +72,7 @@ def _declare_main(namespace: Namespace) -> None:
             raise RuntimeError(f"failure {ctx.attempt} of {failures}")
         record("end", ctx)
 
-    @namespace.task(name="patient", bind=True, retry=Retry(max_attempts=3, backoff=Fixed(8)))
+    @namespace.task(name="patient", bind=True, retry=Retry(max_attempts=3, backoff=Fixed(15)))
     def patient(ctx: TaskContext, /) -> None:
         """Fails once."""
         record("start", ctx)

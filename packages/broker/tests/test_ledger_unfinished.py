@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
-from penstock_broker.domain.activation import Activation, Status
-from penstock_broker.domain.lifecycle import Event
+from penstock_broker.domain.activation import Activation, Reason, Status
+from penstock_broker.domain.lifecycle import Event, Limits
+from penstock_broker.ingest.ledger_restore import become
 from penstock_broker.store.finished import place
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import (
@@ -154,3 +155,19 @@ def test_keys_and_runs() -> None:
     assert segment_key(7, 123) == place(7, 123 * SEGMENT_OFFSETS + 5) >> SEGMENT_BITS
     assert list(runs([], 5)) == []
     assert list(runs([1, 2, 7, 13, 14], 5)) == [[1, 2, 7], [13, 14]]
+
+
+async def test_a_retry_that_was_to_leave_is_not_due_earlier_when_it_is_restored(tmp_path: Path) -> None:
+    clock, limits = ManualClock(), StoreLimits(lifecycle=Limits(retry_topic=True))
+    store = open_store(tmp_path / "s", clock, limits)
+    await taken(store, clock, 1, max_attempts=3)
+    (row,) = store.claim(None, (), 1, 1 << 20)
+    store.settle(token_of(store, row), Event.RETRY, clock.wall, 5_000)
+    await settle_down(store)
+    check_store(store)
+    (state,) = store.memory.unfinished.places().values()
+    again = activation("t0", clock)
+    become(again, state, clock.wall, limits.lifecycle)
+    assert (again.status, again.reason, again.attempts) == (Status.FORWARDING, Reason.RETRIED, 1)
+    assert again.ready_at == clock.wall + 5_000
+    store.database.close()

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
+from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.partitions import Source
 from penstock_broker.store.writer import StoreStopped
 
 BYTES = 1 << 22
@@ -47,8 +48,8 @@ async def settled(store: Inflight, token: ClaimToken, event: Event, delay: int |
     return answer.answer if isinstance(answer, Report) else answer
 
 
-async def take_outbox(store: Inflight) -> list[Activation]:
-    taking = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, 10, BYTES))
+async def take_outbox(store: Inflight, route: Route = Route.DEAD_LETTER) -> list[Activation]:
+    taking = asyncio.ensure_future(store.outbox.take(route, 10, BYTES))
     await asyncio.sleep(0)
     await settle_down(store)
     return await taking
@@ -588,3 +589,103 @@ async def test_everything_is_as_it_was_after_any_restart(tmp_path: Path, clock: 
     }
     assert statuses == {Status.PENDING: 12, Status.DELAYED: 38, Status.PROCESSING: 0, Status.FORWARDING: 0}
     store.database.close()
+
+
+def read_back(id: str, clock: ManualClock, source: Source, offset: int) -> Activation:
+    """As a broker has sent it on."""
+    row = activation(id, clock, source=source.id, offset=offset)
+    row.sent_on = hash_id("its forward id")
+    return row
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("before_the_answer", [False, True])
+async def test_what_was_sent_on_is_taken_once(
+    tmp_path: Path, clock: ManualClock, restarted: bool, before_the_answer: bool
+) -> None:
+    """By the broker that sent it, too, whose window has its id, and whose row may not be gone yet."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    handing = asyncio.ensure_future(store.hand_over(10, running=False))
+    while not handing.done():
+        await asyncio.sleep(0)
+        await settle_down(store)
+    (sent,) = await take_outbox(store, Route.HAND_OVER)
+    if not before_the_answer:
+        store.outbox.forwarded([sent])
+        await settle_down(store)
+        await insert(store, activation("a", clock))
+        assert store.memory.rows == 0, "without the forward id it is a duplicate"
+    source = store.source("tasks", 0)
+    store.insert([read_back("a", clock, source, 0)], {source.id: 1})
+    await settle_down(store)
+    if before_the_answer:
+        if restarted:
+            store = reopen(store, clock)
+            (sent,) = await take_outbox(store, Route.HAND_OVER)
+        store.outbox.forwarded([sent])
+        await settle_down(store)
+    source = store.source("tasks", 0)
+    store.cover(source, 1)
+    await settle_down(store)
+    check_store(store)
+    token = token_of(store, claim_one(store))
+    assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
+    if restarted:
+        store = reopen(store, clock)
+        source = store.source("tasks", 0)
+    store.insert([read_back("a", clock, source, 1)], {source.id: 2})
+    await settle_down(store)
+    assert store.memory.rows == 0, "a copy ran again"
+    assert store.memory.books[1, "done"] == 1
+    check_store(store)
+
+
+async def test_what_was_not_stored_is_no_copy_of_itself(tmp_path: Path, clock: ManualClock) -> None:
+    """Killed between the tick that holds the row and the one before, it is read again."""
+    limits = StoreLimits(batch_rows_max=1)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    source = store.source("tasks", 0)
+    await settle_down(store)
+    store.insert([activation("before", clock, source=source.id, offset=0)], {source.id: 1})
+    store.insert([read_back("a", clock, source, 1)], {source.id: 2})
+    await store.writer.tick()
+    store = reopen(store, clock, limits)
+    source = store.source("tasks", 0)
+    assert source.next == 1
+    store.insert([read_back("a", clock, source, 1)], {source.id: 2})
+    await settle_down(store)
+    assert store.content_of("a") is not None
+    assert store.memory.rows == 2
+    check_store(store)
+
+
+async def test_a_namespace_holds_its_share_and_others_have_room(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(rows_max=20, bytes_max=10_000))
+    source = store.source("tasks", 0)
+    rows = [activation(f"flood {n}", clock, source=source.id, offset=n) for n in range(15)]
+    rows += [
+        activation("large", clock, namespace="large", body=bytes(6_000), source=source.id, offset=15),
+        activation("larger", clock, namespace="large", source=source.id, offset=16),
+        activation("quiet", clock, namespace="quiet", source=source.id, offset=17),
+    ]
+    store.insert(rows, {source.id: 18})
+    await settle_down(store)
+    check_store(store)
+    over = [row.id for row in rows if row.reason == Reason.OVERFLOW]
+    assert over == [*(f"flood {n}" for n in range(10, 15)), "larger"]
+    # Its offset passes like any other, and then it leaves.
+    assert await take_outbox(store, Route.OVERFLOW) == []
+    store.cover(source, 18)
+    store.outbox.forwarded(await take_outbox(store, Route.OVERFLOW))
+    await settle_down(store)
+    # As it works its tasks off, it has room.
+    row = claim_one(store)
+    assert await settled(store, token_of(store, row), Event.COMPLETE) is Answer.APPLIED
+    store.insert([read_back("flood 14", clock, source, 20)], {source.id: 21})
+    store.insert([activation("flood 15", clock, source=source.id, offset=21)], {source.id: 22})
+    await settle_down(store)
+    check_store(store)
+    assert store.outbox.size() == 1
+    assert sum(n for (_, term), n in store.memory.books.items() if term == "overflow") == 6
+    assert store.imbalance() == 0

@@ -19,7 +19,7 @@ de-duplication window.
 | pending | may be claimed now |
 | delayed | waits for its delay, or for the back-off of a retry |
 | processing | claimed: has a claim token, a lease and a deadline |
-| forwarding | must leave through Kafka: a dead letter, or handed over |
+| forwarding | must leave through Kafka: dead letter, retry with a topic, overflow, handed over |
 | gone | done, discarded, cancelled, or forwarded |
 """
 
@@ -45,7 +45,7 @@ def draw() -> str:
             "stateDiagram-v2",
             "    [*] --> pending: stored",
             "    [*] --> delayed: stored with a delay",
-            "    [*] --> forwarding: poison, or expired on arrival",
+            "    [*] --> forwarding: poison, expired on arrival, or overflow",
             *diagram,
             "```",
             "",

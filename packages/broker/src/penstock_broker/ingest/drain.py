@@ -18,6 +18,7 @@ log = structlog.get_logger("drain")
 # Rows that leave at a time; the others stay what they are, so that a drain that fails has moved little.
 HAND_OVER_ROWS_MAX = 4096
 LOOK_SECONDS = 1.0
+RECORD_SECONDS_MAX = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Drain:
         self._handed_over = self._forwarded()
         self._phase = ""
         self._finished = False
+        self._is_recorded = True
 
     def report(self) -> DrainReport:
         handed_over = self._forwarded() - self._handed_over
@@ -75,7 +77,13 @@ class Drain:
             self._enter("handing over")
             while not self._is_empty() and await self._hand_over(until):
                 pass
+        # What was handed over must not be restored from the ledger, should the disk go with the broker.
         await self._store.committed()
+        try:
+            await asyncio.wait_for(self._store.recorded(), RECORD_SECONDS_MAX)
+            self._is_recorded = True
+        except TimeoutError:
+            self._is_recorded = False
         self._finished = True
         self._enter("drained" if self._is_empty() else "ended, with tasks left")
         return self.report()
@@ -150,5 +158,10 @@ class Drain:
             )
         if refused := len(self._refused()):
             reasons.append(f"{refused} tasks are too large for Kafka with what must go with them")
+        if not self._is_recorded:
+            reasons.append(
+                "the ledger cannot be written: keep the disk, or what was done since may be restored and run"
+                " again"
+            )
         reasons += [f"{f.route} cannot be forwarded: {f.alarm}" for f in self._forwarders if f.alarm]
         return tuple(reasons)

@@ -100,6 +100,7 @@ class Forwarder:
         for trimmed in (False, True):
             safe, too_large, errors = await self._publish(rows, publisher, trimmed)
             failed += errors
+            self.forwarded += len(safe)
             await self._store.outbox.forwarded([row for row, _ in safe])
             self._tell(safe)
             rows = [failure.row for failure in too_large]
@@ -151,7 +152,6 @@ class Forwarder:
             self._clear_alarm()
 
     def _tell(self, safe: Sequence[tuple[Activation, Letter]]) -> None:
-        self.forwarded += len(safe)
         if safe and self.route is Route.DEAD_LETTER:
             _tell_of_dead_letters([row for row, _ in safe], safe[0][1].topic)
         elif safe:

@@ -148,6 +148,7 @@ def become(row: Activation, state: State | None, now: int, limits: Limits) -> No
     row.max_attempts, row.retry_delay_ms = state.max_attempts, state.retry_delay_ms
     if state.reason is not None:
         row.status, row.reason = Status.FORWARDING, state.reason
+        row.ready_at = state.due_at or row.ready_at
         row.error = json.dumps({"type": state.reason, "message": _STORY_LOST})
     elif state.claimed:
         # It may have started: what becomes of it is what becomes of one whose worker vanished.

@@ -13,17 +13,20 @@ from penstock_broker.ingest.topics import topic_exists
 from penstock_broker.store.inflight import Inflight
 
 # Read at a time, to see whose records come next, while it is not known that they have room.
-PROBE_ROWS_MAX = 256
+PROBE_ROWS_MAX = 512
 BACK_OFF_SECONDS_MIN = 1.0
 BACK_OFF_SECONDS_MAX = 60.0
+# A namespace that overflowed this long ago may have records behind those of others.
+RECENT_MS = 3_600_000
 
 
 class Overflow:
     """How much of the topic may be read: what the namespaces last met in it have room for.
 
     A record whose namespace has none goes to the end of the topic, so that it is in nobody's way. Then
-    nothing is read for a while, twice as long each time that none of a batch had room, or until one of
-    those namespaces has: a backlog that has nowhere to go is looked at a little once a minute.
+    nothing is read for a while, or until that namespace has room. Twice as long each time; but while
+    another one, which has room, may have records behind these, they are passed over once a second. So a
+    namespace that is alone and has nowhere to go is looked at once a minute, and no more.
     """
 
     def __init__(self, store: Inflight, settings: Settings, ledger: Ledger | None = None) -> None:
@@ -49,13 +52,13 @@ class Overflow:
         if self._timer is not None:
             return 0
         memory = self._store.memory
-        probe = min(PROBE_ROWS_MAX, max(1, memory.share_rows_max // 20))
-        return min(self._store.room(), max([probe, *map(memory.share_room, self._met)]))
+        return min(self._store.room(), max([PROBE_ROWS_MAX, *map(memory.share_room, self._met)]))
 
     def _inserted(self, rows: Sequence[Activation]) -> None:
         accepted = [row for row in rows if row.seq]
         again = [row for row in accepted if row.reason == Reason.OVERFLOW]
         self._met = {row.pair for row in accepted}
+        self._store.memory.overflowed_at.update(dict.fromkeys(self._met, self._store.clock.mono_ms()))
         if not again:
             self._back_off = 0.0
             return
@@ -63,8 +66,15 @@ class Overflow:
         if len(again) < len(accepted):
             self._back_off = 0.0
         if self._timer is None:
-            self._back_off = min(max(2 * self._back_off, BACK_OFF_SECONDS_MIN), BACK_OFF_SECONDS_MAX)
+            longest = BACK_OFF_SECONDS_MIN if self._others_have_room() else BACK_OFF_SECONDS_MAX
+            self._back_off = min(max(2 * self._back_off, BACK_OFF_SECONDS_MIN), longest)
             self._timer = asyncio.get_running_loop().call_later(self._back_off, self._open)
+            self.consumer.intake.open()
+
+    def _others_have_room(self) -> bool:
+        memory, since = self._store.memory, self._store.clock.mono_ms() - RECENT_MS
+        recent = (pair for pair, at in memory.overflowed_at.items() if at >= since)
+        return any(pair not in self._full and memory.share_room(pair) > 0 for pair in recent)
 
     def _look(self) -> None:
         """After a tick: whether one that had no room has."""

@@ -139,6 +139,8 @@ class Poller:
 
     def _chores(self, consumer: Consumer) -> None:
         """What could not be done when it came up, because Kafka was away."""
+        if self._stopping.is_set():
+            return
         try:
             if self._unbegun:
                 self._read_anew(consumer, self._begin(consumer, sorted(self._unbegun)))

@@ -5,6 +5,7 @@ The bytes stay as they came; what has changed is appended, which protobuf merges
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 
 from google.protobuf.message import DecodeError
@@ -40,13 +41,24 @@ def sent_on(row: Activation, topic: str, key: str, broker_id: str) -> Letter:
 def _original(body: bytes, message: TaskActivation) -> tuple[bytes, TaskActivation]:
     """Without what the broker before appended: it would grow with each of them."""
     if message.HasField("sent_on"):
-        try:
-            original = TaskActivation.FromString(body[: message.sent_on.size])
-        except DecodeError:
-            return body, message
-        if original.id == message.id:
-            return body[: message.sent_on.size], original
+        begin = body[: message.sent_on.size]
+        with contextlib.suppress(DecodeError):
+            original = TaskActivation.FromString(begin)
+            # Whoever encoded it anew on its way has put the fields elsewhere.
+            if _unchanged(original) == _unchanged(message):
+                return begin, original
     return body, message
+
+
+def _unchanged(message: TaskActivation) -> TaskActivation:
+    """What no broker changes."""
+    kept = TaskActivation()
+    kept.CopyFrom(message)
+    for name in ("sent_on", "delay"):
+        kept.ClearField(name)
+    for name in ("attempts", "max_attempts", "delay_on_retry"):
+        kept.retry_state.ClearField(name)
+    return kept
 
 
 def _append_retry_state(row: Activation, original: TaskActivation, added: TaskActivation) -> None:

@@ -241,6 +241,7 @@ class Inflight:
         return True
 
     def _overflows(self, pair: int) -> None:
+        self.memory.overflowed_at[pair] = self.clock.mono_ms()
         if pair in self._overflowing:
             return
         self._overflowing.add(pair)

@@ -86,6 +86,8 @@ class Memory:
         self.bytes = 0
         # Per pair, bytes of the rows that count towards its share: all but those that leave.
         self.held_bytes: dict[int, int] = {}
+        # Per pair, when a record of it last went to, or was met in, the overflow: monotonic ms.
+        self.overflowed_at: dict[int, int] = {}
         self.share_rows_max = max(1, int(limits.rows_max * limits.namespace_share_max))
         self.share_bytes_max = int(limits.bytes_max * limits.namespace_share_max)
         self.books: dict[tuple[int, str], int] = {}

@@ -1,0 +1,110 @@
+"""The overflow topic: consumed as there is room, in nobody's way, and at rest while there is none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from ingest_helpers import MockKafka, kafka_settings, running_store, task_bytes, until
+
+from penstock_broker.config import Settings
+from penstock_broker.domain.activation import Status, hash_id
+from penstock_broker.domain.lifecycle import Event
+from penstock_broker.ingest import overflow
+from penstock_broker.ingest.parts import Ingest
+from penstock_broker.metrics import Metrics
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.limits import StoreLimits
+
+LIMITS = StoreLimits(rows_max=400)
+SHARE = 200
+
+
+@pytest.fixture
+def kafka() -> MockKafka:
+    kafka = MockKafka()
+    kafka.make_topic("tasks", "tasks-dlq", "tasks-overflow")
+    return kafka
+
+
+@pytest.fixture
+def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
+    return kafka_settings(kafka, tmp_path / "store.sqlite")
+
+
+@contextlib.asynccontextmanager
+async def ingesting(
+    settings: Settings, limits: StoreLimits = LIMITS
+) -> AsyncIterator[tuple[Inflight, Ingest]]:
+    async with running_store(settings.db_path, LIMITS) as store:
+        ingest = Ingest(settings, store, Metrics())
+        await ingest.start()
+        try:
+            yield store, ingest
+        finally:
+            await ingest.stop_intake()
+            await ingest.stop()
+
+
+def ended(store: Inflight, term: str) -> int:
+    return sum(n for (_, name), n in store.memory.books.items() if name == term)
+
+
+def held(store: Inflight, namespace: str) -> int:
+    queue = store.memory.index.pair("shop", namespace)
+    if queue is None:
+        return 0
+    return sum(store.memory.counts[queue.pair][status] for status in (Status.PENDING, Status.DELAYED))
+
+
+def tasks(namespace: str, count: int) -> list[bytes]:
+    return [task_bytes(f"{namespace}-{n}", namespace=namespace) for n in range(count)]
+
+
+async def complete(store: Inflight, ids: list[str]) -> None:
+    for id in ids:
+        store.settle_by_id(hash_id(id), Event.COMPLETE, 0)
+    await store.committed()
+
+
+async def test_a_flood_leaves_room_for_others_and_rests(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overflow, "PROBE_ROWS_MAX", 50)
+    monkeypatch.setattr(overflow, "BACK_OFF_SECONDS_MIN", 0.05)
+    kafka.produce("tasks", tasks("flood", 1000))
+    kafka.produce("tasks", tasks("quiet", 100))
+    async with ingesting(settings) as (store, ingest):
+        await until(lambda: held(store, "quiet") == 100)
+        await until(lambda: ended(store, "overflow") >= 800)
+        assert held(store, "flood") == SHARE
+        assert ingest.overflow is not None
+        # Each look costs no more than a few records, and comes later than the one before.
+        looks = [ended(store, "overflow")]
+        for _ in range(4):
+            await until(lambda: ended(store, "overflow") > looks[-1])
+            await until(lambda: store.outbox.size() == 0)
+            looks.append(ended(store, "overflow"))
+        assert looks[-1] - looks[0] <= 4 * 2 * 50
+        # As it has room, what is in the topic comes.
+        while ended(store, "done") < 1100:
+            await complete(store, await store.read(lambda database: [key[2] for key in database.positions()]))
+        await until(lambda: store.memory.rows == 0)
+        assert ended(store, "done") == 1100
+        assert store.imbalance() == 0
+
+
+async def test_who_has_room_gets_past_those_who_have_none(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in one partition, the others first."""
+    monkeypatch.setattr(overflow, "BACK_OFF_SECONDS_MIN", 0.05)
+    kafka.produce("tasks", tasks("flood", SHARE))
+    async with ingesting(settings) as (store, _):
+        await until(lambda: held(store, "flood") == SHARE)
+        behind = [task_bytes(f"more-{n}", namespace="flood") for n in range(600)]
+        kafka.produce("tasks-overflow", [*behind, *tasks("quiet", 10)])
+        await until(lambda: held(store, "quiet") == 10)
+        assert held(store, "flood") == SHARE
