@@ -65,6 +65,14 @@ def _declare_main(namespace: Namespace) -> None:
             time.sleep(0.02)
         record("end", ctx)
 
+    @namespace.task(name="needs", bind=True)
+    def needs(ctx: TaskContext, /, path: str) -> None:
+        """Fails until a file is there."""
+        record("start", ctx)
+        if not Path(path).exists():
+            raise RuntimeError(f"{path} is missing")
+        record("end", ctx)
+
     @namespace.task(name="flaky", bind=True, retry=Retry(max_attempts=4, backoff=Fixed(0.3)))
     def flaky(ctx: TaskContext, /, failures: int) -> None:
         record("start", ctx)

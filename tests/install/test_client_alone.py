@@ -1,6 +1,7 @@
 """A producer installs the client's wheel, and what comes with it is small."""
 
 import json
+import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -38,6 +39,13 @@ def test_nothing_a_producer_does_not_need_comes_along(python: Path) -> None:
         "penstock-protocol",
     }
     assert found & NOT_FOR_PRODUCERS == set()
+
+
+def test_the_command_says_what_it_needs(python: Path) -> None:
+    ran = subprocess.run([python.parent / "penstock", "status"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "pip install 'penstock-client[cli]'" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_it_sends_a_task_through_kafka(python: Path, clean_environ: dict[str, str], tmp_path: Path) -> None:

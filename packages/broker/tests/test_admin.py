@@ -72,7 +72,7 @@ class Desk:
         await self.insert(*rows)
         for row in await self.claim(len(rows)):
             await self.settle(row, Event.FAIL)
-        await self.store.outbox.rest(await self.store.outbox.take(Route.DEAD_LETTER, len(rows), 1 << 20))
+        await self.store.outbox.rest(await self.store.outbox.take(Route.DEAD_LETTER, len(rows), BYTES))
 
     async def explain(self, id: str) -> pb.ExplainTaskResponse:
         return await self.call("ExplainTask", pb.ExplainTaskRequest(id=id), pb.ExplainTaskResponse)
@@ -274,7 +274,7 @@ async def test_what_became_of_a_task_that_left(desk: Desk) -> None:
     assert "cancelled by an operator" in (await desk.explain("killed")).findings[0].text
     answer = await desk.explain("dead")
     assert (answer.state, answer.findings[0].code) == ("forwarding", "forwarding")
-    await desk.store.outbox.rest(await desk.store.outbox.take(Route.DEAD_LETTER, 1, 1 << 20))
+    await desk.store.outbox.rest(await desk.store.outbox.take(Route.DEAD_LETTER, 1, BYTES))
     answer = await desk.explain("dead")
     assert (answer.state, answer.known) == ("dead letter", True)
     assert "failed" in answer.findings[0].text
@@ -417,9 +417,19 @@ async def test_pause_and_resume_say_whether_anything_changed(desk: Desk) -> None
         told = await desk.call("ResumeNamespace", resume, pb.ResumeNamespaceResponse)
         assert (told.changed, told.pending) == (changed, 1)
     assert desk.store.unclaimable.pending() == []
-    request = pb.PauseNamespaceRequest(application="shop", namespace="nowhere")
+    unknown = pb.ResumeNamespaceRequest(application="shop", namespace="nowhere")
     with pytest.raises(Refused, match="never had a task of shop/nowhere"):
-        await desk.call("PauseNamespace", request, pb.PauseNamespaceResponse)
+        await desk.call("ResumeNamespace", unknown, pb.ResumeNamespaceResponse)
+
+
+async def test_a_namespace_is_paused_before_its_first_task(desk: Desk) -> None:
+    pause = pb.PauseNamespaceRequest(application="shop", namespace="pay", by="test")
+    assert (await desk.call("PauseNamespace", pause, pb.PauseNamespaceResponse)).changed
+    await desk.insert(activation("a", desk.clock))
+    assert await desk.claim() == []
+    too_long = pb.PauseNamespaceRequest(application="shop", namespace="p" * 257)
+    with pytest.raises(Refused, match="256 characters"):
+        await desk.call("PauseNamespace", too_long, pb.PauseNamespaceResponse)
 
 
 # -- workers
@@ -505,7 +515,7 @@ async def test_a_replay_is_a_new_task_that_knows_its_root(desk: Desk) -> None:
     assert sent.retry_state == original.retry_state
     # It dies again, and is replayed again: another id, the same root.
     await desk.settle(claimed, Event.FAIL)
-    await desk.store.outbox.rest(await desk.store.outbox.take(Route.DEAD_LETTER, 1, 1 << 20))
+    await desk.store.outbox.rest(await desk.store.outbox.take(Route.DEAD_LETTER, 1, BYTES))
     (letter,) = await desk.letters()
     (second,) = await desk.replay([letter.seq])
     assert second.id != first.id

@@ -1,4 +1,4 @@
-"""The command line: ``penstock-broker serve | config check | config show``."""
+"""The command line: ``penstock-broker serve | drain | adopt | config check | config show``."""
 
 from __future__ import annotations
 
@@ -120,6 +120,83 @@ def serve(
     from penstock_broker import server  # late: the other commands need neither Kafka nor gRPC nor SQLite
 
     raise typer.Exit(server.serve(settings, reconcile))
+
+
+@app.command()
+@with_settings
+def drain(
+    loaded: Loaded,
+    *,
+    grace_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, max=86_400, help="How long tasks may finish here before the rest is handed over."
+        ),
+    ] = 30.0,
+) -> None:
+    """Let a running broker take nothing more, finish what it can, and hand over the rest to its topic.
+
+    Afterwards it can be stopped for good: another broker of the pool runs what it handed over. Exits with 1
+    when something could not leave, which is said; the same command goes on. The broker is the one that the
+    settings are of, on this machine.
+
+    Examples:
+
+    penstock-broker drain -c broker.yaml --grace-seconds 60
+
+    TASKBROKER_GRPC_SHARED_SECRET=... penstock-broker drain --grpc-port 50051
+    """
+    from penstock_broker import remote  # late, as in ``serve``
+    from penstock_protocol.v1 import admin_pb2
+
+    request = admin_pb2.DrainRequest(grace_seconds=grace_seconds, by=remote.me())
+    said = ""
+    while True:
+        told = remote.call(loaded.settings, "Drain", request, admin_pb2.DrainResponse)
+        left = ", ".join(f"{count.tasks:,} {count.state}" for count in told.left) or "none"
+        line = f"{told.phase}: {told.ended:,} ended here, {told.handed_over:,} handed over; left: {left}"
+        if line != said:
+            print(line, flush=True)
+            said = line
+        if told.finished:
+            break
+    if told.left:
+        raise FatalError("not all tasks have left", "\n".join(told.reasons))
+
+
+@app.command()
+@with_settings
+def adopt(
+    loaded: Loaded,
+    *,
+    gone: Annotated[str, typer.Argument(metavar="BROKER_ID", help="The broker_id of the one that is gone.")],
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Also when it wrote within the last minute. Should it live, it stops."),
+    ] = False,
+) -> None:
+    """Let a running broker take over what another one of the pool, which never returns, has left.
+
+    What was unfinished there is found in the ledger and in Kafka. The broker that adopts is the one that the
+    settings are of, on this machine.
+
+    Example:
+
+    penstock-broker adopt broker-2 -c broker.yaml
+    """
+    from penstock_broker import remote  # late, as in ``serve``
+    from penstock_protocol.v1 import admin_pb2
+
+    request = admin_pb2.AdoptRequest(broker_id=gone, force=force, by=remote.me())
+    print(f"adopting {gone} ...", file=sys.stderr, flush=True)
+    while not (told := remote.call(loaded.settings, "Adopt", request, admin_pb2.AdoptResponse)).finished:
+        pass
+    print(f"adopted {told.adopted:,} unfinished tasks of {gone} from {told.partitions} partitions")
+    if told.lost:
+        raise FatalError(
+            f"{told.lost:,} unfinished tasks of {gone} are lost: Kafka no longer holds them",
+            "they are older than the topic's retention",
+        )
 
 
 @config.command()

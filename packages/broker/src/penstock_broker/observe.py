@@ -11,8 +11,8 @@ from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.domain.lifecycle import OUTCOMES
 from penstock_broker.metrics import Metrics
-from penstock_broker.store.batch import Batch
-from penstock_broker.store.inflight import ARRIVALS, Inflight
+from penstock_broker.store.batch import ARRIVALS, Batch
+from penstock_broker.store.inflight import Inflight
 
 # A scrape does not wait longer for the event loop; what it would have told stays as it was.
 LOOP_SECONDS_MAX = 2.0

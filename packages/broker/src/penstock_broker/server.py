@@ -18,6 +18,7 @@ import uvloop
 from penstock_broker import __version__
 from penstock_broker.clock import Clock, SystemClock
 from penstock_broker.config import Settings
+from penstock_broker.departures import Departures
 from penstock_broker.dispatch import rpc
 from penstock_broker.dispatch.admin import Admin
 from penstock_broker.dispatch.service import Consumers, Refused
@@ -146,6 +147,7 @@ class Broker:
         self.metrics = Metrics()
         self.observer = Observer(self.metrics, self.store, self.waiting)
         self.ingest: Ingest = build_ingest(settings, self.store, self.metrics)
+        self.departures = Departures(self.ingest)
         self.upkeep = Upkeep(self.store)
         self.server = rpc.build(
             self._services(),
@@ -173,7 +175,7 @@ class Broker:
         services: dict[str, dict[str, rpc.Method]] = {
             rpc.CONSUMER: rpc.consumer_methods(consumers),
             rpc.PRODUCER: {"SendTasks": self._send_tasks},
-            rpc.ADMIN: rpc.admin_methods(admin),
+            rpc.ADMIN: rpc.admin_methods(admin) | self.departures.methods(),
         }
         if self.settings.v1_service == "on":
             services[rpc.TASKBROKER_V1] = rpc.taskbroker_methods(consumers)
@@ -273,6 +275,7 @@ class Broker:
     async def stop(self) -> None:
         """Answer open polls empty, take no more, write what has gathered, commit offsets, let go."""
         self._serving = False
+        await self.departures.stop()
         self.waiting.close()
         await self.ingest.stop_intake()
         await self.server.stop(DRAIN_CALLS_SECONDS)

@@ -14,7 +14,7 @@ from penstock_broker.dispatch.roster import Roster
 from penstock_broker.dispatch.service import COVER_SECONDS_MAX, Refused, parse
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Reason, Status, hash_id
-from penstock_broker.store.batch import Answer, Report
+from penstock_broker.store.batch import ARRIVALS, Answer, Report
 from penstock_broker.store.database import Database, RestingLetter
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.inflight import Inflight
@@ -87,7 +87,7 @@ class Admin:
             workers=sum(1 for _ in self._roster.lately(store.clock.mono_ms())),
         )
         for (_, term), n in memory.books.items():
-            if term == "accepted":
+            if term in ARRIVALS:
                 answer.accepted += n
             else:
                 answer.ended += n
@@ -198,7 +198,7 @@ class Admin:
         elif (letter := await self._store.read(lambda database: database.dead_letter_of(id))) is not None:
             explanation.dead(id, letter.reason, letter.at)
         elif (last := self._memory.finished.get(hash_id(id))) is not None:
-            explanation.finished(last)
+            explanation.finished(hash_id(id), last)
         else:
             explanation.unknown(self._lag())
         return answer.SerializeToString()
@@ -279,7 +279,7 @@ class Admin:
         for _ in range(TRIES_MAX):
             before |= (held := await self._held(waiting))
             told = {id: verb(hash_id(id)) for id in waiting if id in held and held[id].status in to}
-            await self._store.committed()
+            await self._store.answerable(self._store.committed())
             answers |= {id: a.answer if isinstance(a, Report) else a for id, a in told.items()}
             waiting = [id for id in told if answers[id] is Answer.STALE]
             if not waiting:
@@ -315,20 +315,28 @@ class Admin:
 
     async def pause_namespace(self, request: bytes) -> bytes:
         asked = parse(pb.PauseNamespaceRequest, request)
-        queue = self._queue(asked)
+        if max(len(asked.application), len(asked.namespace)) > 256:
+            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a name has at most 256 characters")
+        # Also one of which no task has come yet: of several brokers, all are told.
+        queue = self._store.pair(asked.application, asked.namespace)
+        if queue is None:
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "this broker has too many namespaces")
         changed = self._store.control.pause(queue)
         return await self._paused(pb.PauseNamespaceResponse(changed=changed), queue, asked.by)
 
     async def resume_namespace(self, request: bytes) -> bytes:
         asked = parse(pb.ResumeNamespaceRequest, request)
-        queue = self._queue(asked)
+        queue = self._memory.index.pair(asked.application, asked.namespace)
+        if queue is None:
+            name = f"{asked.application[:NAME_CHARS_MAX]}/{asked.namespace[:NAME_CHARS_MAX]}"
+            raise Refused(grpc.StatusCode.NOT_FOUND, f"this broker has never had a task of {name}")
         changed = self._store.control.resume(queue)
         return await self._paused(pb.ResumeNamespaceResponse(changed=changed), queue, asked.by)
 
     async def _paused(
         self, answer: pb.PauseNamespaceResponse | pb.ResumeNamespaceResponse, queue: PairQueue, by: str
     ) -> bytes:
-        await self._store.committed()
+        await self._store.answerable(self._store.committed())
         answer.pending = self._memory.counts[queue.pair][Status.PENDING]
         if answer.changed:
             log.warning(
@@ -339,13 +347,6 @@ class Admin:
                 by=by[:NAME_CHARS_MAX],
             )
         return answer.SerializeToString()
-
-    def _queue(self, asked: pb.PauseNamespaceRequest | pb.ResumeNamespaceRequest) -> PairQueue:
-        queue = self._memory.index.pair(asked.application, asked.namespace)
-        if queue is None:
-            name = f"{asked.application[:NAME_CHARS_MAX]}/{asked.namespace[:NAME_CHARS_MAX]}"
-            raise Refused(grpc.StatusCode.NOT_FOUND, f"this broker has never had a task of {name}")
-        return queue
 
     # -- workers
 
@@ -422,7 +423,7 @@ class Admin:
         if len(letters) > self._store.room():
             raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room: the intake of this broker is paused")
         rows = {seq: row for seq, letter in letters.items() if (row := self._replayed(letter)) is not None}
-        await self._store.insert(list(rows.values()))
+        await self._store.answerable(self._store.insert(list(rows.values())))
         await self._drop(list(rows))
         answer = pb.ReplayDeadLettersResponse()
         for seq in seqs:

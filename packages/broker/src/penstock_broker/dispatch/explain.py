@@ -142,10 +142,13 @@ class Explanation:
             self._say("forwarding", f"it is on its way to another broker: {row.reason}")
             return
         self._say("forwarding", f"it is on its way to the dead letters: {row.reason} ({_error(row)})")
+        partitions = self._store.memory.partitions
+        if row.source != NO_SOURCE and not partitions[row.source].is_covered(row.offset):
+            self._say("cover", "it leaves once Kafka has acknowledged the offset commit that passes it")
 
     # -- not in the store
 
-    def finished(self, last: int) -> None:
+    def finished(self, id_hash: int, last: int) -> None:
         """An id of the de-duplication window, with its last claim and outcome, packed."""
         self._answer.known = True
         self._answer.state = "finished"
@@ -158,6 +161,10 @@ class Explanation:
                 f"how its last start ended: {'cancelled by an operator' if outcome == 'cancel' else outcome}"
             )
         self._say("finished", f"it has left this broker within the last {within}; {text}")
+        if self._store.is_held(id_hash):
+            self._say(
+                "cover", "its worker is answered once Kafka has acknowledged the offset that this depends on"
+            )
 
     def dead(self, id: str, reason: str, at: int) -> None:
         """A dead letter that rests in the store."""

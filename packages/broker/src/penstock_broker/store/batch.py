@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 TICK_BYTES_MAX = 8 * 1024 * 1024
 
 
+# Terms of the books by which rows come in: from their producer, or as what is left of a broker's disk.
+ARRIVALS = ("accepted", "restored", "adopted")
+
+
 class Move(NamedTuple):
     """The new mutable state of a row that stays, and the status and claim it is expected to have."""
 

@@ -8,7 +8,7 @@ from itertools import islice
 from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.domain.lifecycle import OUTCOMES, Event
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store.batch import Answer, Report
+from penstock_broker.store.batch import ARRIVALS, Answer, Report
 from penstock_broker.store.finished import is_report
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.memory import Memory
@@ -108,5 +108,5 @@ class Control:
             balances.update(row.pair for row in arrival.rows)
         for books in (memory.books, memory.batch.books):
             for (pair, term), n in books.items():
-                balances[pair] += n if term in ("accepted", "restored", "adopted") else -n
+                balances[pair] += n if term in ARRIVALS else -n
         return dict(balances)

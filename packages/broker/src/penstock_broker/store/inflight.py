@@ -49,8 +49,6 @@ SEQ_BITS = 36
 PAIRS_MAX = 10_000
 # Rows that one claim passes over because the worker has given them back; beyond it gets them again.
 PASSED_ROWS_MAX = 64
-# Terms of the books by which rows come in: from their producer, or as what is left of a broker's disk.
-ARRIVALS = ("accepted", "restored", "adopted")
 
 # Why the intake pauses -> how it is said.
 _LIMITS = {"rows": "max_pending_count", "bytes": "pending_bytes_max", "disk": "the disk is full or fails"}
@@ -272,18 +270,25 @@ class Inflight:
             )
 
     def _pair_of(self, row: Activation) -> PairQueue:
-        memory = self.memory
-        queue = memory.index.pair(row.application, row.namespace)
-        if queue is None and len(memory.counts) >= PAIRS_MAX:
+        queue = self.pair(row.application, row.namespace)
+        if queue is None:
             row.status, row.reason = Status.FORWARDING, Reason.INVALID
             row.error = f'{{"type":"invalid","message":"more than {PAIRS_MAX} namespaces on this broker"}}'
             row.application = row.namespace = ""
-            queue = memory.index.pair("", "")
-        if queue is None:
-            pair = len(memory.counts) + 1
-            memory.batch.new_pairs.append((pair, row.application, row.namespace))
-            queue = memory.add_pair(pair, row.application, row.namespace)
+            queue = self.memory.index.pair("", "") or self._new_pair("", "")
         return queue
+
+    def pair(self, application: str, namespace: str) -> PairQueue | None:
+        """The pair of these names, made on first use; None when there are too many."""
+        queue = self.memory.index.pair(application, namespace)
+        if queue is None and len(self.memory.counts) < PAIRS_MAX:
+            queue = self._new_pair(application, namespace)
+        return queue
+
+    def _new_pair(self, application: str, namespace: str) -> PairQueue:
+        pair = len(self.memory.counts) + 1
+        self.memory.batch.new_pairs.append((pair, application, namespace))
+        return self.memory.add_pair(pair, application, namespace)
 
     # -- claim
 

@@ -291,6 +291,9 @@ def _do(
     all_, handled, begun = Done(), 0, time.monotonic()
     progress = Progress(verb, total)
     for place in places:
+        if rate is not None and isinstance(place, StoreLetters):
+            # What is sent at once is no more than a second's.
+            place.chunk = max(1, min(place.chunk, int(rate)))
         for letter in islice(place.read(wanted), total - handled):
             if rate is not None:
                 time.sleep(max(0.0, begun + handled / rate - time.monotonic()))

@@ -22,7 +22,7 @@ from penstock_protocol.v1.activation_pb2 import TaskActivation
 
 KAFKA_SECONDS = 10.0
 DELIVERY_SECONDS = 30.0
-STORE_CHUNK = 50
+CHUNK = 50
 # Produced and not acknowledged.
 UNACKNOWLEDGED_MAX = 1_000
 HANDLED = "-handled"
@@ -108,6 +108,8 @@ class StoreLetters:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
+        # How many are handled in a call.
+        self.chunk = CHUNK
         self._replays: list[Letter] = []
         self._discards: list[Letter] = []
         self._done = Done()
@@ -157,7 +159,7 @@ class StoreLetters:
 
     def replay(self, letter: Letter) -> None:
         self._replays.append(letter)
-        if len(self._replays) >= STORE_CHUNK:
+        if len(self._replays) >= self.chunk:
             self._replay()
 
     def _replay(self) -> None:
@@ -173,7 +175,7 @@ class StoreLetters:
 
     def discard(self, letter: Letter) -> None:
         self._discards.append(letter)
-        if len(self._discards) >= STORE_CHUNK:
+        if len(self._discards) >= self.chunk:
             self._discard()
 
     def _discard(self) -> None:
@@ -203,8 +205,9 @@ class TopicLetters:
     a record of it has the same id again.
     """
 
-    def __init__(self, kafka: str, topic: str, to: str) -> None:
-        """``to``: the topic of those that do not say where they came from. Raises Failure."""
+    def __init__(self, kafka: str, topic: str, to: str, must: bool) -> None:
+        """``to``: the topic of those that do not say where they came from. ``must``: there has to be such a
+        topic; else there are no dead letters yet. Raises Failure."""
         self.topic = topic
         self._kafka = kafka
         self._to = to
@@ -213,14 +216,14 @@ class TopicLetters:
         self._producer: Producer | None = None
         self._open = 0
         self._done = Done()
-        metadata = self._metadata(topic)
-        if metadata is None:
+        partitions = self._metadata(topic)
+        if partitions is None and must:
             raise Failure(
                 f"Kafka at {kafka} has no topic {topic}",
                 "it is created with the first dead letter; or name it with --topic",
                 WRONG,
             )
-        self._partitions = metadata
+        self._partitions = partitions or []
         self._handled: dict[str, dict[str, Any]] = {}
         for message in self._messages(self._books, self._metadata(self._books) or []):
             if message.value():
@@ -315,7 +318,15 @@ class TopicLetters:
             value=value,
         )
 
+    def _serve(self) -> None:
+        """Let what was sent be acknowledged, and wait if that is much. Not in a callback of the producer."""
+        producer = self._open_books()
+        producer.poll(0)
+        while self._open >= UNACKNOWLEDGED_MAX:
+            producer.poll(0.1)
+
     def replay(self, letter: Letter) -> None:
+        self._serve()
         number = 1 + (letter.handled or {}).get("number", 0)
         activation = replay.replayed(letter.value, letter.forward_id, number, int(time.time() * 1000))
         if activation is None:
@@ -334,7 +345,7 @@ class TopicLetters:
         self._produce(topic, activation.SerializeToString(), activation.id, sent)
 
     def discard(self, letter: Letter) -> None:
-        self._open_books()
+        self._serve()
         self._record(letter, "discarded", number=(letter.handled or {}).get("number", 0))
 
     def _record(self, letter: Letter, action: str, **more: Any) -> None:
@@ -364,10 +375,6 @@ class TopicLetters:
             self._open -= 1
             told(error, message)
 
-        # What was sent is acknowledged meanwhile.
-        producer.poll(0)
-        while self._open >= UNACKNOWLEDGED_MAX:
-            producer.poll(0.1)
         self._open += 1
         try:
             producer.produce(topic, value, key, on_delivery=delivered)
@@ -380,7 +387,8 @@ class TopicLetters:
         if self._producer is None:
             if self._metadata(self._books) is None:
                 new = NewTopic(self._books, 1, config={"cleanup.policy": "compact"})
-                for future in AdminClient(self._config()).create_topics([new]).values():
+                admin = AdminClient(self._config())
+                for future in admin.create_topics([new]).values():
                     try:
                         future.result(KAFKA_SECONDS)
                     except KafkaException as error:
@@ -420,7 +428,7 @@ def sources(
     """
     found: list[StoreLetters | TopicLetters] = []
     if kafka and topic:
-        return [TopicLetters(kafka, topic, topic.removesuffix("-dlq"))]
+        return [TopicLetters(kafka, topic, topic.removesuffix("-dlq"), must=True)]
     assert brokers is not None
     topics: dict[tuple[str, str], str] = {}
     for broker, status in brokers.each("GetStatus", pb.GetStatusRequest(), pb.GetStatusResponse):
@@ -428,7 +436,8 @@ def sources(
         if status.HasField("kafka"):
             there = (kafka or status.kafka.address, topic or status.kafka.deadletter_topic)
             topics[there] = status.kafka.topic
-    return found + [TopicLetters(address, name, to) for (address, name), to in topics.items()]
+    must = topic is not None
+    return found + [TopicLetters(address, name, to, must) for (address, name), to in topics.items()]
 
 
 def replay_ids(brokers: Brokers, ids: Collection[str]) -> list[str]:

@@ -545,20 +545,20 @@ class DrainRequest(_message.Message):
     def __init__(self, grace_seconds: _Optional[float] = ..., by: _Optional[str] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
-    __slots__ = ("finished", "phase", "left", "processing", "ended", "handed_over")
+    __slots__ = ("finished", "phase", "left", "ended", "handed_over", "reasons")
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
-    PROCESSING_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
     finished: bool
     phase: str
-    left: int
-    processing: int
+    left: _containers.RepeatedCompositeFieldContainer[StateCount]
     ended: int
     handed_over: int
-    def __init__(self, finished: bool = ..., phase: _Optional[str] = ..., left: _Optional[int] = ..., processing: _Optional[int] = ..., ended: _Optional[int] = ..., handed_over: _Optional[int] = ...) -> None: ...
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, finished: bool = ..., phase: _Optional[str] = ..., left: _Optional[_Iterable[_Union[StateCount, _Mapping]]] = ..., ended: _Optional[int] = ..., handed_over: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AdoptRequest(_message.Message):
     __slots__ = ("broker_id", "force", "by")
@@ -571,13 +571,13 @@ class AdoptRequest(_message.Message):
     def __init__(self, broker_id: _Optional[str] = ..., force: bool = ..., by: _Optional[str] = ...) -> None: ...
 
 class AdoptResponse(_message.Message):
-    __slots__ = ("finished", "phase", "adopted", "start_unknown")
+    __slots__ = ("finished", "partitions", "adopted", "lost")
     FINISHED_FIELD_NUMBER: _ClassVar[int]
-    PHASE_FIELD_NUMBER: _ClassVar[int]
+    PARTITIONS_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
-    START_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     finished: bool
-    phase: str
+    partitions: int
     adopted: int
-    start_unknown: int
-    def __init__(self, finished: bool = ..., phase: _Optional[str] = ..., adopted: _Optional[int] = ..., start_unknown: _Optional[int] = ...) -> None: ...
+    lost: int
+    def __init__(self, finished: bool = ..., partitions: _Optional[int] = ..., adopted: _Optional[int] = ..., lost: _Optional[int] = ...) -> None: ...

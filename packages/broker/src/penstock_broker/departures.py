@@ -1,0 +1,105 @@
+"""AdminService's calls about a whole broker: draining this one, and adopting one that never returns.
+
+Both take long: the first call starts them, and further ones ask how far they are. They go on when nobody
+asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import grpc
+import structlog
+
+from penstock_broker.dispatch.rpc import Method
+from penstock_broker.dispatch.service import Refused, parse
+from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport
+from penstock_broker.ingest.parts import Ingest
+from penstock_protocol.v1 import admin_pb2 as pb
+
+log = structlog.get_logger("admin")
+
+# How long a call waits for the end before it says how far it is.
+ANSWER_SECONDS = 1.0
+GRACE_SECONDS_MAX = 86_400.0
+NAME_CHARS_MAX = 200
+
+
+class Departures:
+    """One drain, and one adoption, at a time."""
+
+    def __init__(self, ingest: Ingest) -> None:
+        self._ingest = ingest
+        self._draining: asyncio.Task[object] | None = None
+        self._adopting: asyncio.Task[AdoptReport] | None = None
+        self._adopted = ""
+
+    def methods(self) -> dict[str, Method]:
+        return {"Drain": self.drain, "Adopt": self.adopt}
+
+    async def drain(self, request: bytes) -> bytes:
+        asked = parse(pb.DrainRequest, request)
+        if not 0 <= asked.grace_seconds <= GRACE_SECONDS_MAX:
+            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "grace_seconds is from 0 to a day")
+        if self._draining is None:
+            log.warning("draining", grace_seconds=asked.grace_seconds, by=asked.by[:NAME_CHARS_MAX])
+            self._draining = _start(self._ingest.drain(asked.grace_seconds), "drain")
+        await _wait(self._draining)
+        answer = pb.DrainResponse(phase="leaving the consumer group")
+        if (report := self._ingest.drain_report()) is not None:
+            answer = pb.DrainResponse(
+                finished=self._draining.done(),
+                phase=report.phase,
+                left=[pb.StateCount(state=state, tasks=tasks) for state, tasks in report.left.items()],
+                ended=report.ended,
+                handed_over=report.handed_over,
+                reasons=report.reasons,
+            )
+        if self._draining.done():
+            # Asked again, it goes on with what could not leave.
+            finished, self._draining = self._draining, None
+            finished.result()
+        return answer.SerializeToString()
+
+    async def adopt(self, request: bytes) -> bytes:
+        asked = parse(pb.AdoptRequest, request)
+        broker_id = asked.broker_id[:NAME_CHARS_MAX]
+        if self._adopting is None:
+            log.warning(
+                "adoption asked for", broker=broker_id, force=asked.force, by=asked.by[:NAME_CHARS_MAX]
+            )
+            self._adopting = _start(self._ingest.adopt(broker_id, asked.force), "adopt")
+            self._adopted = broker_id
+        elif broker_id != self._adopted:
+            raise Refused(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this broker is adopting {self._adopted!r} now: ask again when it has finished",
+            )
+        await _wait(self._adopting)
+        if not self._adopting.done():
+            return pb.AdoptResponse().SerializeToString()
+        adopting, self._adopting = self._adopting, None
+        try:
+            report = adopting.result()
+        except AdoptError as error:
+            raise Refused(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
+        return pb.AdoptResponse(
+            finished=True, partitions=report.partitions, adopted=report.adopted, lost=report.lost
+        ).SerializeToString()
+
+    async def stop(self) -> None:
+        """Give up on what is under way."""
+        tasks = [task for task in (self._draining, self._adopting) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _start(work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+    return asyncio.create_task(work, name=name)
+
+
+async def _wait(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait([task], timeout=ANSWER_SECONDS)

@@ -1,0 +1,113 @@
+"""``penstock-broker drain`` and ``adopt`` on a real broker without Kafka."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from penstock_protocol import signature
+from penstock_protocol.v1 import consumer_pb2, producer_pb2
+from penstock_protocol.v1.activation_pb2 import TaskActivation
+
+SECRET = "departing"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A broker runs; the settings of it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("TASKBROKER_")}
+    environment = kept | {
+        "TASKBROKER_INGEST": "grpc",
+        "TASKBROKER_GRPC_PORT": str(port),
+        "TASKBROKER_METRICS_PORT": "0",
+        "TASKBROKER_DB_PATH": str(tmp_path / "b.sqlite"),
+        "TASKBROKER_GRPC_SHARED_SECRET": SECRET,
+    }
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "penstock_broker", "serve"], env=environment, stdout=file, stderr=file
+        )
+    try:
+        deadline = time.monotonic() + 40
+        while "serving" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield environment
+        assert process.poll() is None, log.read_text()
+        process.terminate()
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def command(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    ran = subprocess.run(
+        [sys.executable, "-m", "penstock_broker", *arguments],
+        env=environment, capture_output=True, text=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran
+
+
+def call(environment: dict[str, str], service: str, method: str, request: object) -> bytes:
+    path, body = f"/penstock.v1.{service}/{method}", request.SerializeToString()  # type: ignore[attr-defined]
+    metadata = ((signature.HEADER, signature.sign(SECRET, path, body)),)
+    with grpc.insecure_channel(f"127.0.0.1:{environment['TASKBROKER_GRPC_PORT']}") as channel:
+        unary: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+        return unary(body, timeout=20, metadata=metadata)
+
+
+def test_a_drain_says_what_could_not_leave_and_goes_on_when_asked_again(environment: dict[str, str]) -> None:
+    activations = [
+        TaskActivation(id=f"t{n}", application="shop", namespace="pay", taskname="t") for n in "ab"
+    ]
+    call(environment, "ProducerService", "SendTasks", producer_pb2.SendTasksRequest(activations=activations))
+    drained = command(environment, "drain", "--grace-seconds", "2.5")
+    assert drained.returncode == 1
+    assert "finishing tasks: 0 ended here" in drained.stdout
+    assert "left: 2 pending" in drained.stdout.splitlines()[-1]
+    assert "no topic to hand tasks over to" in drained.stderr
+    with pytest.raises(grpc.RpcError, match="drain"):
+        call(
+            environment,
+            "ProducerService",
+            "SendTasks",
+            producer_pb2.SendTasksRequest(activations=activations),
+        )
+    request = consumer_pb2.GetTasksRequest(max_tasks=9)
+    claimed = consumer_pb2.GetTasksResponse.FromString(
+        call(environment, "ConsumerService", "GetTasks", request)
+    )
+    complete = consumer_pb2.TASK_OUTCOME_STATUS_COMPLETE
+    outcomes = [consumer_pb2.TaskOutcome(claim_token=t.claim_token, status=complete) for t in claimed.tasks]
+    reports = consumer_pb2.SetTaskStatusesRequest(outcomes=outcomes)
+    call(environment, "ConsumerService", "SetTaskStatuses", reports)
+    drained = command(environment, "drain", "--grace-seconds", "5")
+    assert drained.returncode == 0, drained.stderr
+    assert drained.stdout.splitlines()[-1] == "drained: 2 ended here, 0 handed over; left: none"
+
+
+def test_mistakes_are_explained(environment: dict[str, str]) -> None:
+    adopted = command(environment, "adopt", "broker-2")
+    assert adopted.returncode == 1
+    assert "this broker consumes no topic" in adopted.stderr
+    wrong = command(environment | {"TASKBROKER_GRPC_SHARED_SECRET": "other"}, "drain")
+    assert wrong.returncode == 1
+    assert "TASKBROKER_GRPC_SHARED_SECRET" in wrong.stderr
+    nobody = command(environment, "drain", "--grpc-port", "1")
+    assert nobody.returncode == 1
+    assert "no broker answers at 127.0.0.1:1" in nobody.stderr
