@@ -74,6 +74,8 @@ def _make_sound(connection: apsw.Connection, path: Path, now: int, thorough: boo
     if (connection.execute("SELECT max(epoch) FROM boot").get or 0) >= EPOCH_MAX:
         raise Malformed(path, "the number of its starts is impossible")
     problems = _problems(connection, thorough)
+    if beyond := [text for text in problems if " index " not in text and " in activation" not in text]:
+        raise Malformed(path, beyond[0])
     sound = _SOUND if not problems else f"{_SOUND} AND {_TYPED}"
     wrong = [s for (s,) in connection.execute(f"SELECT seq FROM activation WHERE ({sound}) IS NOT TRUE")]
     wrong += [seq for seq in _not_text(connection) if seq not in wrong]
@@ -142,7 +144,8 @@ def quarantine(connection: apsw.Connection, seqs: Sequence[int], why: str, now: 
         )
         connection.execute("DELETE FROM activation WHERE seq = ?", (seq,))
         connection.execute("DELETE FROM payload WHERE seq = ?", (seq,))
-        (kept,) = connection.execute("SELECT id, taskname FROM quarantine WHERE seq = ?", (seq,)).fetchall()
+        found = connection.execute("SELECT id, taskname FROM quarantine WHERE seq = ?", (seq,)).fetchall()
+        kept = found[0] if found else (b"", b"")
         id, taskname = (str(value or b"", "utf-8", "replace") for value in kept)  # type: ignore[arg-type]
         log.error(
             "a task is damaged on disk: it is kept aside (table quarantine), and will not run",
