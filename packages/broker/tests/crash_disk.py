@@ -248,9 +248,10 @@ class CrashPoint(NamedTuple):
     marks: list[object]
 
 
-def crash_points(journal: Iterable[Entry]) -> Iterator[CrashPoint]:
-    """The disk after each change; the contents and marks are those of the moment, until the next is taken."""
-    contents, marks = Contents(), []
+def crash_points(journal: Iterable[Entry], files: Mapping[str, bytes] | None = None) -> Iterator[CrashPoint]:
+    """The disk after each change; the contents and marks are those of the moment, until the next is taken.
+    ``files``: what was on it from the beginning."""
+    contents, marks = Contents(files), []
     number = 0
     for entry in journal:
         if isinstance(entry, Mark):

@@ -632,6 +632,12 @@ class Database:
         rows = {r.seq: r for r in self.load_sound("a.seq IN carray(?)", (apsw.carray(array("q", seqs)),))}
         return [rows[seq] for seq in seqs if seq in rows]
 
+    def load_claimed(self, seqs: Sequence[int]) -> list[Activation]:
+        """Rows that are handed out once more, with their bodies; not those that are damaged."""
+        sql = f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE a.seq IN carray(?)"
+        records = self.connection.execute(sql, (apsw.carray(array("q", seqs)),)) if seqs else ()
+        return [row for record in records if checksum(row := _load(record)) == record[_CHECKSUM_AT]]
+
     def quarantined(self) -> int:
         return int(self.connection.execute("SELECT count(*) FROM quarantine").get)
 
