@@ -58,6 +58,8 @@ PAGE_BYTES = 4096
 VFS = "unix-excl"
 DUE_ROWS_MAX = 2000
 
+REWRITE_BYTES = 1024 * 1024
+_OPEN_LOG = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_WAL
 _FAILED_SYNCS = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC)
 
 _INSERT_COLUMNS = (
@@ -156,6 +158,7 @@ class Database:
         # A broker that was killed has left it, and starting may need the space.
         reserve_of(self.path).unlink(missing_ok=True)
         try:
+            self._rewrite_log()
             self.connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
             try:
                 self._open(epoch_started_at)
@@ -196,6 +199,24 @@ class Database:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
+
+    def _rewrite_log(self) -> None:
+        """Write what is left of a WAL once more, and sync it.
+
+        After a sync that failed, the kernel goes on showing what it could not write, and takes it for
+        written: SQLite would build on ticks that a power cut makes disappear, with all that follows.
+        """
+        try:
+            log_file = apsw.VFSFile(VFS, f"{self.path}-wal", [_OPEN_LOG, 0])
+        except (apsw.CantOpenError, apsw.IOError):
+            return  # there is none, or opening the database tells
+        try:
+            size = log_file.xFileSize()
+            for at in range(0, size, REWRITE_BYTES):
+                log_file.xWrite(log_file.xRead(min(REWRITE_BYTES, size - at), at), at)
+            log_file.xSync(apsw.SQLITE_SYNC_FULL)
+        finally:
+            log_file.xClose()
 
     def _open(self, started_at: int) -> None:
         connection = self.connection
