@@ -58,7 +58,9 @@ PAGE_BYTES = 4096
 VFS = "unix-excl"
 DUE_ROWS_MAX = 2000
 
-REWRITE_BYTES = 1024 * 1024
+SPILL_ROWS_MAX = 10_000
+# SQLite's VFS takes no more in one call.
+REWRITE_BYTES = 64 * 1024
 _OPEN_LOG = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_WAL
 _FAILED_SYNCS = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC)
 
@@ -315,10 +317,24 @@ class Database:
             epoch = (c.execute("SELECT max(epoch) FROM boot").get or 0) + 1
             c.execute("INSERT INTO boot VALUES (?, ?, ?)", (epoch, secrets.randbits(32), started_at))
             c.execute("DELETE FROM boot WHERE epoch < ?", (epoch - 1000,))
-            # The index in memory starts empty: every pending row is paged in, in order.
-            c.execute("UPDATE activation SET spilled = 1 WHERE status = 1 AND spilled = 0")
+        self._spill_all()
         store_id = c.execute("SELECT value FROM meta WHERE key = 'store_id'").get
         return store_id, epoch, dict(c.execute("SELECT epoch, nonce FROM boot"))
+
+    def _spill_all(self) -> None:
+        """The index in memory starts empty: every pending row is paged in, in order. In parts, so that the
+        WAL stays short."""
+        last = -1
+        while True:
+            spilled = self.connection.execute(
+                "UPDATE activation SET spilled = 1 WHERE seq IN (SELECT seq FROM activation"
+                " WHERE seq > ? AND status = 1 AND spilled = 0 ORDER BY seq LIMIT ?) RETURNING seq",
+                (last, SPILL_ROWS_MAX),
+            ).fetchall()
+            if not spilled:
+                return
+            last = max(int(seq or 0) for (seq,) in spilled)
+            self.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
 
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
