@@ -36,7 +36,6 @@ from penstock_broker.store.batch import (
 from penstock_broker.store.finished import last_of, position
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from penstock_broker.store.soundness import (
-    THOROUGH_BYTES_MAX,
     Malformed,
     make_sound,
     quarantine,
@@ -162,6 +161,7 @@ class Database:
         try:
             self._rewrite_log()
             self.connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
+            self.connection.set_wal_hook(self._on_wal)
             try:
                 self._open(epoch_started_at)
             except BaseException:
@@ -172,7 +172,6 @@ class Database:
             self.release_lock()
             self._explain(error)
             raise
-        self.connection.set_wal_hook(self._on_wal)
 
     # -- opening and closing
 
@@ -276,8 +275,7 @@ class Database:
         strikes = path.stat().st_size if path.exists() else 0
         if strikes > 1:
             raise Malformed(self.path, "it was found damaged again, though it looked sound at the start")
-        size = self.path.stat().st_size if self.path.exists() else 0
-        make_sound(self.connection, self.path, now, thorough=strikes > 0 or size <= THOROUGH_BYTES_MAX)
+        make_sound(self.connection, self.path, now, suspect=strikes > 0)
 
     def suspect(self, why: str) -> Malformed:
         """The error with which to stop; the next start looks at all of the database."""
@@ -334,7 +332,8 @@ class Database:
             if not spilled:
                 return
             last = max(int(seq or 0) for (seq,) in spilled)
-            self.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            if self._wal_bytes > self.checkpoint_bytes:
+                self._checkpoint()
 
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
@@ -426,8 +425,8 @@ class Database:
         """Raise what an error of SQLite means for the broker; return if it is none of these."""
         if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
             raise self.suspect(str(error)) from error
-        if isinstance(error, apsw.ConstraintError):
-            raise self.suspect(f"a row became impossible ({error})") from error
+        if isinstance(error, (apsw.ConstraintError, ValueError)):
+            raise self.suspect(f"a row is impossible ({error})") from error
         if getattr(error, "extendedresult", 0) in _FAILED_SYNCS:
             self._broken = True
             raise FatalError(
