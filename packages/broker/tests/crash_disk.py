@@ -17,6 +17,7 @@ real one, so ``path`` lies in a real folder. Use one disk for each broker.
   Both make every open file dead: its calls fail with an I/O error.
 - ``before``: called with a ``Call`` before every I/O call. It may raise ``io_error(call)`` or ``disk_full()``
   (see ``Failing``), sleep (a slow disk), or crash the disk.
+  A sync that fails also forgets what it should have written, as Linux does: see ``Forget``.
 - ``capacity``: bytes that fit, of all files together; a write beyond it is cut there and fails as full.
 - ``lies``: a sync reports success and makes nothing durable.
 - ``CrashDisk(journal=True)`` keeps every change, and ``mark(thing)`` puts a word of the test's between
@@ -83,7 +84,14 @@ class Mark(NamedTuple):
     thing: object
 
 
-Change = Write | Truncate | Sync | Create | Delete
+class Forget(NamedTuple):
+    """A sync failed, and the kernel takes what it could not write for written: programs see it, as long as
+    the machine runs, but it is not on the disk and will not be."""
+
+    inode: int
+
+
+Change = Write | Truncate | Sync | Create | Delete | Forget
 Entry = Change | Mark
 
 
@@ -164,6 +172,8 @@ class Contents:
                 if inode not in self.durable_names.values():
                     # SQLite's own VFS syncs the folder with the first sync of a file it made.
                     self.durable_names = dict(self.names)
+            case Forget(inode):
+                self.inodes[inode].pending.clear()
             case Create(inode, path):
                 self.inodes[inode] = Inode()
                 self.names[path] = inode
@@ -248,9 +258,10 @@ class CrashPoint(NamedTuple):
     marks: list[object]
 
 
-def crash_points(journal: Iterable[Entry]) -> Iterator[CrashPoint]:
-    """The disk after each change; the contents and marks are those of the moment, until the next is taken."""
-    contents, marks = Contents(), []
+def crash_points(journal: Iterable[Entry], files: Mapping[str, bytes] | None = None) -> Iterator[CrashPoint]:
+    """The disk after each change; the contents and marks are those of the moment, until the next is taken.
+    ``files``: what was on it from the beginning."""
+    contents, marks = Contents(files), []
     number = 0
     for entry in journal:
         if isinstance(entry, Mark):
@@ -291,16 +302,13 @@ class CrashDisk(apsw.VFS):
             self.journal.append(Mark(thing))
 
     def kill(self) -> None:
-        """The process dies; what it wrote stays."""
-        self._crash(self.contents.files())
+        """The process dies; what it wrote stays, as durable as it was."""
+        self.life += 1
 
     def power_cut(self, rng: random.Random, how: str = "torn") -> None:
         """The machine dies."""
-        self._crash(self.contents.image(rng, how))
-
-    def _crash(self, files: Mapping[str, bytes]) -> None:
         self.life += 1
-        self.contents = Contents(files)
+        self.contents = Contents(self.contents.image(rng, how))
 
     def call(self, kind: str, path: str) -> None:
         """About to happen."""
@@ -376,7 +384,12 @@ class OpenFile:
         self._disk.change(Truncate(self._inode, newsize))
 
     def xSync(self, flags):  # noqa: N802
-        self._call("sync")
+        try:
+            self._call("sync")
+        except apsw.IOError:
+            if self._life == self._disk.life:
+                self._disk.change(Forget(self._inode))
+            raise
         if not self._disk.lies:
             self._disk.change(Sync(self._inode))
 

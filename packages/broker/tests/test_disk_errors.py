@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from crash_disk import Call, CrashDisk, Failing, Mark, abandon, disk_full, io_error
-from crash_workload import CHECKPOINT_BYTES, LIMITS, Promises, Workload
+from crash_workload import CHECKPOINT_BYTES, LIMITS, TOPIC, Promises, Workload
 from store_helpers import ManualClock, activation, open_store, settle_down
 
 from penstock_broker.errors import FatalError
@@ -185,3 +185,25 @@ async def insert(store, rows):
     stored = store.insert(rows)
     await settle_down(store)
     await stored
+
+
+@pytest.mark.parametrize("seed", range(SEEDS or 1))
+async def test_after_a_failed_sync_a_restart_believes_nothing_that_only_the_cache_holds(
+    tmp_path: Path, seed: int
+) -> None:
+    """The kernel shows what it could not write to the next process, too; a power cut then shows the disk."""
+    path = tmp_path / "store.sqlite"
+    for at in range(0, await calls_of(path, seed, ("sync",)), max(1, STRIDE // 4)):
+        life = Life(path, seed)
+        life.disk.before = Failing(("sync",), at)
+        with pytest.raises(FatalError, match="fsync failed"):
+            await life.workload.run(STEPS)
+        life.disk.before = lambda call: None
+        life.disk.kill()
+        abandon(life.store.database)
+        with life.disk.mounted():
+            life.store = open_store(path, life.clock, LIMITS)
+        again = Workload(life.store, life.clock, life.disk, random.Random(seed + 1))
+        again.ids, again.offset = 10_000, max(0, life.store.source(TOPIC, 0).next)
+        await again.run(10)
+        await life.check()

@@ -36,7 +36,6 @@ from penstock_broker.store.batch import (
 from penstock_broker.store.finished import last_of, position
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from penstock_broker.store.soundness import (
-    THOROUGH_BYTES_MAX,
     Malformed,
     make_sound,
     quarantine,
@@ -58,6 +57,10 @@ PAGE_BYTES = 4096
 VFS = "unix-excl"
 DUE_ROWS_MAX = 2000
 
+SPILL_ROWS_MAX = 10_000
+# SQLite's VFS takes no more in one call.
+REWRITE_BYTES = 64 * 1024
+_OPEN_LOG = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_WAL
 _FAILED_SYNCS = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC)
 
 _INSERT_COLUMNS = (
@@ -156,7 +159,9 @@ class Database:
         # A broker that was killed has left it, and starting may need the space.
         reserve_of(self.path).unlink(missing_ok=True)
         try:
+            self._rewrite_log()
             self.connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
+            self.connection.set_wal_hook(self._on_wal)
             try:
                 self._open(epoch_started_at)
             except BaseException:
@@ -167,7 +172,6 @@ class Database:
             self.release_lock()
             self._explain(error)
             raise
-        self.connection.set_wal_hook(self._on_wal)
 
     # -- opening and closing
 
@@ -196,6 +200,24 @@ class Database:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
+
+    def _rewrite_log(self) -> None:
+        """Write what is left of a WAL once more, and sync it.
+
+        After a sync that failed, the kernel goes on showing what it could not write, and takes it for
+        written: SQLite would build on ticks that a power cut makes disappear, with all that follows.
+        """
+        try:
+            log_file = apsw.VFSFile(VFS, f"{self.path}-wal", [_OPEN_LOG, 0])
+        except (apsw.CantOpenError, apsw.IOError):
+            return  # there is none, or opening the database tells
+        try:
+            size = log_file.xFileSize()
+            for at in range(0, size, REWRITE_BYTES):
+                log_file.xWrite(log_file.xRead(min(REWRITE_BYTES, size - at), at), at)
+            log_file.xSync(apsw.SQLITE_SYNC_FULL)
+        finally:
+            log_file.xClose()
 
     def _open(self, started_at: int) -> None:
         connection = self.connection
@@ -253,8 +275,7 @@ class Database:
         strikes = path.stat().st_size if path.exists() else 0
         if strikes > 1:
             raise Malformed(self.path, "it was found damaged again, though it looked sound at the start")
-        size = self.path.stat().st_size if self.path.exists() else 0
-        make_sound(self.connection, self.path, now, thorough=strikes > 0 or size <= THOROUGH_BYTES_MAX)
+        make_sound(self.connection, self.path, now, suspect=strikes > 0)
 
     def suspect(self, why: str) -> Malformed:
         """The error with which to stop; the next start looks at all of the database."""
@@ -294,10 +315,25 @@ class Database:
             epoch = (c.execute("SELECT max(epoch) FROM boot").get or 0) + 1
             c.execute("INSERT INTO boot VALUES (?, ?, ?)", (epoch, secrets.randbits(32), started_at))
             c.execute("DELETE FROM boot WHERE epoch < ?", (epoch - 1000,))
-            # The index in memory starts empty: every pending row is paged in, in order.
-            c.execute("UPDATE activation SET spilled = 1 WHERE status = 1 AND spilled = 0")
+        self._spill_all()
         store_id = c.execute("SELECT value FROM meta WHERE key = 'store_id'").get
         return store_id, epoch, dict(c.execute("SELECT epoch, nonce FROM boot"))
+
+    def _spill_all(self) -> None:
+        """The index in memory starts empty: every pending row is paged in, in order. In parts, so that the
+        WAL stays short."""
+        last = -1
+        while True:
+            spilled = self.connection.execute(
+                "UPDATE activation SET spilled = 1 WHERE seq IN (SELECT seq FROM activation"
+                " WHERE seq > ? AND status = 1 AND spilled = 0 ORDER BY seq LIMIT ?) RETURNING seq",
+                (last, SPILL_ROWS_MAX),
+            ).fetchall()
+            if not spilled:
+                return
+            last = max(int(seq or 0) for (seq,) in spilled)
+            if self._wal_bytes > self.checkpoint_bytes:
+                self._checkpoint()
 
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
@@ -389,8 +425,8 @@ class Database:
         """Raise what an error of SQLite means for the broker; return if it is none of these."""
         if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
             raise self.suspect(str(error)) from error
-        if isinstance(error, apsw.ConstraintError):
-            raise self.suspect(f"a row became impossible ({error})") from error
+        if isinstance(error, (apsw.ConstraintError, ValueError)):
+            raise self.suspect(f"a row is impossible ({error})") from error
         if getattr(error, "extendedresult", 0) in _FAILED_SYNCS:
             self._broken = True
             raise FatalError(
@@ -631,6 +667,12 @@ class Database:
             return []
         rows = {r.seq: r for r in self.load_sound("a.seq IN carray(?)", (apsw.carray(array("q", seqs)),))}
         return [rows[seq] for seq in seqs if seq in rows]
+
+    def load_claimed(self, seqs: Sequence[int]) -> list[Activation]:
+        """Rows that are handed out once more, with their bodies; not those that are damaged."""
+        sql = f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE a.seq IN carray(?)"
+        records = self.connection.execute(sql, (apsw.carray(array("q", seqs)),)) if seqs else ()
+        return [row for record in records if checksum(row := _load(record)) == record[_CHECKSUM_AT]]
 
     def quarantined(self) -> int:
         return int(self.connection.execute("SELECT count(*) FROM quarantine").get)

@@ -355,7 +355,7 @@ class Inflight:
 
     async def claimed_again(self, claims: Sequence[tuple[int, int]]) -> list[Activation]:
         """Those of earlier (seq, claim) that are still held, with their bodies once more."""
-        bodies = await self.read(lambda database: database.load([seq for seq, _ in claims]))
+        bodies = await self.read(lambda database: database.load_claimed([seq for seq, _ in claims]))
         rows = []
         for loaded in bodies:
             row = self.memory.resident.get(loaded.seq)

@@ -56,27 +56,31 @@ def schema_digest(connection: apsw.Connection) -> int:
     return zlib.crc32(repr(texts).encode())
 
 
-def make_sound(connection: apsw.Connection, path: Path, now: int, *, thorough: bool) -> None:
+def make_sound(connection: apsw.Connection, path: Path, now: int, *, suspect: bool) -> None:
     """Check everything, mend what can be (indexes), and set rows aside that cannot be right.
 
-    Raises Malformed.
+    ``suspect``: it was found damaged while a broker ran. Raises Malformed.
     """
     try:
-        _make_sound(connection, path, now, thorough)
+        _make_sound(connection, path, now, suspect)
     except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError) as error:
         raise Malformed(path, str(error)) from error
 
 
-def _make_sound(connection: apsw.Connection, path: Path, now: int, thorough: bool) -> None:
+def _make_sound(connection: apsw.Connection, path: Path, now: int, suspect: bool) -> None:
+    size = connection.pragma("page_count") * connection.pragma("page_size")
+    thorough = suspect or size <= THOROUGH_BYTES_MAX
     known = connection.execute("SELECT value FROM meta WHERE key = 'schema_digest'").get
     if known is not None and known != schema_digest(connection):
         raise Malformed(path, "its schema was changed")
     if (connection.execute("SELECT max(epoch) FROM boot").get or 0) >= EPOCH_MAX:
         raise Malformed(path, "the number of its starts is impossible")
     problems = _problems(connection, thorough)
+    if beyond := [text for text in problems if " index " not in text and " in activation" not in text]:
+        raise Malformed(path, beyond[0])
     sound = _SOUND if not problems else f"{_SOUND} AND {_TYPED}"
     wrong = [s for (s,) in connection.execute(f"SELECT seq FROM activation WHERE ({sound}) IS NOT TRUE")]
-    wrong += [seq for seq in _not_text(connection) if seq not in wrong]
+    wrong += [seq for seq in _not_text(connection, suspect) if seq not in wrong]
     with connection:
         quarantine(connection, wrong, "a column is impossible", now)
         if wrong or problems:
@@ -89,16 +93,18 @@ def _make_sound(connection: apsw.Connection, path: Path, now: int, thorough: boo
     log.warning("its indexes were made anew, and it is sound again", database=str(path))
 
 
-def _not_text(connection: apsw.Connection) -> list[int]:
-    """Rows with a text that is not UTF-8."""
+def _not_text(connection: apsw.Connection, suspect: bool) -> list[int]:
+    """Rows with a text that is not UTF-8, among the texts that are read of many rows at once."""
     for names in ("SELECT application, namespace FROM pair", "SELECT topic, topic_id, owners FROM source"):
         connection.execute(names).fetchall()
-    columns = ("id", "taskname", "reason", "error")
     try:
-        for _ in connection.execute(f"SELECT {', '.join(columns)} FROM activation"):
+        for _ in connection.execute("SELECT id, reason FROM activation"):
+            pass
+        others = f"SELECT taskname, error FROM activation WHERE status = 3 OR {suspect:d}"
+        for _ in connection.execute(others):
             pass
     except UnicodeDecodeError:
-        as_bytes = ", ".join(f"CAST({name} AS BLOB)" for name in columns)
+        as_bytes = ", ".join(f"CAST({name} AS BLOB)" for name in ("id", "reason", "taskname", "error"))
         rows = connection.execute(f"SELECT seq, {as_bytes} FROM activation")
         return [seq for seq, *texts in rows if not all(map(_is_text, texts))]
     return []
@@ -142,7 +148,8 @@ def quarantine(connection: apsw.Connection, seqs: Sequence[int], why: str, now: 
         )
         connection.execute("DELETE FROM activation WHERE seq = ?", (seq,))
         connection.execute("DELETE FROM payload WHERE seq = ?", (seq,))
-        (kept,) = connection.execute("SELECT id, taskname FROM quarantine WHERE seq = ?", (seq,)).fetchall()
+        found = connection.execute("SELECT id, taskname FROM quarantine WHERE seq = ?", (seq,)).fetchall()
+        kept = found[0] if found else (b"", b"")
         id, taskname = (str(value or b"", "utf-8", "replace") for value in kept)  # type: ignore[arg-type]
         log.error(
             "a task is damaged on disk: it is kept aside (table quarantine), and will not run",
