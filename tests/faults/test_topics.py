@@ -36,6 +36,7 @@ def test_partitions_are_added(kafka_pool: Pool) -> None:
     kafka_pool.await_empty(broker)
 
 
+@pytest.mark.xfail(reason="not met, see B8 in docs/faults.md", raises=AssertionError, strict=True)
 @pytest.mark.timeout(180)
 def test_a_topic_is_deleted_and_made_anew(kafka_pool: Pool) -> None:
     """The same offsets are other tasks now: they are new."""
@@ -52,7 +53,7 @@ def test_a_topic_is_deleted_and_made_anew(kafka_pool: Pool) -> None:
     kafka_pool.create_topic(1)
     app = kafka_pool.app()
     after = [app.tasks["noop"].delay().wait(60).id for _ in range(300)]
-    assert set(kafka_pool.await_all([*before, *after], 120).values()) == {1}
+    assert set(kafka_pool.await_all([*before, *after], 60).values()) == {1}
     kafka_pool.await_empty(broker)
 
 
