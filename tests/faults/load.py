@@ -1,8 +1,13 @@
-"""Tasks sent, run and reported all the time while faults happen; and how each of them must have ended."""
+"""Tasks sent, run and reported all the time while faults happen; and how each of them must have ended.
+
+``python -m tests.faults.load ADDRESS NAMESPACE`` sends a thousand a second to a broker, until killed.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -116,9 +121,9 @@ class Load:
         return [*self.brokers, *self.workers]
 
 
-def fill(broker: Broker, rows: int, *, namespace: str = "raw", payload: bytes = b"") -> None:
+def fill(address: str, rows: int, *, namespace: str = "raw", payload: bytes = b"") -> None:
     """Put pending activations into a broker, as fast as it takes them."""
-    with grpc.insecure_channel(broker.address) as channel:
+    with grpc.insecure_channel(address) as channel:
         send = channel.unary_unary(
             "/penstock.v1.ProducerService/SendTasks",
             request_serializer=producer_pb2.SendTasksRequest.SerializeToString,
@@ -133,3 +138,9 @@ def fill(broker: Broker, rows: int, *, namespace: str = "raw", payload: bytes = 
                 one.received_at.GetCurrentTime()
                 request.activations.append(one)
             send(request, timeout=60)
+
+
+if __name__ == "__main__":
+    while True:
+        fill(sys.argv[1], 50, namespace=sys.argv[2])
+        time.sleep(0.05)

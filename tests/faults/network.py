@@ -40,6 +40,8 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        # Closing alone leaves it listening for the thread that waits in accept.
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.heal()
         self.reset()

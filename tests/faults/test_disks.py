@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -111,22 +112,32 @@ def test_a_slow_disk_costs_no_lease(
 
 @pytest.mark.timeout(300)
 def test_a_full_disk(kafka_pool: Pool, tmp_path: Path, figure: Figure) -> None:
-    """Not before there is room does it go on, and then by itself; nothing is lost."""
+    """The intake pauses before; what is stored is run and reported; with room it goes on by itself."""
     kafka_pool.create_topic(2)
-    with small_disk(tmp_path, "24m") as path:
+    with small_disk(tmp_path, "512m") as path:
         broker = kafka_pool.broker(DB_PATH=str(path / "broker.sqlite"))
-        load = Load(kafka_pool, [broker], per_second=100)
+        load = Load(kafka_pool, [broker], per_second=200)
         ballast = path / "ballast"
-        room = os.statvfs(path)
-        with ballast.open("wb") as file:
-            file.write(b"x" * (room.f_bavail * room.f_frsize - 65_536))
-        kafka_pool_app = kafka_pool.app()
-        ids = [
-            kafka_pool_app.tasks["noop"].options(headers={"x": "y" * 2000}).delay().id for _ in range(2_000)
-        ]
-        time.sleep(8)
-        print(broker.running, {k: v for k, v in broker.metrics().items() if "intake" in k or "disk" in k})
+
+        def state() -> list[str]:
+            """The intake's state and why, of the metrics."""
+            return [
+                name
+                for name, value in broker.metrics().items()
+                if name.startswith("penstock_intake_state{") and value
+            ]
+
+        with contextlib.suppress(OSError), ballast.open("wb") as file:
+            while True:  # to the last byte
+                file.write(bytes(1 << 20))
+        eventually("the intake pauses", lambda: any("state=paused" in name for name in state()))
+        paused = state()
+        eventually("what is stored is done", lambda: broker.held() == 0)
+        done = load.done()
+        assert broker.is_serving()
         ballast.unlink()
-        load.await_more()
-        figure(load.finish())
+        load.await_more(1_000)
+        assert not any("state=paused" in name for name in state())
+        figure(f"{paused} at {done} tasks done; {load.finish()}")
         broker.kill()
+    assert load.twice <= 2 * HELD_MAX

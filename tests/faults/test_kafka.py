@@ -6,6 +6,7 @@ import random
 import time
 
 import pytest
+from confluent_kafka import Consumer
 
 from tests.e2e.harness import Pool, eventually
 from tests.faults.conftest import Figure
@@ -97,3 +98,32 @@ def test_brokers_join_and_leave_again_and_again(
             broker.start()
     figure(f"{moves}; {load.finish()}")
     assert load.twice <= sum(moves.values()) * 2 * HELD_MAX
+
+
+@pytest.mark.timeout(180)
+def test_a_broker_that_kafka_takes_for_another_joins_again(kafka_pool: Pool, figure: Figure) -> None:
+    """Somebody joins its group by its name, for a moment. Kafka itself can do so after an outage."""
+    kafka_pool.create_topic(4)
+    brokers = [kafka_pool.broker(f"broker-{n}", LEASE_SECONDS="3") for n in range(2)]
+    load = Load(kafka_pool, brokers)
+    impostor = Consumer(
+        {
+            "bootstrap.servers": kafka_pool.kafka or "",
+            "group.id": f"penstock-{kafka_pool.topic}",
+            "group.instance.id": brokers[0].environment["TASKBROKER_BROKER_ID"],
+            "partition.assignment.strategy": "cooperative-sticky",
+            "session.timeout.ms": 6_000,
+        }
+    )
+    impostor.subscribe([kafka_pool.topic])
+    eventually("it has the partitions", lambda: impostor.poll(0.1) or impostor.assignment())
+    eventually("the broker is fenced", lambda: "it joins again" in brokers[0].text())
+    impostor.close()
+    begun = time.monotonic()
+    eventually(
+        "both consume",
+        lambda: all(broker.metrics()["penstock_kafka_partitions"] > 0 for broker in brokers),
+    )
+    load.await_more(1_000)
+    figure(f"it has partitions again {time.monotonic() - begun:.1f} s later; {load.finish()}")
+    assert load.twice <= 4 * HELD_MAX

@@ -38,7 +38,7 @@ def test_a_broker_with_100_000_rows_serves_again(
 ) -> None:
     rows = 10_000 if request.config.getoption("--short") else 100_000
     broker = direct_pool.broker()
-    fill(broker, rows)
+    fill(broker.address, rows)
     broker.kill()
     begun = time.monotonic()
     broker.start()

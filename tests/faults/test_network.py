@@ -86,11 +86,9 @@ def test_partitions_delays_and_resets(
 ) -> None:
     """Through a proxy that swallows everything, is slow, or cuts all connections at any byte."""
     kafka_pool.create_topic(6)
-    settings = {"LEASE_SECONDS": "5"}
-    if where == "kafka":
-        settings["KAFKA_CLUSTER"] = f"127.0.0.1:{own_kafka.before_port}"
+    kafka = f"127.0.0.1:{own_kafka.before_port}" if where == "kafka" else own_kafka.address
     with proxy(own_kafka.behind_port, own_kafka.before_port) as to_kafka:
-        broker = kafka_pool.broker("behind", **settings)
+        broker = kafka_pool.broker("behind", LEASE_SECONDS="5", KAFKA_CLUSTER=kafka)
         other = kafka_pool.broker("other", LEASE_SECONDS="5")
         with proxy(broker.port) as to_broker:
             addresses = [to_broker.address if where == "workers" else broker.address, other.address]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from store_helpers import ManualClock, activation, open_store, settle_down
 
 from penstock_broker.dispatch.service import Consumers
@@ -86,3 +87,31 @@ async def test_a_report_whose_tick_comes_after_the_drop_is_refused(tmp_path: Pat
     store.drop_uncovered(source, 0)
     await settle_calls(store)
     assert await answers(call) == STALE
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_refused_task_runs_again_where_its_partition_comes_back(
+    tmp_path: Path, restarted: bool
+) -> None:
+    store, source, request = await claimed(tmp_path)
+    call = send(store, request)
+    await settle_calls(store)
+    store.drop_uncovered(source, 0)
+    await settle_calls(store)
+    assert await answers(call) == STALE
+    if restarted:
+        store.database.close()
+        store = open_store(tmp_path / "store.sqlite", ManualClock())
+        source = store.source("tasks", 0)
+    rows = [activation(str(n), store.clock, source=source.id, offset=n) for n in range(ROWS)]
+    store.insert(rows, {source.id: ROWS})
+    store.cover(source, ROWS)
+    await settle_down(store)
+    again = store.claim(None, (), ROWS, BYTES)
+    assert [row.id for row in again] == ["0", "1", "2"]
+    late = send(store, request)
+    await settle_calls(store)
+    assert await answers(late) == STALE
+    done = send(store, report(store, again))
+    await settle_calls(store)
+    assert await answers(done) == [consumer_pb2.OUTCOME_ANSWER_APPLIED] * ROWS

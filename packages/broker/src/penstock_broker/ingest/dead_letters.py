@@ -50,8 +50,7 @@ def letter(row: Activation, source: Source | None, topic: str, trimmed: bool = F
         headers |= {
             "penstock-error-type": error.get("type", "")[:ERROR_TYPE_CHARS_MAX],
             "penstock-error-message": error.get("message", "")[:ERROR_MESSAGE_CHARS_MAX],
-            # Its end says where it happened.
-            "penstock-error-traceback": error.get("traceback", "")[-TRACEBACK_CHARS_MAX:],
+            "penstock-error-traceback": _both_ends(error.get("traceback", "")),
             "penstock-received-at": _time(row.received_at),
             # A row that is on its way out was ready to leave when it died.
             "penstock-dead-at": _time(row.ready_at),
@@ -60,6 +59,14 @@ def letter(row: Activation, source: Source | None, topic: str, trimmed: bool = F
         (name, str(value).encode("utf-8", "replace")) for name, value in headers.items()
     ]
     return Letter(topic, row.id, row.body or b"", encoded)
+
+
+def _both_ends(stack: str) -> str:
+    """Where it happened is at the end of a traceback, and at the beginning of a crashed child's stack."""
+    if len(stack) <= TRACEBACK_CHARS_MAX:
+        return stack
+    half = TRACEBACK_CHARS_MAX // 2
+    return f"{stack[:half]}\n...\n{stack[-half:]}"
 
 
 def _time(at: int) -> str:

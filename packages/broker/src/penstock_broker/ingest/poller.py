@@ -37,6 +37,13 @@ CHORES_EVERY_MS = 1000
 COMMIT_LAST_MS_MAX = 3000
 # Rows of partitions that were never assigned to us since the start are looked into after this.
 SETTLE_MS_MAX = 20_000
+# Fenced once, Kafka may have mixed up what it knew of this broker before it was away; fenced twice within
+# this, there is another broker of the same id.
+FENCED_AGAIN_MS = 60_000
+
+
+class _Fenced(Exception):
+    """The group knows another member by this broker's id: this client cannot go on."""
 
 
 class Poller:
@@ -60,6 +67,10 @@ class Poller:
         self._outside: set[int] = set()
         # Written by the event loop, taken here.
         self._to_commit: Sequence[Position] | None = None
+        # A commit is on its way.
+        self._unanswered = False
+        # The client can only be closed: what it says of partitions is of no interest any more.
+        self._fenced = False
         self._assigned_once = False
         self._chores_at = 0
         self._settle_at = clock.mono_ms() + SETTLE_MS_MAX
@@ -71,19 +82,47 @@ class Poller:
     def run(self, loop: EventLoop, stopping: threading.Event) -> None:
         """Consume until ``stopping``. Raises FatalError, KafkaException, StoreStopped."""
         self._loop, self._stopping = loop, stopping
+        fenced_at: int | None = None
+        while not stopping.is_set():
+            try:
+                self._consume()
+            except _Fenced as fenced:
+                now = self._clock.mono_ms()
+                if fenced_at is not None and now - fenced_at < FENCED_AGAIN_MS:
+                    raise self._second_broker() from None
+                fenced_at = now
+                log.warning(
+                    "Kafka takes this broker for another member of its group; it joins again",
+                    topic=self.topic,
+                    error=str(fenced),
+                )
+
+    def _consume(self) -> None:
+        """With one client, until stopping or fenced."""
         consumer = Consumer(
             consumer_config(self._settings, self._on_error, self._on_commit, self._on_statistics)
         )
         consumer.subscribe(
             [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
+        self._fenced = False
         try:
-            while not stopping.is_set():
+            while not self._stopping.is_set():
                 self._turn(consumer)
             self._commit_last(consumer)
+        except _Fenced:
+            self._fenced = True
+            lost = sorted({*self.tracks, *self._unbegun})
+            self._forget(lost)
+            self._loop.tell(self._lose, lost)
+            raise
         finally:
-            stopping.set()
+            if not self._fenced:
+                self._stopping.set()
             consumer.close()
+            if self._unanswered:
+                self._unanswered = False
+                self._loop.tell(self._intake.commit_done, [])
 
     def _turn(self, consumer: Consumer) -> None:
         allowance = self._intake.gate.allowance()
@@ -113,6 +152,7 @@ class Poller:
         self._to_commit = None
         try:
             consumer.commit(offsets=self._topic_partitions(positions), asynchronous=True)
+            self._unanswered = True
         except KafkaException as error:
             answers = [(p.partition, p.offset, str(error)) for p in positions]
             self._loop.tell(self._intake.commit_done, answers)
@@ -158,7 +198,7 @@ class Poller:
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._assigned_once = True
         self._set_connected(True)
-        if self._stopping.is_set():
+        if self._fenced or self._stopping.is_set():
             return
         numbers = sorted(p.partition for p in partitions)
         if not numbers:
@@ -214,7 +254,7 @@ class Poller:
         return low, high
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        if self._stopping.is_set():
+        if self._fenced or self._stopping.is_set():
             return
         numbers = [p.partition for p in partitions]
         self._forget(numbers)
@@ -242,7 +282,7 @@ class Poller:
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [p.partition for p in partitions]
         self._forget(numbers)
-        if not self._stopping.is_set():
+        if not (self._fenced or self._stopping.is_set()):
             log.warning("partitions lost: another broker may read them", topic=self.topic, partitions=numbers)
             self._loop.tell(self._lose, numbers)
 
@@ -261,7 +301,7 @@ class Poller:
         if error.code() == KafkaError._AUTO_OFFSET_RESET and partition is not None:
             self._outside.add(partition)
             self._chores_at = 0
-        elif error.fatal():
+        elif _is_fatal(error):
             self._on_error(error)
         else:
             log.warning("Kafka reports an error", topic=self.topic, partition=partition, error=error.str())
@@ -276,18 +316,22 @@ class Poller:
         self._read_anew(consumer, self._loop.ask(self._intake.begin_inside(found)))
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.fatal() or error.code() == KafkaError._FATAL:
+        if _is_fatal(error):
             if error.code() == KafkaError.FENCED_INSTANCE_ID or "fenced" in error.str().lower():
-                raise FatalError(
-                    f"another broker with the id {self._settings.broker_id!r} has joined the consumer group"
-                    f" {self._settings.kafka_consumer_group!r}",
-                    "each broker needs its own broker_id (TASKBROKER_BROKER_ID) and its own database",
-                )
+                raise _Fenced(error.str())
             raise FatalError(f"the Kafka client cannot go on: {error.str()}", RESTART)
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._set_connected(False)
 
+    def _second_broker(self) -> FatalError:
+        return FatalError(
+            f"another broker with the id {self._settings.broker_id!r} has joined the consumer group"
+            f" {self._settings.kafka_consumer_group!r}",
+            "each broker needs its own broker_id (TASKBROKER_BROKER_ID) and its own database",
+        )
+
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        self._unanswered = False
         self._loop.tell(
             self._intake.commit_done,
             [
@@ -334,3 +378,8 @@ class Poller:
         while self._intake.committing and self._clock.mono_ms() < until:
             self._commit(consumer)
             consumer.poll(POLL_BUSY_SECONDS)
+
+
+def _is_fatal(error: KafkaError) -> bool:
+    """Whether the client cannot go on. One that is read as a message says so by its code only."""
+    return bool(error.fatal()) or error.code() in (KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID)

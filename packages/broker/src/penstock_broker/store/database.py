@@ -748,7 +748,7 @@ class Database:
 
     def finished(self) -> Iterator[tuple[int, bytes]]:
         """(time, packed entries), oldest first."""
-        return iter(self.connection.execute("SELECT at, entries FROM finished ORDER BY at"))
+        return iter(self.connection.execute("SELECT at, entries FROM finished ORDER BY at, rowid"))
 
     def forget_finished(self, before: int) -> None:
         self.connection.execute("DELETE FROM finished WHERE at < ?", (before,))

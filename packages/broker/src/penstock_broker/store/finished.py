@@ -47,6 +47,10 @@ def place(source: int, offset: int) -> int:
     return source << OFFSET_BITS | offset
 
 
+# Beside an id hash: what is remembered of it is void. Less than every position.
+VOID = -(1 << 63)
+
+
 def position(source: int, offset: int) -> int:
     """A place in a log, as a negative integer: beside an id hash, that it left before it was covered."""
     return -1 - place(source, offset)
@@ -92,6 +96,11 @@ class Finished:
     def add(self, now: int, id_hash: int, value: int) -> None:
         self._bucket(now)[id_hash] = value
 
+    def discard(self, id_hash: int) -> None:
+        """It did not leave after all: the log brings it back."""
+        for _, entries in self._buckets:
+            entries.pop(id_hash, None)
+
     def load(self, now: int, entries: Iterable[tuple[int, bytes]]) -> list[tuple[int, int]]:
         """Fill from stored (time, packed pairs), oldest first. The (id hash, position) among them."""
         positions: list[tuple[int, int]] = []
@@ -99,8 +108,17 @@ class Finished:
             if at > now - self.window_ms:
                 flat = array("q", packed)
                 pairs = list(zip(flat[::2], flat[1::2], strict=True))
-                positions += [pair for pair in pairs if pair[1] < 0]
-                self._bucket(at).update(pair for pair in pairs if pair[1] >= 0)
+                voids = [n for n, (_, value) in enumerate(pairs) if value == VOID]
+                begin = 0
+                for end in [*voids, len(pairs)]:
+                    part = pairs[begin:end]
+                    positions += [pair for pair in part if pair[1] < 0]
+                    self._bucket(at).update(pair for pair in part if pair[1] >= 0)
+                    if end < len(pairs):
+                        void, _ = pairs[end]
+                        self.discard(void)
+                        positions = [pair for pair in positions if pair[0] != void]
+                    begin = end + 1
         return positions
 
     def _bucket(self, now: int) -> dict[int, int]:

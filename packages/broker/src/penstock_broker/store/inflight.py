@@ -30,7 +30,7 @@ from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, repeated
 from penstock_broker.store.control import Control
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import is_report, last_of, place
+from penstock_broker.store.finished import VOID, is_report, last_of, place
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.memory import Memory
@@ -595,7 +595,8 @@ class Inflight:
         self.memory.work.set()
 
     def drop_uncovered(self, source: Source, boundary: int) -> asyncio.Future[int]:
-        """Uncovered rows at or above ``boundary`` are read again by another broker: forget them here.
+        """Uncovered rows at or above ``boundary`` are read again, by another broker or by this one should
+        the partition come back: forget them here.
 
         Resolves to how many were dropped; reports on them are STALE.
         """
@@ -610,6 +611,9 @@ class Inflight:
                 seqs.append(seq)
             elif seq in memory.forwarding:
                 seqs.append(seq)
+            else:  # gone, but nobody was told: if the log brings it back here, it is new
+                memory.finished.discard(id_hash)
+                memory.batch.finished.extend((id_hash, VOID))
             memory.forwarding.discard(seq)
         queued = self._drop_queued(source, boundary)
         in_memory = {seq for seq in seqs if seq in memory.resident}
