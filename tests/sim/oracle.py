@@ -6,6 +6,7 @@ asks the broker's memory, except whether it equals the rows.
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -131,11 +132,18 @@ class Oracle:
         if writer.work_waits() or writer._writing is not None or writer.stopping:
             return
         machine.dirty = 0
-        self.counts["store checked"] += 1
+        self._compare(machine, broker)
+
+    def _compare(self, machine: BrokerMachine, broker: Broker) -> None:
         try:
-            self.pool.check_store(broker.store)
+            with machine.clock.at_latest():
+                if broker.store.writer.work_waits():
+                    return
+                self.counts["store checked"] += 1
+                self.pool.check_store(broker.store)
         except AssertionError as error:
-            self.fail("memory equals the rows", f"{machine.name}: {error}")
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            self.fail("memory equals the rows", f"{machine.name}: {error or frame.line} (line {frame.lineno})")
 
     # -- what reaches a broker
 
@@ -458,7 +466,7 @@ class Oracle:
             assert machine.broker is not None
             if difference := machine.broker.store.imbalance():
                 self.fail("the books balance", f"{machine.name}: {difference}")
-            self.pool.check_store(machine.broker.store)
+            self._compare(machine, machine.broker)
         if self.pool.quiet:
             self._settle_quiet()
 
