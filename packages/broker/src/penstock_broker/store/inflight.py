@@ -570,6 +570,7 @@ class Inflight:
             elif seq in memory.forwarding:
                 seqs.append(seq)
             memory.forwarding.discard(seq)
+        memory.dropping.update(seqs)
         queued = self._drop_queued(source, boundary)
         in_memory = {seq for seq in seqs if seq in memory.resident}
         for seq in in_memory:
@@ -582,6 +583,7 @@ class Inflight:
             database.delete(seqs, seqs)
 
         def account() -> None:
+            memory.dropping.difference_update(seqs)
             for row in rows:
                 memory.forget(row)
                 memory.batch.count(row.pair, "dropped")

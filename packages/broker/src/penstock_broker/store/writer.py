@@ -163,6 +163,8 @@ class Writer:
         """Reports on rows that memory took in since they arrived are decided here, against memory."""
         reports, batch.reports = batch.reports, []
         for report in reports:
+            if report.seq in self._memory.dropping:
+                continue
             row = self._memory.resident.get(report.seq)
             if row is None:
                 batch.reports.append(report)
