@@ -6,10 +6,13 @@ asks the broker's memory, except whether it equals the rows.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import DecodeError
 
 from penstock_broker.ingest.admission import position_id
 from penstock_broker.store.batch import Batch
@@ -20,6 +23,7 @@ from tests.sim.tasks import Claim, Task
 if TYPE_CHECKING:
     from penstock_broker.server import Broker
     from tests.sim.hub import Process
+    from tests.sim.kafka import Record
     from tests.sim.pool import Pool
 
 LEASE_SLACK_MS = 500
@@ -40,6 +44,11 @@ class Violated(Exception):
         self.promise = promise
 
 
+def _rests(broker: Broker) -> bool:
+    """Whether nothing is in the hands of those who send it on."""
+    return all(forwarder._idle.is_set() for forwarder in broker.ingest.forwarders)
+
+
 class Oracle:
     """Watches one pool."""
 
@@ -49,7 +58,7 @@ class Oracle:
         self.tasks: dict[str, Task] = {}
         self.by_body: dict[bytes, Task] = {}
         # Where a task is in the log.
-        self.positions: dict[tuple[int, int], Task] = {}
+        self.positions: dict[tuple[str, int, int], Task] = {}
         self.claims: dict[bytes, Claim] = {}
         self.violation: Violated | None = None
         self.counts: Counter[str] = Counter()
@@ -79,7 +88,7 @@ class Oracle:
 
     def watch(self, machine: BrokerMachine, broker: Broker) -> None:
         server: Any = broker.server
-        rows = self._rows.setdefault(machine.name, {})
+        rows = self._found(machine, broker)
         server.on_request = lambda path, client, request: self._on_request(machine, path, request)
         server.on_answer = lambda path, client, request, response: self._on_answer(
             machine, path, request, response
@@ -92,10 +101,25 @@ class Oracle:
 
         machine.disk.on_done = written
 
+    def _found(self, machine: BrokerMachine, broker: Broker) -> dict[int, Task]:
+        """The rows of a disk that a broker starts on. Its last tick may have been durable untold."""
+        before, rows = self._rows.get(machine.name, {}), {}
+        sql = "SELECT seq, coalesce(body, (SELECT body FROM payload p WHERE p.seq = a.seq)) FROM activation a"
+        for seq, body in broker.database.connection.execute(sql):
+            if (task := self.task_in(body)) is None:
+                self.fail("stored as it came", f"{machine.name} finds a row with bytes that nobody sent")
+            else:
+                rows[seq] = task
+        for seq, task in before.items():
+            if seq not in rows:
+                self._left(machine, task)
+        self._rows[machine.name] = rows
+        return rows
+
     def _on_written(self, machine: BrokerMachine, rows: dict[int, Task], batch: Batch) -> None:
         """A tick is durable."""
         for row in batch.rows:
-            task = self.by_body.get(row.body or b"")
+            task = self.task_in(row.body)
             if task is None:
                 self.fail("stored as it came", f"{machine.name} stored {row.id} with bytes that nobody sent")
                 return
@@ -108,7 +132,7 @@ class Oracle:
     def _left(self, machine: BrokerMachine, task: Task) -> None:
         """A row is gone: there must be a reason that the world knows."""
         task.left += 1
-        if not (task.ended or task.letters or self._has_expired(task, machine.clock.latest_ms())):
+        if not (task.ended or task.letters or task.passed_on or self._has_expired(task, machine.clock.latest_ms())):
             self.fail(
                 "at least once",
                 f"{task.id} left {machine.name} without an outcome, a dead letter or an expiry",
@@ -137,7 +161,7 @@ class Oracle:
     def _compare(self, machine: BrokerMachine, broker: Broker) -> None:
         try:
             with machine.clock.at_latest():
-                if broker.store.writer.work_waits():
+                if broker.store.writer.work_waits() or not _rests(broker):
                     return
                 self.counts["store checked"] += 1
                 self.pool.check_store(broker.store)
@@ -234,7 +258,7 @@ class Oracle:
             attempt=handed.attempt,
             request=request_id,
             touched_ms=machine.clock.mono_ms(),
-            rebalances=self.pool.kafka.group.rebalances,
+            rebalances=self.pool.kafka.rebalances(),
         )
         self.claims[claim.token] = task.claims[claim.token] = claim
 
@@ -369,7 +393,7 @@ class Oracle:
             claim.boot == machine.boots
             and claim.reported == {status}
             and machine.clock.mono_ms() < claim.touched_ms + self.pool.lease_ms
-            and claim.rebalances == self.pool.kafka.group.rebalances
+            and claim.rebalances == self.pool.kafka.rebalances()
             and not claim.task.v1
             and claim.task.sent_to == machine.name
         )
@@ -403,14 +427,37 @@ class Oracle:
 
     # -- Kafka
 
-    def on_commit(self, process: Process, partition: int, before: int, offset: int) -> None:
+    def on_append(self, topic: str, partition: int, offset: int, record: Record) -> None:
+        """Something is in the log: of the application, or of a broker that passes it on."""
+        if topic.endswith("-ledger"):
+            return
+        task = self.task_in(record.value)
+        if topic == self.pool.dead_letters:
+            self._on_letter(task, record)
+        elif task is None:
+            self.fail("what is passed on is what came", f"a record in {topic} has bytes that nobody sent")
+        else:
+            self.positions[topic, partition, offset] = task
+            if topic != self.pool.topic:
+                task.passed_on += 1
+                self.counts["overflowed"] += 1
+
+    def task_in(self, value: bytes | None) -> Task | None:
+        """The task of these bytes: its own, and what brokers appended."""
+        task = self.by_body.get(value or b"")
+        if task is None and value:
+            with contextlib.suppress(DecodeError):
+                task = self.tasks.get(activation_pb2.TaskActivation.FromString(value).id)
+        return task if task is not None and (value or b"").startswith(task.body) else None
+
+    def on_commit(self, process: Process, topic: str, partition: int, before: int, offset: int) -> None:
         """What the group has passed is read by nobody else."""
         if offset < before:
             self.fail("offsets", f"{process.name} moved partition {partition} back: {before} -> {offset}")
         held: set[str] = set().union(*(machine.ids() for machine in self.pool.brokers.values()))
         for at in range(before, offset):
-            task = self.positions[partition, at]
-            id = task.id if not task.poison else position_id(self.pool.topic, partition, at)
+            task = self.positions[topic, partition, at]
+            id = task.id if not task.poison else position_id(topic, partition, at)
             if id not in held and not task.left and not self._has_expired_by_now(task):
                 self.fail(
                     "no offset above what is durable",
@@ -421,9 +468,8 @@ class Oracle:
     def on_foreign_commit(self, process: Process, partition: int, offset: int) -> None:
         self.fail("offsets", f"{process.name} committed {offset} of partition {partition}, which is not its own")
 
-    def on_letter(self, value: bytes | None, headers: list[tuple[str, bytes]]) -> None:
-        task = self.by_body.get(value or b"")
-        reason = dict(headers)["penstock-reason"].decode()
+    def _on_letter(self, task: Task | None, record: Record) -> None:
+        reason = dict(record.headers)["penstock-reason"].decode()
         if task is None:
             self.fail("dead letters carry the original bytes", f"a letter ({reason}) has other bytes")
             return
@@ -439,8 +485,11 @@ class Oracle:
 
     def drained(self) -> bool:
         """Whether nothing is left to do."""
-        group, logs = self.pool.kafka.group, self.pool.kafka.topics[self.pool.topic]
-        committed = all(group.committed.get(p, (0, ""))[0] == len(log) for p, log in enumerate(logs))
+        committed = all(
+            group.committed.get(partition, (0, ""))[0] == len(log)
+            for group in self.pool.kafka.groups.values()
+            for partition, log in enumerate(self.pool.kafka.topics[group.topic])
+        )
         return committed and all(
             machine.alive and machine.broker is not None and machine.broker.store.memory.rows == 0
             for machine in self.pool.brokers.values()
@@ -453,9 +502,11 @@ class Oracle:
             store = machine.broker.store if machine.broker else None
             counts = {p: c for p, c in store.memory.counts.items() if any(c)} if store else "down"
             parts.append(f"{name}: {sorted(machine.ids())} {counts}")
-        committed = {p: c[0] for p, c in sorted(self.pool.kafka.group.committed.items())}
-        ends = [len(log) for log in self.pool.kafka.topics[self.pool.topic]]
-        return "; ".join(parts) + f"; committed {committed} of {ends}"
+        for group in self.pool.kafka.groups.values():
+            committed = {p: c[0] for p, c in sorted(group.committed.items())}
+            ends = [len(log) for log in self.pool.kafka.topics[group.topic]]
+            parts.append(f"{group.topic}: committed {committed} of {ends}")
+        return "; ".join(parts)
 
     def settle(self) -> None:
         """When all is drained: nothing was lost, and the books balance."""

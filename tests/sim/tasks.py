@@ -77,6 +77,8 @@ class Task:
     retry_at: dict[bytes, tuple[str, int, int]] = field(default_factory=dict)
     retry_delay_ms: int = 0
     letters: int = 0
+    # How often a broker sent it to where another one goes on with it.
+    passed_on: int = 0
     # How often a row of it is gone from a store.
     left: int = 0
     # Handed out to a client without tokens.
