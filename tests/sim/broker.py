@@ -111,8 +111,9 @@ class BrokerMachine:
         self.on_made: Callable[[BrokerMachine, Broker], None] = lambda machine, broker: None
         self.on_end: Callable[[BrokerMachine, BaseException | None], None] = lambda machine, error: None
         self._stopping: asyncio.Event | None = None
-        # Ids on the disk of a broker that is down.
+        # Ids on the disk of a broker that is down; and those of disks that it has lost.
         self.left: set[str] = set()
+        self.lost: set[str] = set()
         # Processes that crashed: nothing of them may be collected while others run.
         self._graves: list[object] = []
 
@@ -183,6 +184,14 @@ class BrokerMachine:
                 then()
 
         self.disk.crash_within(calls, down)
+
+    def lose_disk(self) -> None:
+        """The machine vanishes, and comes back with an empty disk."""
+        self.disk.files.kill()
+        self._down("LOSES ITS DISK")
+        self.lost |= self.left
+        self.left = set()
+        self.disk.files = CrashDisk()
 
     def _down(self, how: str) -> None:
         assert self.process is not None

@@ -28,6 +28,7 @@ class Faults:
             "broker crash": self.broker_crash,
             "power cut": self.power_cut,
             "power cut in a write": self.power_cut_in_a_write,
+            "disk lost": self.disk_lost,
             "broker restart": self.broker_restart,
             "broker stopped": self.broker_stopped,
             "event loop blocked": self.loop_blocked,
@@ -90,6 +91,15 @@ class Faults:
             machine.power_cut_within(
                 calls, lambda: self.hub.later(seconds, lambda: self.pool.start(machine))
             )
+
+    def disk_lost(self) -> None:
+        """Of a broker that keeps a ledger."""
+        if (machine := self._broker()) and self.pool.recorded_at(machine) is not None:
+            seconds = self._seconds(20)
+            self._tell("disk lost", f"{machine.name}, back in {seconds:.2f} s")
+            machine.lose_disk()
+            self.pool.oracle.on_disk_lost(machine)
+            self.hub.later(seconds, lambda: self.pool.start(machine))
 
     def broker_restart(self) -> None:
         if machine := self._broker():

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LEASE_SLACK_MS = 500
 CHECK_STORE_EVERY = 20
+# Between the moment that a record speaks of and the beginning of its transaction.
+LEDGER_SLACK_SECONDS = 0.005
 
 _RETRIES = (
     consumer_pb2.TASK_OUTCOME_STATUS_RETRY,
@@ -64,7 +66,7 @@ class Oracle:
         self.counts: Counter[str] = Counter()
         # broker -> seq -> task, of what its ticks have written.
         self._rows: dict[str, dict[int, Task]] = {}
-        self._letters_seen: dict[int, int] = {}
+        self.disks_lost = 0
 
     def fail(self, promise: str, text: str) -> None:
         """The first is told; what follows from it would only confuse."""
@@ -111,8 +113,9 @@ class Oracle:
             else:
                 rows[seq] = task
         for seq, task in before.items():
-            if seq not in rows:
-                self._left(machine, task)
+            # Any other row may have become another broker's; were it lost, the end would show it.
+            if seq not in rows and self._may_leave(machine, task):
+                task.left += 1
         self._rows[machine.name] = rows
         return rows
 
@@ -132,11 +135,15 @@ class Oracle:
     def _left(self, machine: BrokerMachine, task: Task) -> None:
         """A row is gone: there must be a reason that the world knows."""
         task.left += 1
-        if not (task.ended or task.letters or task.passed_on or self._has_expired(task, machine.clock.latest_ms())):
+        if not self._may_leave(machine, task):
             self.fail(
                 "at least once",
                 f"{task.id} left {machine.name} without an outcome, a dead letter or an expiry",
             )
+
+    def _may_leave(self, machine: BrokerMachine, task: Task) -> bool:
+        gone = task.ended or task.letters or task.passed_on
+        return bool(gone or self._has_expired(task, machine.clock.latest_ms()))
 
     def _has_expired(self, task: Task, wall: int) -> bool:
         if task.expires_ms is None or not task.discard:
@@ -280,7 +287,7 @@ class Oracle:
     def _is_copy(self, task: Task) -> bool:
         """A second message with the same id, which a broker may read that never had the first: only
         within one store is an id known."""
-        return len(task.positions) > 1 and self.pool.moved(task.positions[0][0])
+        return len(task.positions) > 1 and (self.disks_lost or self.pool.moved(task.positions[0][0]))
 
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
         if task.final:
@@ -360,6 +367,8 @@ class Oracle:
         said = consumer_pb2.OutcomeAnswer.Name(answer).removeprefix("OUTCOME_ANSWER_")  # type: ignore[arg-type]
         self.counts[said] += 1
         self.hub.tell("oracle", f"{machine.name} answers {said} to {name} of {task.id} attempt {claim.attempt}")
+        if claim.forgotten:
+            return
         if said == "UNKNOWN":
             self.fail("answers are right", f"{machine.name} does not know a token of its own, of {task.id}")
         elif said == "STALE":
@@ -369,7 +378,7 @@ class Oracle:
         elif said == "DUPLICATE" and claim.applied not in (0, status):
             self.fail("answers are right", f"{task.id}: {name} is no DUPLICATE of {_NAMES[claim.applied]}")
         else:
-            claim.applied = status
+            claim.applied, claim.applied_at = status, self.hub.now
             self._acknowledged(machine, claim, status)
 
     def _acknowledged(self, machine: BrokerMachine, claim: Claim, status: int) -> None:
@@ -425,6 +434,30 @@ class Oracle:
             if task.id not in ids and not task.left and not self._has_expired_by_now(task):
                 self.fail("at least once", f"{machine.name} accepted {task.id}, and it is not durable")
 
+    # -- a disk is gone
+
+    def on_disk_lost(self, machine: BrokerMachine) -> None:
+        """What came from Kafka is restored; outcomes newer than the last record may run again."""
+        self.disks_lost += 1
+        self._rows.pop(machine.name, None)
+        recorded_at = self.pool.recorded_at(machine) or 0.0
+        for task in self.tasks.values():
+            if task.sent_to == machine.name and task.id in machine.lost:
+                task.promised = False
+                self.counts["lost with a disk: sent over gRPC"] += 1
+            task.retry_at.clear()
+            for claim in task.claims.values():
+                if claim.broker == machine.name:
+                    self._forget(claim, recorded_at)
+
+    def _forget(self, claim: Claim, recorded_at: float) -> None:
+        claim.forgotten = claim.ended = True
+        if claim.applied and claim.applied_at >= recorded_at - LEDGER_SLACK_SECONDS:
+            self.counts["outcomes newer than the ledger"] += 1
+            claim.task.final = ""
+            for attempt in [a for a in claim.task.acknowledged if a >= claim.attempt]:
+                del claim.task.acknowledged[attempt]
+
     # -- Kafka
 
     def on_append(self, topic: str, partition: int, offset: int, record: Record) -> None:
@@ -454,7 +487,7 @@ class Oracle:
         """What the group has passed is read by nobody else."""
         if offset < before:
             self.fail("offsets", f"{process.name} moved partition {partition} back: {before} -> {offset}")
-        held: set[str] = set().union(*(machine.ids() for machine in self.pool.brokers.values()))
+        held: set[str] = set().union(*(m.ids() | m.lost for m in self.pool.brokers.values()))
         for at in range(before, offset):
             task = self.positions[topic, partition, at]
             id = task.id if not task.poison else position_id(topic, partition, at)

@@ -67,7 +67,7 @@ class Pool:
         self.kafka.add_topic(TOPIC, rng.randint(1, 5))
         self.kafka.add_topic(self.dead_letters, 1)
         if rng.random() < 0.8:
-            self.kafka.add_topic(f"{TOPIC}-ledger", 1)
+            self.kafka.add_topic("penstock-ledger", 1)
         self.kafka.add_topic(f"{TOPIC}-overflow", rng.randint(1, 2))
         self.lease_ms = rng.choice((2000, 5000))
         self.oracle = Oracle(self)
@@ -110,6 +110,10 @@ class Pool:
     def moved(self, partition: int) -> bool:
         """Whether more than one broker has read a partition of the tasks."""
         return len(self.kafka.group(GROUP, TOPIC).owners.get(partition, ())) > 1
+
+    def recorded_at(self, machine: BrokerMachine) -> float | None:
+        """When the last record of a broker in the ledger was made."""
+        return self.kafka.recorded_at.get(f"penstock-ledger/{GROUP}/{machine.name}")
 
     # -- brokers
 

@@ -34,6 +34,9 @@ class Claim:
     ended: bool = False
     reported: set[int] = field(default_factory=set)
     applied: int = 0
+    applied_at: float = 0.0
+    # The disk that knew it is gone.
+    forgotten: bool = False
     started_ms: int | None = None
     rebalances: int = 0
 

@@ -127,20 +127,21 @@ async def test_an_answer_is_repeated_after_a_restart(tmp_path: Path, clock: Manu
     store.database.close()
 
 
+@pytest.mark.parametrize("event", [Event.COMPLETE, Event.RETRY])
 async def test_a_claim_made_anew_after_a_restart_is_not_the_one_it_forgot(
-    tmp_path: Path, clock: ManualClock
+    tmp_path: Path, clock: ManualClock, event: Event
 ) -> None:
     """Both have the same number; an outcome of the one says nothing of the other."""
     store = open_store(tmp_path / "store.sqlite", clock)
-    await insert(store, activation("a", clock))
+    await insert(store, activation("a", clock, max_attempts=2))
     forgotten = token_of(store, claim_one(store))
     store = reopen(store, clock)
     await settle_down(store)
     anew = token_of(store, claim_one(store))
     assert forgotten.claim == anew.claim
-    assert await settled(store, anew, Event.COMPLETE) is Answer.APPLIED
-    assert await settled(store, forgotten, Event.COMPLETE) is Answer.STALE
-    assert await settled(store, anew, Event.COMPLETE) is Answer.DUPLICATE
+    assert await settled(store, anew, event) is Answer.APPLIED
+    assert await settled(store, forgotten, event) is Answer.STALE
+    assert await settled(store, anew, event) is Answer.DUPLICATE
     store.database.close()
 
 

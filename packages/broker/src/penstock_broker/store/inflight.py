@@ -345,7 +345,7 @@ class Inflight:
         if row is None:
             return self._settle_absent(token, event, now, retry_delay_ms, error)
         if row.claim != token.claim:
-            return repeated(row, token.claim, OUTCOMES[event])
+            return repeated(row, token.claim, token.epoch, OUTCOMES[event])
         if not self._is_holder(row, token):
             return Answer.STALE
         row.claim_epoch = token.epoch

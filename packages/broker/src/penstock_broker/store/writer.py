@@ -169,7 +169,7 @@ class Writer:
             if row is None:
                 batch.reports.append(report)
             elif report.claim not in (None, row.claim):
-                report.answer = repeated(row, report.claim or 0, report.outcome)
+                report.answer = repeated(row, report.claim or 0, report.epoch, report.outcome)
             elif row.status in report.only:
                 if report.claim is not None:
                     row.claim_epoch = report.epoch
