@@ -298,7 +298,9 @@ class Consumer(Client):
                 self._member = True
                 group.join(self, owned)
 
-        hub.later(self.cluster.latency(), arrive)
+        # After what was sent before it.
+        self._sent_until = max(hub.now + self.cluster.latency(), self._sent_until + 1e-6)
+        hub.at(self._sent_until, arrive)
 
     def _beat(self) -> None:
         if self._closed or not self.process.alive:

@@ -523,10 +523,14 @@ class Oracle:
             for group in self.pool.kafka.groups.values()
             for partition, log in enumerate(self.pool.kafka.topics[group.topic])
         )
-        return committed and all(
-            machine.alive and machine.broker is not None and machine.broker.store.memory.rows == 0
-            for machine in self.pool.brokers.values()
-        )
+        return committed and all(self._has_finished(machine) for machine in self.pool.brokers.values())
+
+    def _has_finished(self, machine: BrokerMachine) -> bool:
+        broker = machine.broker
+        if not machine.alive or broker is None or broker.store.memory.rows or broker.ingest.ledger is None:
+            return False
+        # A new disk holds nothing before it is restored.
+        return broker.ingest.ledger._opened.is_set()
 
     def what_is_left(self) -> str:
         """For a pool that does not drain."""

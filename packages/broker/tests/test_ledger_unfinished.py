@@ -154,3 +154,19 @@ def test_keys_and_runs() -> None:
     assert segment_key(7, 123) == place(7, 123 * SEGMENT_OFFSETS + 5) >> SEGMENT_BITS
     assert list(runs([], 5)) == []
     assert list(runs([1, 2, 7, 13, 14], 5)) == [[1, 2, 7], [13, 14]]
+
+
+async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) -> None:
+    """Or its attempts would begin again when the next disk is lost."""
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    source = store.source("tasks", 0)
+    row = activation("t0", clock, source=source.id, offset=0, max_attempts=3)
+    row.attempts = 2
+    store.insert([row], {source.id: 1}, "restored")
+    await settle_down(store)
+    (state,) = store.memory.unfinished.places().values()
+    assert state is not None
+    assert state.attempts == 2
+    check_store(store)
+    store.database.close()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.store.batch import Answer, Batch, PageRequest, Written, repeated, wake_at
 from penstock_broker.store.finished import place
+from penstock_broker.store.ledger import state_of
 from penstock_broker.store.memory import Memory
 
 PAGE_ROWS_MAX = 1024
@@ -192,6 +193,10 @@ class Writer:
             if row.sent_on:
                 batch.finished.extend((row.sent_on, place(row.source, row.offset)))
         batch.rows += arrival.rows
+        if arrival.term != "accepted":
+            # What it has become is not in its message: without it the next loss of a disk forgets it.
+            states = ((place(row.source, row.offset), state_of(row)) for row in arrival.rows if row.source)
+            batch.kept += [(at, state) for at, state in states if state is not None]
         for source_id, next_ in arrival.taken.items():
             source = memory.partitions[source_id]
             source.next = max(source.next, next_)
