@@ -104,7 +104,9 @@ def types(session: nox.Session) -> None:
     session.run("mypy", *SOURCES, "noxfile.py", "tools")
     lenient = [f"--allow-{what}" for what in ("untyped-defs", "incomplete-defs", "untyped-calls")]
     lenient.append("--no-warn-unused-ignores")
-    session.run("mypy", *lenient, "conftest.py", "tests", "benchmarks")
+    # The simulation compares stores as the broker's tests do.
+    helpers = {"MYPYPATH": "packages/broker/tests"}
+    session.run("mypy", *lenient, "conftest.py", "tests", "benchmarks", env=helpers)
     # Each on its own: their modules may share names.
     for directory in (*(f"packages/{name}/tests" for name in PACKAGES), "demo"):
         session.run("mypy", *lenient, directory, env={"MYPYPATH": directory})
@@ -190,6 +192,15 @@ def faults(session: nox.Session) -> None:
     """Kills, power cuts, full and slow disks, partitions, clocks: for minutes (`-- --short`: seconds)."""
     install_everything(session)
     session.run("pytest", "tests/faults", *session.posargs, env={"PENSTOCK_KAFKA_REQUIRED": "1"})
+
+
+@nox.session
+def sim(session: nox.Session) -> None:
+    """Whole pools in simulation, each out of one seed; `-- --seeds N`, `--hours H`, `--seed S` to replay."""
+    install_everything(session)
+    if not session.posargs:
+        session.run("pytest", "tests/sim")
+    session.run("python", "-m", "tests.sim", *session.posargs)
 
 
 @nox.session(default=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import apsw
+from crash_disk import HOWS, Call, CrashDisk, abandon
 
 from penstock_broker.config import Settings
 from penstock_broker.errors import FatalError
@@ -18,40 +19,70 @@ from tests.sim.network import Network
 
 
 class Disk:
-    """Where the database is. A write and its sync take time; a crash in between keeps one or the other."""
+    """Where the database is: what is not synced may be lost, in part or torn. Writing takes time."""
 
-    def __init__(self, hub: Hub, directory: Path) -> None:
+    def __init__(self, hub: Hub) -> None:
         self.hub = hub
-        self.directory = directory
+        self.files = CrashDisk()
         self.slow = 1.0
         # Told of what was carried out.
         self.on_done: Callable[[Callable[..., Any], tuple[Any, ...]], None] = lambda func, args: None
+        # The machine is to crash in the middle of a write, after so many I/O calls more.
+        self._calls_left = -1
+        self._crash: Callable[[], None] = lambda: None
 
     def carry_out(self, func: Callable[..., Any], *args: Any) -> Any:
         """On a thread: what the disk is needed for."""
         thread = self.hub.thread
         assert thread is not None
         thread.wait(self.hub.between(0.0001, 0.002) * self.slow)
-        result = func(*args)
+        try:
+            result = func(*args)
+        except apsw.Error:
+            if not self.is_dark:
+                raise
+            self.go_down()
+            thread.wait(None)
         self.on_done(func, args)
         thread.wait(self.hub.between(0.0, 0.001) * self.slow)
         return result
 
-    def crashed(self) -> None:
-        """What is on it goes on in another directory: the open files are those of the dead."""
-        number = int(self.directory.name) + 1
-        left = self.directory
-        self.directory = left.parent / str(number)
-        self.directory.mkdir(parents=True)
-        for name in ("broker.sqlite", "broker.sqlite-wal"):
-            if (left / name).exists():
-                shutil.copyfile(left / name, self.directory / name)
+    @property
+    def is_dark(self) -> bool:
+        """The power has gone in a write."""
+        return self._calls_left == 0
 
+    def go_down(self) -> None:
+        """Whoever ran there is gone too."""
+        self.reset()
+        self.hub.later(0, self._crash)
 
-def _ids_in(path: Path) -> set[str]:
-    """Of the rows in a database that was closed."""
-    with contextlib.closing(sqlite3.connect(f"file:{path}?immutable=1", uri=True)) as connection:
-        return {id for (id,) in connection.execute("SELECT id FROM activation")}
+    def reset(self) -> None:
+        self._calls_left = -1
+        self.files.before = lambda call: None
+
+    def crash_within(self, calls: int, crash: Callable[[], None]) -> None:
+        """Lose power in the middle of a write; ``crash`` is to bring the machine down with it."""
+        self._calls_left, self._crash = calls, crash
+        self.files.before = self._count
+
+    def _count(self, call: Call) -> None:
+        if call.kind in ("write", "sync", "truncate"):
+            self._calls_left -= 1
+            if self._calls_left == 0:
+                self.power_cut()
+
+    def power_cut(self) -> None:
+        self.files.power_cut(self.hub.random, self.hub.random.choice(HOWS))
+
+    def ids(self, path: Path) -> set[str]:
+        """Of the rows on the disk of a broker that is down: of a copy, as a broker would find them."""
+        copy = CrashDisk(self.files.contents.files())
+        with contextlib.closing(apsw.Connection(str(path), vfs=copy.name)) as connection:
+            connection.pragma("locking_mode", "exclusive")
+            if not connection.execute("SELECT count(*) FROM sqlite_schema").get:
+                return set()
+            return {id for (id,) in connection.execute("SELECT id FROM activation")}
 
 
 class BrokerMachine:
@@ -63,8 +94,8 @@ class BrokerMachine:
         self.hub = hub
         self.network = network
         self.name = name
-        self.disk = Disk(hub, directory / name / "1")
-        self.disk.directory.mkdir(parents=True)
+        self.disk = Disk(hub)
+        self.path = directory / f"{name}.sqlite"
         self.clock = SimClock(hub)
         self.settings = settings
         self.boots = 0
@@ -80,8 +111,9 @@ class BrokerMachine:
         self.on_made: Callable[[BrokerMachine, Broker], None] = lambda machine, broker: None
         self.on_end: Callable[[BrokerMachine, BaseException | None], None] = lambda machine, error: None
         self._stopping: asyncio.Event | None = None
-        # Ids on the disk of a broker that is down.
+        # Ids on the disk of a broker that is down; and those of disks that it has lost.
         self.left: set[str] = set()
+        self.lost: set[str] = set()
         # Processes that crashed: nothing of them may be collected while others run.
         self._graves: list[object] = []
 
@@ -108,8 +140,9 @@ class BrokerMachine:
         self._stopping = asyncio.Event()
         error: BaseException | None = None
         try:
-            values: dict[str, Any] = self.settings | {"db_path": self.disk.directory / "broker.sqlite"}
-            broker = self.broker = Broker(Settings(**values), self.clock)
+            values: dict[str, Any] = self.settings | {"db_path": self.path}
+            with self.disk.files.mounted():
+                broker = self.broker = Broker(Settings(**values), self.clock)
             self.network.servers[self.name] = broker.server  # type: ignore[assignment]
             self.on_made(self, broker)
             try:
@@ -122,22 +155,53 @@ class BrokerMachine:
             error = fatal
         except Exception as failure:  # noqa: BLE001 - told below
             error = failure
-        if process.alive:
+        if process.alive and self.disk.is_dark:
+            self.disk.go_down()
+        elif process.alive:
             self.broker = None
-            self.left = _ids_in(self.disk.directory / "broker.sqlite")
+            self.left = self.disk.ids(self.path)
             self.hub.tell(self.name, f"has ended: {error!r}" if error else "has ended")
             self.hub.later(0, process.kill)
             self.on_end(self, error)
 
     def crash(self) -> None:
-        """It vanishes; what is on the disk stays."""
+        """The process vanishes; what it wrote stays."""
+        self.disk.files.kill()
+        self._down("CRASHES")
+
+    def power_cut(self) -> None:
+        """The machine vanishes, at once."""
+        self.disk.power_cut()
+        self._down("LOSES POWER")
+
+    def power_cut_within(self, calls: int, then: Callable[[], None]) -> None:
+        """The machine vanishes in the middle of one of its next writes."""
+        process = self.process
+
+        def down() -> None:
+            if process is self.process and self.alive:
+                self._down("LOSES POWER in a write")
+                then()
+
+        self.disk.crash_within(calls, down)
+
+    def lose_disk(self) -> None:
+        """The machine vanishes, and comes back with an empty disk."""
+        self.disk.files.kill()
+        self._down("LOSES ITS DISK")
+        self.lost |= self.left
+        self.left = set()
+        self.disk.files = CrashDisk()
+
+    def _down(self, how: str) -> None:
         assert self.process is not None
-        self.hub.tell(self.name, "CRASHES")
+        self.hub.tell(self.name, how)
         self._graves += (self.process, self.broker)
-        self.left = self.ids()
         self.process.kill()
+        if self.broker is not None:
+            abandon(self.broker.database)
         self.broker = None
-        self.disk.crashed()
+        self.left = self.disk.ids(self.path)
 
     def stop(self) -> None:
         """SIGTERM."""

@@ -26,6 +26,9 @@ class Faults:
         self.rng = pool.hub.random
         self.kinds: dict[str, Callable[[], None]] = {
             "broker crash": self.broker_crash,
+            "power cut": self.power_cut,
+            "power cut in a write": self.power_cut_in_a_write,
+            "disk lost": self.disk_lost,
             "broker restart": self.broker_restart,
             "broker stopped": self.broker_stopped,
             "event loop blocked": self.loop_blocked,
@@ -72,6 +75,28 @@ class Faults:
             seconds = self._seconds(20)
             self._tell("broker crash", f"{machine.name}, back in {seconds:.2f} s")
             machine.crash()
+            self.hub.later(seconds, lambda: self.pool.start(machine))
+
+    def power_cut(self) -> None:
+        if machine := self._broker():
+            seconds = self._seconds(20)
+            self._tell("power cut", f"{machine.name}, back in {seconds:.2f} s")
+            machine.power_cut()
+            self.hub.later(seconds, lambda: self.pool.start(machine))
+
+    def power_cut_in_a_write(self) -> None:
+        if machine := self._broker():
+            seconds, calls = self._seconds(20), self.rng.randint(1, 20)
+            self._tell("power cut in a write", f"{machine.name} after {calls} calls, back in {seconds:.2f} s")
+            machine.power_cut_within(calls, lambda: self.hub.later(seconds, lambda: self.pool.start(machine)))
+
+    def disk_lost(self) -> None:
+        """Of a broker that keeps a ledger."""
+        if (machine := self._broker()) and self.pool.recorded_at(machine) is not None:
+            seconds = self._seconds(20)
+            self._tell("disk lost", f"{machine.name}, back in {seconds:.2f} s")
+            machine.lose_disk()
+            self.pool.oracle.on_disk_lost(machine)
             self.hub.later(seconds, lambda: self.pool.start(machine))
 
     def broker_restart(self) -> None:
@@ -139,9 +164,10 @@ class Faults:
         self.hub.later(self._seconds(20), lambda: refuses.pop(topic, None))
 
     def disk_slow(self) -> None:
-        disk = self.rng.choice(sorted(self.pool.brokers.items()))[1].disk
+        name, machine = self.rng.choice(sorted(self.pool.brokers.items()))
+        disk = machine.disk
         disk.slow = self.rng.choice((20.0, 200.0, 1000.0))
-        self._tell("disk slow", f"{disk.directory.parent.name} {disk.slow} times")
+        self._tell("disk slow", f"{name} {disk.slow} times")
         self.hub.later(self._seconds(20), lambda: setattr(disk, "slow", 1.0))
 
     def clock_jump(self) -> None:

@@ -7,12 +7,13 @@ seed is a history.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import random
 import threading
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -227,6 +228,9 @@ class Loop(asyncio.BaseEventLoop):
         elif self._scheduled:  # type: ignore[attr-defined]
             self._wake(self._scheduled[0]._when)  # type: ignore[attr-defined]
 
+    def _check_closed(self) -> None:
+        """What the dead leave behind is torn down without complaint."""
+
     def _process_events(self, event_list: Sequence[object]) -> None:
         pass
 
@@ -358,6 +362,15 @@ class SimClock:
 
     def wall_ms(self) -> int:
         return EPOCH_MS + int(self._hub.now * 1000) + self.ahead_ms
+
+    @contextlib.contextmanager
+    def at_latest(self) -> Iterator[None]:
+        """For what asks whether something has become due."""
+        ahead, self.ahead_ms = self.ahead_ms, self.ahead_ms + self.latest_ms() - self.wall_ms()
+        try:
+            yield
+        finally:
+            self.ahead_ms = ahead
 
     def jump(self, ahead_ms: int) -> None:
         self._latest_ms = self.latest_ms()

@@ -49,16 +49,28 @@ class Cluster:
         # Of produces to a topic, while it lasts: refused, or their acknowledgement lost.
         self.refuses: dict[str, KafkaError] = {}
         self.topics: dict[str, list[list[Record]]] = {}
-        self.group = Group(self)
+        self.groups: dict[str, Group] = {}
         self.consumers: list[Consumer] = []
         # Of transactional ids: who opened it last, and when the last committed transaction began.
         self.epochs: dict[str, int] = {}
         self.recorded_at: dict[str, float] = {}
-        # Told of each record: topic, value, headers.
-        self.on_append: Callable[[str, bytes | None, list[tuple[str, bytes]]], None] = lambda *told: None
+        # Told of each record: topic, partition, offset.
+        self.on_append: Callable[[str, int, int, Record], None] = lambda *told: None
+        # Told of each commit that is accepted: who, topic, partition, offset before, offset; and of those
+        # by one who does not have the partition.
+        self.on_commit: Callable[[Process, str, int, int, int], None] = lambda *told: None
+        self.on_foreign_commit: Callable[[Process, int, int], None] = lambda *told: None
 
     def add_topic(self, topic: str, partitions: int) -> None:
         self.topics[topic] = [[] for _ in range(partitions)]
+
+    def group(self, name: str, topic: str) -> Group:
+        if name not in self.groups:
+            self.groups[name] = Group(self, topic)
+        return self.groups[name]
+
+    def rebalances(self) -> int:
+        return sum(group.rebalances for group in self.groups.values())
 
     def reachable(self, process: Process) -> bool:
         return self.up and process.alive and self.network.delivers(process.name, NAME)
@@ -72,7 +84,7 @@ class Cluster:
         log = self.topics[topic][partition]
         now = self.hub.now
         log.append(Record(key, value, headers, now + self.latency(), EPOCH_MS + int(now * 1000)))
-        self.on_append(topic, value, headers)
+        self.on_append(topic, partition, len(log) - 1, log[-1])
         for consumer in self.consumers:
             consumer.appended(topic, partition, log[-1].visible_at)
         return len(log) - 1
@@ -80,14 +92,14 @@ class Cluster:
 
 @dataclass(slots=True)
 class Group:
-    """The coordinator of the brokers' consumer group, for one topic.
+    """The coordinator of a consumer group of one topic.
 
     A rebalance is two rounds at most: what is to move is first given up by its owner, who joins again,
     and then given to its new one.
     """
 
     cluster: Cluster
-    topic: str = ""
+    topic: str
     session_seconds: float = 6.0
     generation: int = 0
     preparing: bool = False
@@ -97,9 +109,6 @@ class Group:
     _last_id: int = 0
     # Whoever had it.
     owners: dict[int, set[str]] = field(default_factory=dict)
-    # Told of each commit that is accepted: who, partition, offset before, offset.
-    on_commit: Callable[[Process, int, int, int], None] = lambda *told: None
-    on_foreign_commit: Callable[[Process, int, int], None] = lambda *told: None
 
     def owner(self, partition: int) -> str | None:
         return next((name for name, m in self.members.items() if partition in m.assigned), None)
@@ -228,7 +237,7 @@ class Group:
         for partition, offset, metadata in positions:
             before = self.committed.get(partition, (0, ""))[0]
             if partition not in member.assigned | member.owned:
-                self.on_foreign_commit(consumer.process, partition, offset)
+                self.cluster.on_foreign_commit(consumer.process, partition, offset)
             self.committed[partition] = (offset, metadata)
-            self.on_commit(consumer.process, partition, before, offset)
+            self.cluster.on_commit(consumer.process, self.topic, partition, before, offset)
         return None

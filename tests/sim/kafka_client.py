@@ -126,6 +126,7 @@ class Consumer(Client):
 
     def subscribe(self, topics: Sequence[str], **callbacks: Callable[..., None]) -> None:
         (self._topic,) = topics
+        self._group = self.cluster.group(self.config["group.id"], self._topic)
         self._callbacks = callbacks
         self._join()
         self._beat()
@@ -207,7 +208,7 @@ class Consumer(Client):
 
     def committed(self, partitions: Sequence[TopicPartition], timeout: float) -> list[Answer]:
         self.request(timeout)
-        known = self.cluster.group.committed
+        known = self._group.committed
         answers = []
         for p in partitions:
             offset, metadata = known.get(p.partition, (-1001, ""))
@@ -250,7 +251,7 @@ class Consumer(Client):
             if not cluster.up:
                 lost()
                 return
-            error = cluster.group.commit(self, id, generation, positions)
+            error = self._group.commit(self, id, generation, positions)
             if cluster.reachable(process):
                 process.later(cluster.latency(), lambda: answered(error))
             else:
@@ -288,7 +289,7 @@ class Consumer(Client):
         if self._joining or self._closed or not self.cluster.reachable(self.process):
             return
         self._joining = True
-        hub, group, owned = self.hub, self.cluster.group, self.owned
+        hub, group, owned = self.hub, self._group, self.owned
 
         def arrive() -> None:
             self._joining = False
@@ -297,7 +298,9 @@ class Consumer(Client):
                 self._member = True
                 group.join(self, owned)
 
-        hub.later(self.cluster.latency(), arrive)
+        # After what was sent before it.
+        self._sent_until = max(hub.now + self.cluster.latency(), self._sent_until + 1e-6)
+        hub.at(self._sent_until, arrive)
 
     def _beat(self) -> None:
         if self._closed or not self.process.alive:
@@ -323,7 +326,7 @@ class Consumer(Client):
             if not self._busy:
                 self._join()
             return
-        answer = self.cluster.group.heartbeat(self)
+        answer = self._group.heartbeat(self)
         if answer == "fenced":
             on_error = self.config["error_cb"]
             error = KafkaError(KafkaError.FENCED_INSTANCE_ID, "fenced by another member", fatal=True)
@@ -339,7 +342,7 @@ class Consumer(Client):
             if answer == "rebalance" and not self._busy:
                 self._join()
             elif answer == "sync" and not self._busy:
-                self.cluster.group.sync(self)
+                self._group.sync(self)
 
     def _lose(self) -> None:
         """The group goes on without us."""
@@ -360,7 +363,7 @@ class Consumer(Client):
 
     def synced(self, id: int, generation: int, assigned: frozenset[int]) -> None:
         """Our part of a new generation."""
-        group = self.cluster.group
+        group = self._group
         if self._closed or not group.is_member(self) or generation != group.generation or self._busy:
             return
         self._id, self.generation = id, generation
@@ -570,7 +573,8 @@ class Reader(Client):
 
     def committed(self, partitions: Sequence[TopicPartition], timeout: float) -> list[Answer]:
         self.request(timeout)
-        known = self.cluster.group.committed
+        group = self.cluster.groups.get(self.config["group.id"])
+        known = group.committed if group is not None else {}
         return [Answer(p.topic, p.partition, *known.get(p.partition, (-1001, ""))) for p in partitions]
 
     def assign(self, partitions: Sequence[TopicPartition]) -> None:

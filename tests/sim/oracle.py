@@ -6,9 +6,13 @@ asks the broker's memory, except whether it equals the rows.
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import DecodeError
 
 from penstock_broker.ingest.admission import position_id
 from penstock_broker.store.batch import Batch
@@ -19,10 +23,13 @@ from tests.sim.tasks import Claim, Task
 if TYPE_CHECKING:
     from penstock_broker.server import Broker
     from tests.sim.hub import Process
+    from tests.sim.kafka import Record
     from tests.sim.pool import Pool
 
 LEASE_SLACK_MS = 500
 CHECK_STORE_EVERY = 20
+# Between the moment that a record speaks of and the beginning of its transaction.
+LEDGER_SLACK_SECONDS = 0.005
 
 _RETRIES = (
     consumer_pb2.TASK_OUTCOME_STATUS_RETRY,
@@ -42,6 +49,11 @@ class Violated(Exception):
         self.promise = promise
 
 
+def _rests(broker: Broker) -> bool:
+    """Whether nothing is in the hands of those who send it on."""
+    return all(forwarder._idle.is_set() for forwarder in broker.ingest.forwarders)
+
+
 class Oracle:
     """Watches one pool."""
 
@@ -51,13 +63,13 @@ class Oracle:
         self.tasks: dict[str, Task] = {}
         self.by_body: dict[bytes, Task] = {}
         # Where a task is in the log.
-        self.positions: dict[tuple[int, int], Task] = {}
+        self.positions: dict[tuple[str, int, int], Task] = {}
         self.claims: dict[bytes, Claim] = {}
         self.violation: Violated | None = None
         self.counts: Counter[str] = Counter()
         # broker -> seq -> task, of what its ticks have written.
         self._rows: dict[str, dict[int, Task]] = {}
-        self._letters_seen: dict[int, int] = {}
+        self.disks_lost = 0
 
     def fail(self, promise: str, text: str) -> None:
         """The first is told; what follows from it would only confuse."""
@@ -81,7 +93,7 @@ class Oracle:
 
     def watch(self, machine: BrokerMachine, broker: Broker) -> None:
         server: Any = broker.server
-        rows = self._rows.setdefault(machine.name, {})
+        rows = self._found(machine, broker)
         server.on_request = lambda path, client, request: self._on_request(machine, path, request)
         server.on_answer = lambda path, client, request, response: self._on_answer(
             machine, path, request, response
@@ -94,10 +106,26 @@ class Oracle:
 
         machine.disk.on_done = written
 
+    def _found(self, machine: BrokerMachine, broker: Broker) -> dict[int, Task]:
+        """The rows of a disk that a broker starts on. Its last tick may have been durable untold."""
+        before, rows = self._rows.get(machine.name, {}), {}
+        sql = "SELECT seq, coalesce(body, (SELECT body FROM payload p WHERE p.seq = a.seq)) FROM activation a"
+        for seq, body in broker.database.connection.execute(sql):
+            if (task := self.task_in(body)) is None:
+                self.fail("stored as it came", f"{machine.name} finds a row with bytes that nobody sent")
+            else:
+                rows[seq] = task
+        for seq, task in before.items():
+            # Any other row may have become another broker's; were it lost, the end would show it.
+            if seq not in rows and self._may_leave(machine, task):
+                task.left += 1
+        self._rows[machine.name] = rows
+        return rows
+
     def _on_written(self, machine: BrokerMachine, rows: dict[int, Task], batch: Batch) -> None:
         """A tick is durable."""
         for row in batch.rows:
-            task = self.by_body.get(row.body or b"")
+            task = self.task_in(row.body)
             if task is None:
                 self.fail("stored as it came", f"{machine.name} stored {row.id} with bytes that nobody sent")
                 return
@@ -110,11 +138,15 @@ class Oracle:
     def _left(self, machine: BrokerMachine, task: Task) -> None:
         """A row is gone: there must be a reason that the world knows."""
         task.left += 1
-        if not (task.ended or task.letters or self._has_expired(task, machine.clock.latest_ms())):
+        if not self._may_leave(machine, task):
             self.fail(
                 "at least once",
                 f"{task.id} left {machine.name} without an outcome, a dead letter or an expiry",
             )
+
+    def _may_leave(self, machine: BrokerMachine, task: Task) -> bool:
+        gone = task.ended or task.letters or task.passed_on
+        return bool(gone or self._has_expired(task, machine.clock.latest_ms()))
 
     def _has_expired(self, task: Task, wall: int) -> bool:
         if task.expires_ms is None or not task.discard:
@@ -134,11 +166,20 @@ class Oracle:
         if writer.work_waits() or writer._writing is not None or writer.stopping:
             return
         machine.dirty = 0
-        self.counts["store checked"] += 1
+        self._compare(machine, broker)
+
+    def _compare(self, machine: BrokerMachine, broker: Broker) -> None:
         try:
-            self.pool.check_store(broker.store)
+            with machine.clock.at_latest():
+                if broker.store.writer.work_waits() or not _rests(broker):
+                    return
+                self.counts["store checked"] += 1
+                self.pool.check_store(broker.store)
         except AssertionError as error:
-            self.fail("memory equals the rows", f"{machine.name}: {error}")
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            self.fail(
+                "memory equals the rows", f"{machine.name}: {error or frame.line} (line {frame.lineno})"
+            )
 
     # -- what reaches a broker
 
@@ -229,7 +270,7 @@ class Oracle:
             attempt=handed.attempt,
             request=request_id,
             touched_ms=machine.clock.mono_ms(),
-            rebalances=self.pool.kafka.group.rebalances,
+            rebalances=self.pool.kafka.rebalances(),
         )
         self.claims[claim.token] = task.claims[claim.token] = claim
 
@@ -251,7 +292,7 @@ class Oracle:
     def _is_copy(self, task: Task) -> bool:
         """A second message with the same id, which a broker may read that never had the first: only
         within one store is an id known."""
-        return len(task.positions) > 1 and self.pool.moved(task.positions[0][0])
+        return len(task.positions) > 1 and (self.disks_lost or self.pool.moved(task.positions[0][0]))
 
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
         if task.final:
@@ -338,6 +379,8 @@ class Oracle:
         self.hub.tell(
             "oracle", f"{machine.name} answers {said} to {name} of {task.id} attempt {claim.attempt}"
         )
+        if claim.forgotten:
+            return
         if said == "UNKNOWN":
             self.fail("answers are right", f"{machine.name} does not know a token of its own, of {task.id}")
         elif said == "STALE":
@@ -347,7 +390,7 @@ class Oracle:
         elif said == "DUPLICATE" and claim.applied not in (0, status):
             self.fail("answers are right", f"{task.id}: {name} is no DUPLICATE of {_NAMES[claim.applied]}")
         else:
-            claim.applied = status
+            claim.applied, claim.applied_at = status, self.hub.now
             self._acknowledged(machine, claim, status)
 
     def _acknowledged(self, machine: BrokerMachine, claim: Claim, status: int) -> None:
@@ -371,7 +414,7 @@ class Oracle:
             claim.boot == machine.boots
             and claim.reported == {status}
             and machine.clock.mono_ms() < claim.touched_ms + self.pool.lease_ms
-            and claim.rebalances == self.pool.kafka.group.rebalances
+            and claim.rebalances == self.pool.kafka.rebalances()
             and not claim.task.v1
             and claim.task.sent_to == machine.name
         )
@@ -403,16 +446,63 @@ class Oracle:
             if task.id not in ids and not task.left and not self._has_expired_by_now(task):
                 self.fail("at least once", f"{machine.name} accepted {task.id}, and it is not durable")
 
+    # -- a disk is gone
+
+    def on_disk_lost(self, machine: BrokerMachine) -> None:
+        """What came from Kafka is restored; outcomes newer than the last record may run again."""
+        self.disks_lost += 1
+        self._rows.pop(machine.name, None)
+        recorded_at = self.pool.recorded_at(machine) or 0.0
+        for task in self.tasks.values():
+            if task.sent_to == machine.name and task.id in machine.lost:
+                task.promised = False
+                self.counts["lost with a disk: sent over gRPC"] += 1
+            task.retry_at.clear()
+            for claim in task.claims.values():
+                if claim.broker == machine.name:
+                    self._forget(claim, recorded_at)
+
+    def _forget(self, claim: Claim, recorded_at: float) -> None:
+        claim.forgotten = claim.ended = True
+        if claim.applied and claim.applied_at >= recorded_at - LEDGER_SLACK_SECONDS:
+            self.counts["outcomes newer than the ledger"] += 1
+            claim.task.final = ""
+            for attempt in [a for a in claim.task.acknowledged if a >= claim.attempt]:
+                del claim.task.acknowledged[attempt]
+
     # -- Kafka
 
-    def on_commit(self, process: Process, partition: int, before: int, offset: int) -> None:
+    def on_append(self, topic: str, partition: int, offset: int, record: Record) -> None:
+        """Something is in the log: of the application, or of a broker that passes it on."""
+        if topic.endswith("-ledger"):
+            return
+        task = self.task_in(record.value)
+        if topic == self.pool.dead_letters:
+            self._on_letter(task, record)
+        elif task is None:
+            self.fail("what is passed on is what came", f"a record in {topic} has bytes that nobody sent")
+        else:
+            self.positions[topic, partition, offset] = task
+            if topic != self.pool.topic:
+                task.passed_on += 1
+                self.counts["overflowed"] += 1
+
+    def task_in(self, value: bytes | None) -> Task | None:
+        """The task of these bytes: its own, and what brokers appended."""
+        task = self.by_body.get(value or b"")
+        if task is None and value:
+            with contextlib.suppress(DecodeError):
+                task = self.tasks.get(activation_pb2.TaskActivation.FromString(value).id)
+        return task if task is not None and (value or b"").startswith(task.body) else None
+
+    def on_commit(self, process: Process, topic: str, partition: int, before: int, offset: int) -> None:
         """What the group has passed is read by nobody else."""
         if offset < before:
             self.fail("offsets", f"{process.name} moved partition {partition} back: {before} -> {offset}")
-        held: set[str] = set().union(*(machine.ids() for machine in self.pool.brokers.values()))
+        held: set[str] = set().union(*(m.ids() | m.lost for m in self.pool.brokers.values()))
         for at in range(before, offset):
-            task = self.positions[partition, at]
-            id = task.id if not task.poison else position_id(self.pool.topic, partition, at)
+            task = self.positions[topic, partition, at]
+            id = task.id if not task.poison else position_id(topic, partition, at)
             if id not in held and not task.left and not self._has_expired_by_now(task):
                 self.fail(
                     "no offset above what is durable",
@@ -425,9 +515,8 @@ class Oracle:
             "offsets", f"{process.name} committed {offset} of partition {partition}, which is not its own"
         )
 
-    def on_letter(self, value: bytes | None, headers: list[tuple[str, bytes]]) -> None:
-        task = self.by_body.get(value or b"")
-        reason = dict(headers)["penstock-reason"].decode()
+    def _on_letter(self, task: Task | None, record: Record) -> None:
+        reason = dict(record.headers)["penstock-reason"].decode()
         if task is None:
             self.fail("dead letters carry the original bytes", f"a letter ({reason}) has other bytes")
             return
@@ -445,12 +534,19 @@ class Oracle:
 
     def drained(self) -> bool:
         """Whether nothing is left to do."""
-        group, logs = self.pool.kafka.group, self.pool.kafka.topics[self.pool.topic]
-        committed = all(group.committed.get(p, (0, ""))[0] == len(log) for p, log in enumerate(logs))
-        return committed and all(
-            machine.alive and machine.broker is not None and machine.broker.store.memory.rows == 0
-            for machine in self.pool.brokers.values()
+        committed = all(
+            group.committed.get(partition, (0, ""))[0] == len(log)
+            for group in self.pool.kafka.groups.values()
+            for partition, log in enumerate(self.pool.kafka.topics[group.topic])
         )
+        return committed and all(self._has_finished(machine) for machine in self.pool.brokers.values())
+
+    def _has_finished(self, machine: BrokerMachine) -> bool:
+        broker = machine.broker
+        if not machine.alive or broker is None or broker.store.memory.rows or broker.ingest.ledger is None:
+            return False
+        # A new disk holds nothing before it is restored.
+        return broker.ingest.ledger._opened.is_set()
 
     def what_is_left(self) -> str:
         """For a pool that does not drain."""
@@ -459,9 +555,11 @@ class Oracle:
             store = machine.broker.store if machine.broker else None
             counts = {p: c for p, c in store.memory.counts.items() if any(c)} if store else "down"
             parts.append(f"{name}: {sorted(machine.ids())} {counts}")
-        committed = {p: c[0] for p, c in sorted(self.pool.kafka.group.committed.items())}
-        ends = [len(log) for log in self.pool.kafka.topics[self.pool.topic]]
-        return "; ".join(parts) + f"; committed {committed} of {ends}"
+        for group in self.pool.kafka.groups.values():
+            committed = {p: c[0] for p, c in sorted(group.committed.items())}
+            ends = [len(log) for log in self.pool.kafka.topics[group.topic]]
+            parts.append(f"{group.topic}: committed {committed} of {ends}")
+        return "; ".join(parts)
 
     def settle(self) -> None:
         """When all is drained: nothing was lost, and the books balance."""
@@ -472,7 +570,7 @@ class Oracle:
             assert machine.broker is not None
             if difference := machine.broker.store.imbalance():
                 self.fail("the books balance", f"{machine.name}: {difference}")
-            self.pool.check_store(machine.broker.store)
+            self._compare(machine, machine.broker)
         if self.pool.quiet:
             self._settle_quiet()
 

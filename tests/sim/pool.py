@@ -26,6 +26,7 @@ from tests.sim.threads import replaced
 from tests.sim.worker import V1Worker, Worker
 
 TOPIC = "tasks"
+GROUP = f"penstock-{TOPIC}"
 # Within that long after the last fault everything is done; what was delayed by a clock that was ahead, and
 # is not any more, waits longest.
 DRAIN_SECONDS_MAX = 2000.0
@@ -66,13 +67,13 @@ class Pool:
         self.kafka.add_topic(TOPIC, rng.randint(1, 5))
         self.kafka.add_topic(self.dead_letters, 1)
         if rng.random() < 0.8:
-            self.kafka.add_topic(f"{TOPIC}-ledger", 1)
-        self.kafka.group.topic = TOPIC
+            self.kafka.add_topic("penstock-ledger", 1)
+        self.kafka.add_topic(f"{TOPIC}-overflow", rng.randint(1, 2))
         self.lease_ms = rng.choice((2000, 5000))
         self.oracle = Oracle(self)
-        self.kafka.group.on_commit = self.oracle.on_commit
-        self.kafka.group.on_foreign_commit = self.oracle.on_foreign_commit
-        self.kafka.on_append = self._on_append
+        self.kafka.on_commit = self.oracle.on_commit
+        self.kafka.on_foreign_commit = self.oracle.on_foreign_commit
+        self.kafka.on_append = self.oracle.on_append
         settings = self._settings()
         self.brokers = {
             f"broker{n}": BrokerMachine(
@@ -107,12 +108,18 @@ class Pool:
         return self.calm or self.quiet
 
     def moved(self, partition: int) -> bool:
-        return len(self.kafka.group.owners.get(partition, ())) > 1
+        """Whether more than one broker has read a partition of the tasks."""
+        return len(self.kafka.group(GROUP, TOPIC).owners.get(partition, ())) > 1
+
+    def recorded_at(self, machine: BrokerMachine) -> float | None:
+        """When the last record of a broker in the ledger was made."""
+        return self.kafka.recorded_at.get(f"penstock-ledger/{GROUP}/{machine.name}")
 
     # -- brokers
 
     def start(self, machine: BrokerMachine) -> None:
         if not machine.alive:
+            machine.disk.reset()
             machine.start()
 
     def _on_end(self, machine: BrokerMachine, error: BaseException | None) -> None:
@@ -162,7 +169,6 @@ class Pool:
             self.hub.later(0.5, lambda: self._produce(task, partition))
             return
         offset = self.kafka.append(TOPIC, partition, None, task.body, [])
-        self.oracle.positions[partition, offset] = task
         task.positions.append((partition, offset))
         task.promised = True
         self.hub.tell("app", f"produces {task.id} to {partition} at {offset}")
@@ -178,10 +184,6 @@ class Pool:
                 await asyncio.sleep(self.hub.between(0.1, 1.0))
             else:
                 return
-
-    def _on_append(self, topic: str, value: bytes | None, headers: list[tuple[str, bytes]]) -> None:
-        if topic == self.dead_letters:
-            self.oracle.on_letter(value, headers)
 
     # -- a history
 

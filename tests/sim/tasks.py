@@ -34,6 +34,9 @@ class Claim:
     ended: bool = False
     reported: set[int] = field(default_factory=set)
     applied: int = 0
+    applied_at: float = 0.0
+    # The disk that knew it is gone.
+    forgotten: bool = False
     started_ms: int | None = None
     rebalances: int = 0
 
@@ -77,6 +80,8 @@ class Task:
     retry_at: dict[bytes, tuple[str, int, int]] = field(default_factory=dict)
     retry_delay_ms: int = 0
     letters: int = 0
+    # How often a broker sent it to where another one goes on with it.
+    passed_on: int = 0
     # How often a row of it is gone from a store.
     left: int = 0
     # Handed out to a client without tokens.

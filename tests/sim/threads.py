@@ -173,6 +173,9 @@ def _modules() -> list[ModuleType]:
     return [module for name, module in sorted(sys.modules.items()) if name.startswith("penstock_broker")]
 
 
+_MODULES = _modules()
+
+
 @contextlib.contextmanager
 def replaced(hub: Hub, cluster: Cluster) -> Iterator[None]:
     """Within, every broker that is made lives in the simulation."""
@@ -186,7 +189,7 @@ def replaced(hub: Hub, cluster: Cluster) -> Iterator[None]:
         id(metrics.expose): lambda *arguments, **options: SimpleNamespace(close=lambda: None),
     }
     before: list[tuple[Any, str, object]] = [(concurrent.futures._base, "threading", threading)]
-    for module in _modules():
+    for module in _MODULES:
         before += [
             (module, name, value)
             for name, value in vars(module).items()

@@ -171,3 +171,19 @@ async def test_a_retry_that_was_to_leave_is_not_due_earlier_when_it_is_restored(
     assert (again.status, again.reason, again.attempts) == (Status.FORWARDING, Reason.RETRIED, 1)
     assert again.ready_at == clock.wall + 5_000
     store.database.close()
+
+
+async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) -> None:
+    """Or its attempts would begin again when the next disk is lost."""
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    source = store.source("tasks", 0)
+    row = activation("t0", clock, source=source.id, offset=0, max_attempts=3)
+    row.attempts = 2
+    store.insert([row], {source.id: 1}, "restored")
+    await settle_down(store)
+    (state,) = store.memory.unfinished.places().values()
+    assert state is not None
+    assert state.attempts == 2
+    check_store(store)
+    store.database.close()

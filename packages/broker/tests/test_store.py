@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from store_helpers import ManualClock, activation, check_store, open_store, sett
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store.batch import Answer, Report
+from penstock_broker.store.batch import Answer, Batch, Report, Written
+from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.partitions import Source
@@ -126,20 +128,21 @@ async def test_an_answer_is_repeated_after_a_restart(tmp_path: Path, clock: Manu
     store.database.close()
 
 
+@pytest.mark.parametrize("event", [Event.COMPLETE, Event.RETRY])
 async def test_a_claim_made_anew_after_a_restart_is_not_the_one_it_forgot(
-    tmp_path: Path, clock: ManualClock
+    tmp_path: Path, clock: ManualClock, event: Event
 ) -> None:
     """Both have the same number; an outcome of the one says nothing of the other."""
     store = open_store(tmp_path / "store.sqlite", clock)
-    await insert(store, activation("a", clock))
+    await insert(store, activation("a", clock, max_attempts=2))
     forgotten = token_of(store, claim_one(store))
     store = reopen(store, clock)
     await settle_down(store)
     anew = token_of(store, claim_one(store))
     assert forgotten.claim == anew.claim
-    assert await settled(store, anew, Event.COMPLETE) is Answer.APPLIED
-    assert await settled(store, forgotten, Event.COMPLETE) is Answer.STALE
-    assert await settled(store, anew, Event.COMPLETE) is Answer.DUPLICATE
+    assert await settled(store, anew, event) is Answer.APPLIED
+    assert await settled(store, forgotten, event) is Answer.STALE
+    assert await settled(store, anew, event) is Answer.DUPLICATE
     store.database.close()
 
 
@@ -313,6 +316,32 @@ async def test_an_uncovered_outcome_is_refused_when_another_broker_reads_the_tas
     # Whoever reads it next may be this broker again.
     await insert(store, activation("3", clock, source=source.id, offset=3), taken={source.id: 4})
     assert claim_one(store).id == "3"
+
+
+@pytest.mark.parametrize("when", ["stored", "expired"])
+async def test_a_task_may_be_dropped_in_the_middle_of_a_tick(
+    tmp_path: Path, clock: ManualClock, when: str
+) -> None:
+    """While it is stored, or while its expiry is noticed."""
+    drops: list[asyncio.Future[int]] = []
+
+    async def handoff(write: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = write(batch)
+        if batch.rows if when == "stored" else batch.due_at is not None:
+            drops.append(store.drop_uncovered(source, 0))
+        return written
+
+    limits = StoreLimits()
+    database = Database(tmp_path / "store.sqlite", limits.lifecycle, clock.wall_ms())
+    store = Inflight(database, clock, limits, handoff)
+    source = store.source("tasks", 0)
+    row = activation("a", clock, source=source.id, offset=0, expires_ms=1000)
+    await insert(store, row, taken={source.id: 1})
+    clock.advance(1000)
+    await settle_down(store)
+    assert sum([await drop for drop in drops]) == 1
+    check_store(store)
+    store.database.close()
 
 
 async def test_after_a_restart_an_uncovered_task_does_not_start_before_it_is_known_whose_it_is(

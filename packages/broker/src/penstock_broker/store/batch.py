@@ -95,9 +95,12 @@ class Answer(IntEnum):
     UNKNOWN = 4
 
 
-def repeated(row: Activation, claim: int, outcome: int) -> Answer:
-    """The answer to a report under another claim than the row's: the one before it, once more, or stale."""
-    same = row.claim == claim + 1 and row.last_outcome == outcome
+def repeated(row: Activation, claim: int, epoch: int, outcome: int) -> Answer:
+    """The answer to a report under another claim than the row's: the one before it, once more, or stale.
+
+    The epoch belongs to it: a claim that a restart forgot has the number of the one that was made anew.
+    """
+    same = row.claim == claim + 1 and row.claim_epoch == epoch and row.last_outcome == outcome
     return Answer.DUPLICATE if same else Answer.STALE
 
 

@@ -531,7 +531,7 @@ class Database:
             return
         outcome = report.outcome
         if report.claim is not None and report.claim != row.claim:
-            report.answer = repeated(row, report.claim, outcome)
+            report.answer = repeated(row, report.claim, report.epoch, outcome)
             return
         if row.status not in report.only:
             return

@@ -385,7 +385,7 @@ class Inflight:
         if row is None:
             return self._settle_absent(token, event, now, retry_delay_ms, error)
         if row.claim != token.claim:
-            return repeated(row, token.claim, OUTCOMES[event])
+            return repeated(row, token.claim, token.epoch, OUTCOMES[event])
         if not self._is_holder(row, token):
             return Answer.STALE
         row.claim_epoch = token.epoch
@@ -615,6 +615,7 @@ class Inflight:
                 memory.finished.discard(id_hash)
                 memory.batch.finished.extend((id_hash, VOID))
             memory.forwarding.discard(seq)
+        memory.dropping.update(seqs)
         queued = self._drop_queued(source, boundary)
         in_memory = {seq for seq in seqs if seq in memory.resident}
         for seq in in_memory:
@@ -627,6 +628,7 @@ class Inflight:
             database.delete(seqs, seqs)
 
         def account() -> None:
+            memory.dropping.difference_update(seqs)
             for row in rows:
                 memory.forget(row)
                 memory.batch.count(row.pair, "dropped")

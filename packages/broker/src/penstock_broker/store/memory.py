@@ -80,6 +80,8 @@ class Memory:
         self.live: dict[int, int] = {}
         # Rows that must leave.
         self.forwarding: set[int] = set()
+        # Rows that became another broker's, until the tick that deletes them: nothing befalls them any more.
+        self.dropping: set[int] = set()
         # Per pair, rows by status (the list's index is the status).
         self.counts: dict[int, list[int]] = {}
         self.rows = 0
@@ -390,7 +392,9 @@ class Memory:
         """A stored row whose room is reserved takes its place in the order."""
         queue = self.index.pairs[row.pair]
         if not self.is_live(row.id_hash, row.seq):
+            # Dropped while it was stored: until its row is gone it is one that memory does not hold.
             self.index.unreserve(queue, row)
+            queue.spilled += 1
             return
         self.resident[row.seq] = row
         ready = self.partitions.may_start(row)

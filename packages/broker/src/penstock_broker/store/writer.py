@@ -22,6 +22,7 @@ from penstock_broker.store.batch import (
 )
 from penstock_broker.store.database import DiskFailing
 from penstock_broker.store.finished import place
+from penstock_broker.store.ledger import state_of
 from penstock_broker.store.memory import Memory
 
 log = structlog.get_logger("store")
@@ -248,11 +249,13 @@ class Writer:
         """Reports on rows that memory took in since they arrived are decided here, against memory."""
         reports, batch.reports = batch.reports, []
         for report in reports:
+            if report.seq in self._memory.dropping:
+                continue
             row = self._memory.resident.get(report.seq)
             if row is None:
                 batch.reports.append(report)
             elif report.claim not in (None, row.claim):
-                report.answer = repeated(row, report.claim or 0, report.outcome)
+                report.answer = repeated(row, report.claim or 0, report.epoch, report.outcome)
             elif row.status in report.only:
                 if report.claim is not None:
                     row.claim_epoch = report.epoch
@@ -275,6 +278,10 @@ class Writer:
             if row.sent_on:
                 batch.finished.extend((row.sent_on, place(row.source, row.offset)))
         batch.rows += arrival.rows
+        if arrival.term != "accepted":
+            # What it has become is not in its message: without it the next loss of a disk forgets it.
+            states = ((place(row.source, row.offset), state_of(row)) for row in arrival.rows if row.source)
+            batch.kept += [(at, state) for at, state in states if state is not None]
         for source_id, next_ in arrival.taken.items():
             source = memory.partitions[source_id]
             source.next = max(source.next, next_)
