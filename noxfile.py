@@ -193,6 +193,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def planted(session: nox.Session) -> None:
+    """Plant each known bug in a copy of the product: the tests must catch it. `-- WORD` plants some."""
+    install_everything(session)
+    session.run("python", "-m", "tests.planted", *session.posargs)
+
+
+@nox.session(default=False)
 def matrix(session: nox.Session) -> None:
     """tox: the built wheels on every supported Python, with the oldest and the latest dependencies."""
     install_everything(session)

@@ -160,6 +160,19 @@ def test_a_given_back_task_waits_longer_each_time_then_becomes_a_dead_letter() -
     assert change.reason == Reason.UNKNOWN_TASK
 
 
+@pytest.mark.parametrize("event", [Event.UNKNOWN_TASK, Event.ARGUMENTS_MISMATCH])
+@pytest.mark.parametrize("policy", list(OnExceeded))
+def test_what_no_worker_can_run_is_a_dead_letter_whatever_its_policy(
+    event: Event, policy: OnExceeded
+) -> None:
+    given_back = NOW - LIMITS.unknown_task_ms
+    for at_most_once in (False, True):
+        activation = row(on_exceeded=policy, at_most_once=at_most_once, given_back_at=given_back)
+        change = decide(activation, event, NOW, LIMITS)
+        assert change.status is Status.FORWARDING
+        assert change.reason == event.value.replace(" ", "_")
+
+
 def test_the_drawing_is_the_table() -> None:
     drawn = (Path(__file__).parents[3] / "docs" / "lifecycle.md").read_text()
     assert drawn == draw(), "run: python -m penstock_broker.domain.document > docs/lifecycle.md"

@@ -1,0 +1,373 @@
+"""More rules of the store, one by one: what is remembered, what is in time, what is bounded and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+
+from penstock_broker.domain.activation import Activation, OnExceeded, Status
+from penstock_broker.domain.lifecycle import Event
+from penstock_broker.domain.token import ClaimToken
+from penstock_broker.store import inflight
+from penstock_broker.store.batch import Answer, Batch, Report, Written
+from penstock_broker.store.database import Database
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.limits import StoreLimits
+
+BYTES = 1 << 22
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def store(tmp_path: Path, clock: ManualClock):
+    store = open_store(tmp_path / "store.sqlite", clock)
+    yield store
+    store.database.close()
+
+
+async def insert(store: Inflight, *rows: Activation, taken: dict[int, int] | None = None) -> None:
+    store.insert(rows, taken)
+    await settle_down(store)
+
+
+def claim(store: Inflight, count: int = 1, *namespaces: str) -> list[Activation]:
+    return store.claim("shop" if namespaces else None, namespaces, count, BYTES)
+
+
+def ids(rows: list[Activation]) -> list[str]:
+    return [row.id for row in rows]
+
+
+async def settled(store: Inflight, token: ClaimToken, event: Event, delay: int | None = None) -> Answer:
+    answer = store.settle(token, event, store.clock.wall_ms(), delay)
+    await settle_down(store)
+    return answer.answer if isinstance(answer, Report) else answer
+
+
+def reopen(store: Inflight, clock: ManualClock, limits: StoreLimits | None = None) -> Inflight:
+    store.database.close()
+    return open_store(store.database.path, clock, limits)
+
+
+async def steps() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+# -- nothing is acknowledged before its commit
+
+
+async def test_nothing_is_acknowledged_while_its_tick_is_being_written(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    disk = asyncio.Event()
+
+    async def slow(write: Callable[[Batch], Written], batch: Batch) -> Written:
+        await disk.wait()
+        return write(batch)
+
+    limits = StoreLimits()
+    store = Inflight(Database(tmp_path / "store.sqlite", limits.lifecycle, 0), clock, limits, slow)
+    stored = store.insert([activation("a", clock)])
+    told = asyncio.ensure_future(store.committed())
+    tick = asyncio.create_task(store.writer.tick())
+    await steps()
+    # Also whoever asks now: what it depends on is on its way, and not there.
+    later = asyncio.ensure_future(store.committed())
+    await steps()
+    assert [wait.done() for wait in (stored, told, later)] == [False] * 3
+    disk.set()
+    await asyncio.gather(stored, told, later, tick)
+    assert [id for _, _, id, _, _ in store.database.positions()] == ["a"]
+    store.database.close()
+
+
+async def test_a_flood_of_new_tasks_does_not_hold_up_an_outcome(tmp_path: Path, clock: ManualClock) -> None:
+    limits = StoreLimits(batch_rows_max=10)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, activation("running", clock))
+    (row,) = claim(store)
+    await settle_down(store)
+    for n in range(100):
+        store.insert([activation(f"{n}-{i}", clock) for i in range(5)])
+    store.settle(token_of(store, row), Event.COMPLETE, clock.wall_ms())
+    outcome = asyncio.ensure_future(store.committed())
+    await store.writer.tick()
+    await steps()
+    # In the first tick, beside no more new rows than one tick may have.
+    assert outcome.done()
+    assert "running" not in [id for _, _, id, _, _ in store.database.positions()]
+    assert store.database.connection.execute("SELECT count(*) FROM activation").get <= 10
+    await settle_down(store)
+    check_store(store)
+    store.database.close()
+
+
+# -- what is remembered
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+async def test_an_id_is_known_for_the_whole_window_and_not_for_ever(
+    tmp_path: Path, clock: ManualClock, restarts: int
+) -> None:
+    limits = StoreLimits(dedup_window_ms=8_000)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, activation("a", clock))
+    await settled(store, token_of(store, claim(store)[0]), Event.COMPLETE)
+    for _ in range(79):
+        clock.advance(100)
+        store.forget_finished()
+        await settle_down(store)
+        assert store.known("a")
+    for _ in range(restarts):
+        store = reopen(store, clock, limits)
+        assert store.known("a")
+    clock.advance(9_000)
+    store.forget_finished()
+    await settle_down(store)
+    assert not store.known("a")
+    assert store.database.connection.execute("SELECT count(*) FROM finished").get == 0
+    store.database.close()
+
+
+@pytest.mark.parametrize("event", [Event.RETRY, Event.RELEASE, Event.WORKER_DIED, Event.FAIL])
+async def test_the_answer_to_an_outcome_is_repeated_while_its_row_stays(
+    tmp_path: Path, clock: ManualClock, event: Event
+) -> None:
+    """Wherever the row is now: in memory, only in the file, on its way out."""
+    limits = StoreLimits(window_rows_max=1)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, activation("a", clock, max_attempts=9))
+    token = token_of(store, claim(store)[0])
+    # Fill what little room there is, so that the row that comes back stays outside.
+    await insert(store, activation("b", clock), activation("c", clock))
+    assert await settled(store, token, event, 0) is Answer.APPLIED
+    for _ in range(2):
+        assert await settled(store, token, event, 0) is Answer.DUPLICATE
+        other = Event.COMPLETE
+        assert await settled(store, token, other, 0) is Answer.STALE
+        store = reopen(store, clock, limits)
+        await settle_down(store)
+    check_store(store)
+    store.database.close()
+
+
+# -- leases
+
+
+async def test_a_client_without_heartbeats_has_until_the_deadline_and_the_grace(
+    store: Inflight, clock: ManualClock
+) -> None:
+    row = activation("a", clock)
+    row.deadline_ms = 60_000
+    await insert(store, row)
+    store.claim(None, (), 1, BYTES, tokenless=True)
+    clock.advance(60_000 + store.limits.grace_ms - 1)
+    assert store.lapse(clock.mono_ms()) == 0
+    clock.advance(1_000)
+    assert store.lapse(clock.mono_ms()) == 1
+
+
+# -- time
+
+
+async def test_a_delayed_task_is_not_woken_with_another_that_is_due(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, *(activation(str(ms), clock, delay_ms=ms) for ms in (100, 101, 350, 700)))
+    for now in range(701):
+        await settle_down(store)
+        due = [ms for ms in (100, 101, 350, 700) if ms <= now]
+        assert store.memory.counts[1][Status.PENDING] == len(due)
+        clock.advance(1)
+    assert ids(claim(store, 9)) == ["100", "101", "350", "700"]
+
+
+async def test_what_expires_leaves_though_nobody_asks_for_it(store: Inflight, clock: ManualClock) -> None:
+    await insert(
+        store,
+        activation("letter", clock, expires_ms=1_000),
+        activation("discarded", clock, expires_ms=1_000, on_exceeded=OnExceeded.DISCARD),
+        activation("delayed", clock, expires_ms=1_000, delay_ms=5_000),
+        activation("stays", clock, expires_ms=1_001),
+    )
+    clock.advance(1_000)
+    await settle_down(store)
+    assert store.outbox.size() == 2
+    assert store.memory.books[1, "discarded:expired"] == 1
+    assert ids(claim(store, 9)) == ["stays"]
+    await settle_down(store)
+    check_store(store)
+
+
+async def test_what_expires_before_it_arrives_is_counted(store: Inflight, clock: ManualClock) -> None:
+    late = activation("late", clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD)
+    await insert(store, late, activation("letter", clock, expires_ms=0))
+    assert claim(store, 9) == []
+    assert store.memory.books == {(1, "accepted"): 2, (1, "discarded:expired"): 1}
+    assert store.outbox.size() == 1
+    assert store.known("late")
+    check_store(store)
+
+
+# -- the order of hand-out, and what is outside memory
+
+
+async def test_a_backlog_larger_than_memory_is_handed_out_whole_after_a_restart(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    limits = StoreLimits(window_rows_max=20)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, *(activation(f"{n:03}", clock) for n in range(200)))
+    store = reopen(store, clock, limits)
+    handed_out: list[str] = []
+    await settle_down(store)
+    # Nothing but the claims themselves asks for the next page.
+    while rows := claim(store, 7):
+        handed_out += ids(rows)
+        await settle_down(store)
+    assert handed_out == [f"{n:03}" for n in range(200)]
+    store.database.close()
+
+
+async def test_rows_that_are_dropped_while_they_are_read_leave_nobody_behind_them_stuck(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    dropping: list[Callable[[], object]] = []
+
+    async def write_and_drop(write: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = write(batch)
+        if batch.pages and dropping:
+            dropping.pop()()
+        return written
+
+    limits = StoreLimits(window_rows_max=2)
+    database = Database(tmp_path / "store.sqlite", limits.lifecycle, 0)
+    store = Inflight(database, clock, limits, write_and_drop)
+    source = store.source("tasks", 0)
+    from_log = [activation(f"log-{n}", clock, source=source.id, offset=n) for n in range(4)]
+    await insert(store, *from_log, taken={source.id: 4})
+    await insert(store, activation("behind", clock))
+    assert store.memory.index.pairs[1].spilled
+    dropping.append(lambda: store.drop_uncovered(source, 0))
+    claim(store, 9)
+    await settle_down(store)
+    assert not dropping
+    assert "behind" in ids(claim(store, 9))
+    await settle_down(store)
+    check_store(store)
+    store.database.close()
+
+
+async def test_turns_are_kept_from_call_to_call(store: Inflight, clock: ManualClock) -> None:
+    """A worker that fetches one task at a time serves its namespaces in turn all the same."""
+    for namespace in ("x", "y", "z"):
+        await insert(store, *(activation(f"{namespace}{n}", clock, namespace=namespace) for n in range(4)))
+    named = [claim(store, 1, "x", "y", "z")[0].namespace for _ in range(6)]
+    assert sorted(named[:3]) == sorted(named[3:]) == ["x", "y", "z"]
+    rest = [store.claim("shop", (), 1, BYTES)[0].namespace for _ in range(6)]
+    assert sorted(rest[:3]) == sorted(rest[3:]) == ["x", "y", "z"]
+
+
+# -- limits
+
+
+async def test_the_intake_pauses_at_its_limit_in_bytes(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(bytes_max=10_000))
+    await insert(store, *(activation(str(n), clock, body=bytes(5_000)) for n in range(2)))
+    assert store.room() == 0
+    assert store.intake_state() == ("PAUSED", "bytes")
+    await settled(store, token_of(store, claim(store)[0]), Event.COMPLETE)
+    assert store.intake_state() == ("OPEN", "")
+    assert store.room() > 0
+    store.database.close()
+
+
+async def test_namespaces_beyond_the_limit_are_dead_letters_that_say_so(
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inflight, "PAIRS_MAX", 3)
+    await insert(store, *(activation(f"n{n}", clock, namespace=f"n{n}") for n in range(10)))
+    # Those that are known go on; what came too late takes one place more, for all of it.
+    assert len(store.memory.counts) == 4
+    assert sorted(ids(claim(store, 99))) == ["n0", "n1", "n2"]
+    taking = asyncio.ensure_future(store.outbox.take(99))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    letters = await taking
+    assert sorted(ids(letters)) == [f"n{n}" for n in range(3, 10)]
+    assert all("namespaces" in json.loads(row.error or "")["message"] for row in letters)
+    check_store(store)
+
+
+# -- cover
+
+
+async def test_each_of_those_who_wait_is_told_when_its_own_task_is_covered(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(4)]
+    await insert(store, *rows, taken={source.id: 4})
+    for row in claim(store, 4):
+        await settled(store, token_of(store, row), Event.COMPLETE)
+    told = [asyncio.ensure_future(store.covered(row.id_hash)) for row in rows]
+    for covered in range(5):
+        store.cover(source, covered)
+        await steps()
+        assert [wait.done() for wait in told] == [n < covered for n in range(4)]
+
+
+async def test_covered_tasks_stay_when_the_partition_goes(store: Inflight, clock: ManualClock) -> None:
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(6)]
+    await insert(store, *rows, taken={source.id: 6})
+    store.cover(source, 4)
+    for boundary in (5, 0):
+        store.drop_uncovered(source, boundary)
+        await settle_down(store)
+    assert ids(claim(store, 9)) == ["0", "1", "2", "3"]
+    await settle_down(store)
+    check_store(store)
+
+
+# -- the outbox
+
+
+async def test_a_dead_letter_leaves_after_a_restart(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    await settled(store, token_of(store, claim(store)[0]), Event.FAIL)
+    store = reopen(store, clock)
+    assert store.outbox.waits()
+    taking = asyncio.ensure_future(store.outbox.take(9))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    assert ids(await taking) == ["a"]
+    store.database.close()
+
+
+# -- attempts
+
+
+async def test_a_budget_of_attempts_holds_over_restarts(tmp_path: Path, clock: ManualClock) -> None:
+    store, starts = open_store(tmp_path / "store.sqlite", clock), 0
+    await insert(store, activation("a", clock, max_attempts=3))
+    while rows := claim(store):
+        starts += 1
+        assert starts <= 3
+        assert await settled(store, token_of(store, rows[0]), Event.RETRY, 0) is Answer.APPLIED
+        store = reopen(store, clock)
+        await settle_down(store)
+    assert starts == 3
+    assert store.outbox.size() == 1
+    store.database.close()
