@@ -187,10 +187,9 @@ class Consumers:
         now, settle = self.store.clock.wall_ms(), self.store.settle
         settled: list[Answer | Report] = []
         ids: list[int] = []
-        for outcome in reports.outcomes:
-            event = _EVENTS.get(outcome.status)
-            if event is None:
-                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"status {outcome.status} is no outcome")
+        # A call that is refused has settled nothing.
+        events = [_event(outcome.status) for outcome in reports.outcomes]
+        for outcome, event in zip(reports.outcomes, events, strict=True):
             token = decode_token(outcome.claim_token)
             if token is None:
                 settled.append(Answer.UNKNOWN)
@@ -322,6 +321,13 @@ def _wanted(asked: consumer_pb2.GetTaskRequest | consumer_pb2.FetchNextTask) -> 
         asked.application if asked.HasField("application") else None,
         (asked.namespace,) if asked.HasField("namespace") else (),
     )
+
+
+def _event(status: consumer_pb2.TaskOutcomeStatus) -> Event:
+    event = _EVENTS.get(status)
+    if event is None:
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"status {status} is no outcome")
+    return event
 
 
 def _v1_event(report: consumer_pb2.SetTaskStatusRequest) -> Event:

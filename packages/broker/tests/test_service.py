@@ -1,0 +1,278 @@
+"""What workers call: what an answer says, and what must be true before it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable
+from pathlib import Path
+
+import grpc
+import pytest
+from ingest_helpers import task_bytes
+from store_helpers import ManualClock, activation, check_store, open_store, settle_down
+
+from penstock_broker.dispatch import service
+from penstock_broker.dispatch.service import Consumers, Refused
+from penstock_broker.dispatch.waiting import Waiting
+from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.store.inflight import Inflight
+from penstock_protocol.v1 import consumer_pb2 as pb
+from penstock_protocol.v1.activation_pb2 import (
+    TASK_ACTIVATION_STATUS_COMPLETE,
+    TASK_ACTIVATION_STATUS_RETRY,
+    RetryState,
+    TaskActivation,
+)
+
+BYTES = 1 << 20
+COMPLETE, RETRY = pb.TASK_OUTCOME_STATUS_COMPLETE, pb.TASK_OUTCOME_STATUS_RETRY
+APPLIED, DUPLICATE, STALE = (
+    pb.OUTCOME_ANSWER_APPLIED,
+    pb.OUTCOME_ANSWER_DUPLICATE,
+    pb.OUTCOME_ANSWER_STALE,
+)
+
+
+class Broker:
+    """The service over a store whose ticks are in the test's hands."""
+
+    def __init__(self, path: Path) -> None:
+        self.clock = ManualClock()
+        self.store: Inflight = open_store(path, self.clock)
+        self.consumers = Consumers(self.store, Waiting(self.store, BYTES))
+
+    async def put(self, *ids: str, **how: object) -> None:
+        rows = [activation(id, self.clock, body=task_bytes(id), **how) for id in ids]  # type: ignore[arg-type]
+        self.store.insert(rows)
+        await settle_down(self.store)
+
+    async def step(self, times: int = 5) -> None:
+        """Let calls go on as far as they can without a commit."""
+        for _ in range(times):
+            await asyncio.sleep(0)
+
+    async def answered(self, call: Awaitable[bytes]) -> bytes:
+        """The answer, committing what it waits for."""
+        task = asyncio.ensure_future(call)
+        while not task.done():
+            await self.step()
+            await settle_down(self.store)
+        return await task
+
+    async def fetch(self, request_id: str = "", count: int = 1) -> list[pb.ClaimedTask]:
+        asked = pb.GetTasksRequest(request_id=request_id, max_tasks=count)
+        answer = await self.answered(self.consumers.get_tasks(asked.SerializeToString()))
+        return list(pb.GetTasksResponse.FromString(answer).tasks)
+
+    def reporting(self, task: pb.ClaimedTask, status: pb.TaskOutcomeStatus = COMPLETE) -> Awaitable[bytes]:
+        outcome = pb.TaskOutcome(claim_token=task.claim_token, status=status)
+        return self.consumers.set_task_statuses(
+            pb.SetTaskStatusesRequest(outcomes=[outcome]).SerializeToString()
+        )
+
+    async def report(self, task: pb.ClaimedTask, status: pb.TaskOutcomeStatus = COMPLETE) -> int:
+        answer = await self.answered(self.reporting(task, status))
+        return pb.SetTaskStatusesResponse.FromString(answer).answers[0]
+
+    async def give_back(self, task: pb.ClaimedTask, reason: pb.ReleaseReason) -> int:
+        released = pb.ReleasedTask(claim_token=task.claim_token, reason=reason, detail="because")
+        request = pb.ReleaseTasksRequest(tasks=[released])
+        answer = await self.answered(self.consumers.release_tasks(request.SerializeToString()))
+        return pb.ReleaseTasksResponse.FromString(answer).answers[0]
+
+    def rows(self) -> list[Activation]:
+        """What is in the file."""
+        return self.store.database.load([key[0] for key in self.store.database.positions()])
+
+
+@pytest.fixture
+async def broker(tmp_path: Path):
+    broker = Broker(tmp_path / "store.sqlite")
+    yield broker
+    broker.store.database.close()
+
+
+def code_of(refused: pytest.ExceptionInfo[Refused]) -> grpc.StatusCode:
+    return refused.value.code
+
+
+# -- nothing leaves before what it depends on
+
+
+async def test_an_outcome_is_answered_when_it_is_in_the_file(broker: Broker) -> None:
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    call = asyncio.ensure_future(broker.reporting(task))
+    await broker.step()
+    assert not call.done()
+    await settle_down(broker.store)
+    await broker.step()
+    assert call.done()
+    assert broker.rows() == []
+
+
+async def test_an_outcome_is_answered_when_it_is_covered(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = broker.store.source("tasks", 0)
+    await broker.put("a", source=source.id, offset=0)
+    (task,) = await broker.fetch()
+    call = asyncio.ensure_future(broker.reporting(task))
+    await broker.step()
+    await settle_down(broker.store)
+    await broker.step()
+    assert not call.done()
+    broker.store.cover(source, 1)
+    assert pb.SetTaskStatusesResponse.FromString(await broker.answered(call)).answers[0] == APPLIED
+
+
+async def test_without_cover_the_caller_is_told_to_repeat(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "COVER_SECONDS_MAX", 0.01)
+    source = broker.store.source("tasks", 0)
+    await broker.put("a", source=source.id, offset=0)
+    (task,) = await broker.fetch()
+    for _ in range(2):
+        with pytest.raises(Refused, match="repeat the call") as refused:
+            await broker.report(task)
+        assert code_of(refused) is grpc.StatusCode.UNAVAILABLE
+    broker.store.cover(source, 1)
+    assert await broker.report(task) == DUPLICATE
+
+
+async def test_a_claim_that_may_start_once_only_is_in_the_file_when_handed_out(broker: Broker) -> None:
+    await broker.put("a", at_most_once=True)
+    call = asyncio.ensure_future(broker.consumers.get_tasks(pb.GetTasksRequest().SerializeToString()))
+    await broker.step()
+    assert not call.done()
+    assert [row.status for row in broker.rows()] == [Status.PENDING]
+    await settle_down(broker.store)
+    assert [row.status for row in broker.rows()] == [Status.PROCESSING]
+    assert len(pb.GetTasksResponse.FromString(await call).tasks) == 1
+
+
+@pytest.mark.parametrize("how", ["get_task", "set_task_status"])
+async def test_so_it_is_for_a_client_without_tokens(broker: Broker, how: str) -> None:
+    await broker.put("a", at_most_once=True)
+    if how == "get_task":
+        call = asyncio.ensure_future(broker.consumers.get_task(b""))
+    else:
+        report = pb.SetTaskStatusRequest(id="unknown", status=TASK_ACTIVATION_STATUS_COMPLETE)
+        report.fetch_next_task.SetInParent()
+        call = asyncio.ensure_future(broker.consumers.set_task_status(report.SerializeToString()))
+    await broker.step()
+    assert not call.done()
+    await settle_down(broker.store)
+    assert [row.status for row in broker.rows()] == [Status.PROCESSING]
+    assert pb.GetTaskResponse.FromString(await call).task.id == "a"
+
+
+# -- answers that got lost
+
+
+async def test_a_repeated_request_gives_what_is_still_held_of_its_first_answer(broker: Broker) -> None:
+    await broker.put("a", "b", "c")
+    first = await broker.fetch("request", 3)
+    assert await broker.fetch("request", 3) == first
+    assert await broker.report(first[0]) == APPLIED
+    assert await broker.give_back(first[1], pb.RELEASE_REASON_SHUTDOWN) == APPLIED
+    assert await broker.fetch("request", 3) == first[2:]
+    (other,) = await broker.fetch("other", 3)
+    assert other.activation.id == "b"
+    # It has it under a claim of its own, which the first request is not given.
+    assert other.claim_token != first[1].claim_token
+    assert await broker.fetch("request", 3) == first[2:]
+    await settle_down(broker.store)
+    check_store(broker.store)
+
+
+async def test_what_was_claimed_for_a_call_that_failed_goes_back(broker: Broker) -> None:
+    await broker.put("a", at_most_once=True)
+    call = asyncio.ensure_future(broker.consumers.get_tasks(pb.GetTasksRequest().SerializeToString()))
+    await broker.step()
+    call.cancel()
+    await broker.step()
+    await settle_down(broker.store)
+    assert [row.status for row in broker.rows()] == [Status.PENDING]
+    assert [task.activation.id for task in await broker.fetch()] == ["a"]
+
+
+# -- what a worker is told
+
+
+async def test_a_claimed_task_says_what_the_worker_must_know(broker: Broker) -> None:
+    await broker.put("a", expires_ms=5_000, max_attempts=3)
+    broker.clock.advance(2_000)
+    (task,) = await broker.fetch()
+    assert (task.attempt, task.deadline_ms, task.expires_in_ms) == (1, 10_000, 3_000)
+    assert await broker.report(task, RETRY) == APPLIED
+    (again,) = await broker.fetch()
+    assert again.attempt == 2
+    assert again.activation.retry_state == RetryState(attempts=1, max_attempts=3)
+    assert again.activation.taskname == "send"
+
+
+async def test_a_client_without_tokens_learns_the_attempts_from_the_message(broker: Broker) -> None:
+    await broker.put("a", max_attempts=3)
+    await broker.answered(broker.consumers.get_task(b""))
+    report = pb.SetTaskStatusRequest(id="a", status=TASK_ACTIVATION_STATUS_RETRY)
+    await broker.answered(broker.consumers.set_task_status(report.SerializeToString()))
+    answer = await broker.answered(broker.consumers.get_task(b""))
+    task: TaskActivation = pb.GetTaskResponse.FromString(answer).task
+    assert (task.retry_state.attempts, task.retry_state.max_attempts) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        (pb.RELEASE_REASON_UNKNOWN_TASK, Status.DELAYED),
+        (pb.RELEASE_REASON_ARGUMENTS_MISMATCH, Status.DELAYED),
+        (pb.RELEASE_REASON_SURPLUS, Status.PENDING),
+        (pb.RELEASE_REASON_SHUTDOWN, Status.PENDING),
+        (77, Status.PENDING),
+    ],
+)
+async def test_what_is_given_back_waits_or_is_ready_at_once(
+    broker: Broker, reason: pb.ReleaseReason, status: Status
+) -> None:
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    assert await broker.give_back(task, reason) == APPLIED
+    (row,) = broker.rows()
+    assert (row.status, row.attempts, row.lost) == (status, 0, 0)
+    assert (row.error is not None) == (status is Status.DELAYED)
+
+
+async def test_the_last_error_is_kept_within_bounds(broker: Broker) -> None:
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    outcome = pb.TaskOutcome(claim_token=task.claim_token, status=pb.TASK_OUTCOME_STATUS_FAILURE)
+    outcome.error.type, outcome.error.message = "T" * 10**6, "m" * 10**6
+    outcome.error.traceback = "t" * 10**6 + "the end"
+    request = pb.SetTaskStatusesRequest(outcomes=[outcome])
+    await broker.answered(broker.consumers.set_task_statuses(request.SerializeToString()))
+    (row,) = broker.rows()
+    assert row.error is not None
+    assert len(row.error) < 40_000
+    assert json.loads(row.error)["traceback"].endswith("the end")
+
+
+async def test_no_worker_is_handed_more_than_one_answer_may_hold(broker: Broker) -> None:
+    await broker.put(*(str(n) for n in range(1200)))
+    assert len(await broker.fetch(count=2**31)) == 1000
+
+
+async def test_one_wrong_status_in_a_batch_settles_nothing(broker: Broker) -> None:
+    await broker.put("a", "b")
+    first, second = await broker.fetch(count=2)
+    outcomes = [
+        pb.TaskOutcome(claim_token=first.claim_token, status=COMPLETE),
+        pb.TaskOutcome(claim_token=second.claim_token, status=99),  # type: ignore[arg-type]
+    ]
+    request = pb.SetTaskStatusesRequest(outcomes=outcomes).SerializeToString()
+    with pytest.raises(Refused, match="no outcome") as refused:
+        await broker.answered(broker.consumers.set_task_statuses(request))
+    assert code_of(refused) is grpc.StatusCode.INVALID_ARGUMENT
+    assert [await broker.report(task) for task in (first, second)] == [APPLIED, APPLIED]
