@@ -1,4 +1,4 @@
-"""Time and threads are ports: no code of the broker reads a clock or starts a thread but the few places named here.
+"""Time and threads are ports: nothing in the broker reads a clock or starts a thread but what is named here.
 
 What only the simulation would notice otherwise: a clock read elsewhere goes its own way.
 """
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "packages/broker/src/penstock_broker"
+import penstock_broker
+
+SOURCE = Path(str(penstock_broker.__file__)).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 CLOCKS = {

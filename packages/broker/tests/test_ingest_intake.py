@@ -178,6 +178,44 @@ async def test_nothing_is_committed_for_a_partition_that_leaves(store: Inflight)
     assert broker.kafka.offsets() == {0: 10}
 
 
+async def test_nothing_is_committed_for_a_partition_that_was_lost(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new(0), new(1))
+    broker.answer()
+    broker.deliver(0, 5, partition=1)
+    await broker.intake.lost([1])
+    broker.deliver(0, 10)
+    await broker.stored()
+    await broker.asked(2)
+    assert broker.kafka.offsets() == {0: 10}
+
+
+async def test_a_commit_covers_its_own_partition_only(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new(0), new(1))
+    broker.answer()
+    broker.deliver(0, 5, partition=1)
+    broker.deliver(0, 10)
+    await broker.stored()
+    broker.intake.commit_done([(0, 10, None), (1, 5, "not now")])
+    assert [store.source("tasks", partition).covered for partition in (0, 1)] == [10, 0]
+    assert len(store.source("tasks", 1).uncovered) == 5
+
+
+async def test_rows_of_a_lost_partition_do_not_start_until_it_is_known_whose_they_are(
+    store: Inflight,
+) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 3)
+    await broker.stored()
+    await broker.intake.lost([0])
+    assert store.claim(None, (), 9, 1 << 20) == []
+    await broker.intake.resolve([Found(0, 2, (OTHER._replace(start=2), Owner(0, broker.me, store.epoch)))])
+    assert sorted(row.offset for row in store.claim(None, (), 9, 1 << 20)) == [0, 1]
+
+
 async def test_a_refused_last_commit_leaves_the_question_open(store: Inflight) -> None:
     broker = Broker(store)
     await broker.begin(new())

@@ -220,6 +220,41 @@ async def test_heartbeats_say_what_has_started(tmp_path: Path) -> None:
     await broker.stop()
 
 
+async def test_a_claim_is_held_until_its_outcome_is_answered() -> None:
+    """Else its lease ends while the broker does not answer, and another worker runs it again."""
+    broker = MemoryBroker(lease_ms=150)
+    await broker.start()
+    refusals = [True]
+
+    def refuse() -> None:
+        if refusals:
+            raise RuntimeError("not now")
+
+    broker.before_report = refuse
+    broker.put("noop")
+    async with worker(broker):
+        # It ends at once, so these heartbeats are of what has ended and is not settled.
+        await broker.until(lambda: broker.started_heartbeats[b"token-1"] >= 3)
+        refusals.clear()
+        await broker.settled(1)
+    await broker.stop()
+
+
+async def test_outcomes_go_to_the_broker_the_task_came_from(tmp_path: Path) -> None:
+    brokers = [MemoryBroker() for _ in range(3)]
+    for number, broker in enumerate(brokers):
+        await broker.start()
+        for n in range(20):
+            broker.put("noop", id=f"{number}-{n}")
+    async with worker(*brokers, slots=2):
+        for number, broker in enumerate(brokers):
+            assert set(await broker.settled(20)) == {f"{number}-{n}" for n in range(20)}
+    for broker in brokers:
+        # Not one too many either.
+        assert sum(broker.reports) == 20
+        await broker.stop()
+
+
 @pytest.mark.parametrize("answer", [pb.CLAIM_ANSWER_CANCELLED, pb.CLAIM_ANSWER_STALE])
 async def test_a_claim_that_is_lost_is_killed_and_not_reported(
     tmp_path: Path, answer: pb.ClaimAnswer
