@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.planted.bug import ROOT, Bug, source_of
+from tests.planted.bug import ROOT, Bug, StaleBug, source_of
 from tests.planted.bugs import BUGS
 
 TEST_SECONDS_MAX = 20
@@ -69,14 +69,16 @@ def run_tests(tests: Iterable[str], package: str, source: Path) -> dict[str, lis
 
 def plant(bug: Bug) -> Verdict:
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="planted-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="planted-", ignore_cleanup_errors=True) as scratch:
         source = Path(scratch) / "src"
-        shutil.copytree(source_of(bug.package), source, ignore=shutil.ignore_patterns("tests"))
-        (source / bug.module).write_text(bug.planted())
         try:
+            shutil.copytree(source_of(bug.package), source, ignore=shutil.ignore_patterns("__pycache__"))
+            (source / bug.module).write_text(bug.planted())
             told = run_tests(bug.tests, bug.package, source)
         except subprocess.TimeoutExpired:
             return Verdict(bug.name, time.monotonic() - begun, problem="the run took too long")
+        except StaleBug as stale:
+            return Verdict(bug.name, 0.0, problem=str(stale))
         seconds = time.monotonic() - begun
         if not str(told.get("imported")).startswith(scratch):
             problem = f"the tests ran without the changed package: {told}"

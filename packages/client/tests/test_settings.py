@@ -118,3 +118,8 @@ def test_of_several_secrets_the_first_signs(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ConfigError, match=r"grpc_shared_secret = \(hidden\)") as refusal:
         load_settings({}, path)
     assert "hush" not in str(refusal.value)
+
+
+def test_no_more_arguments_are_allowed_than_workers_decode() -> None:
+    with pytest.raises(ConfigError, match=r"payload_bytes_max.*workers decode at most"):
+        load_settings({"payload_bytes_max": 5 * 1024 * 1024})

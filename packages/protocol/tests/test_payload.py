@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from penstock_protocol.payload import (
     PAYLOAD_BYTES_MAX,
+    VALUES_MAX,
     PayloadError,
     compress,
     decode_parameters,
@@ -119,24 +120,57 @@ def test_what_is_not_ours_is_refused(activation: TaskActivation, why: str) -> No
         decode_parameters(activation)
 
 
-def frames() -> dict[str, bytes]:
-    """Small frames that would become large."""
-    big = zstandard.ZstdCompressor().compress(bytes(512 * 1024 * 1024))
-    assert len(big) < 64 * 1024
-    streaming = zstandard.ZstdCompressor(write_content_size=False).compressobj()
-    unsized = b"".join(streaming.compress(bytes(1 << 20)) for _ in range(64)) + streaming.flush()
-    return {"declares 512 MiB": big, "does not say, and is 64 MiB": unsized}
+def frame(data: bytes, size: int) -> bytes:
+    """``data`` again and again, as a frame that does not say how large it becomes."""
+    stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    return b"".join(stream.compress(data) for _ in range(0, size, len(data))) + stream.flush()
 
 
-def test_a_bomb_is_refused_before_it_takes_memory() -> None:
-    bombs = frames()
+def listed(value: bytes, count: int) -> bytes:
+    return b"\x82\xa4args\xdd" + count.to_bytes(4, "big") + value * count + b"\xa6kwargs\x80"
+
+
+MIB = 1 << 20
+BOMBS = {
+    "declares 512 MiB": (lambda: zstandard.ZstdCompressor().compress(bytes(512 * MIB)), "declare"),
+    "does not say, and is 512 MiB": (lambda: frame(bytes(MIB), 512 * MIB), "decompress to more than"),
+    "4 million lists": (lambda: compress(listed(b"\x90", 4 * MIB - 100)), "values"),
+    "a million dicts": (lambda: compress(listed(b"\x81\xa0\xc0", MIB)), "values"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_before_it_takes_memory(name: str) -> None:
+    make, why = BOMBS[name]
+    bomb = make()
+    assert len(bomb) < 64 * 1024
+    activation = TaskActivation(parameters_bytes=bomb, headers={"compression-type": "zstd"})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for frame in bombs.values():
-        activation = TaskActivation(parameters_bytes=frame, headers={"compression-type": "zstd"})
-        with pytest.raises(PayloadError, match=str(PAYLOAD_BYTES_MAX)):
-            decode_parameters(activation)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 3 * PAYLOAD_BYTES_MAX // 1024
+    with pytest.raises(PayloadError, match=why):
+        decode_parameters(activation)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_values_have_a_limit_that_text_does_not_count_towards(as_json: bool) -> None:
+    def decode(args: list[object]) -> list[object]:
+        if as_json:
+            return decode_parameters(TaskActivation(parameters=json.dumps({"args": args, "kwargs": {}})))[0]
+        return decode_parameters(TaskActivation(parameters_bytes=encode_parameters(args, {})))[0]
+
+    many: list[object] = [[n % 7] for n in range(VALUES_MAX // 2 - 10)]
+    assert decode(many) == many
+    wordy: list[object] = ["a, [b], {c}, \\" * 100_000, '"' * 100_000]
+    assert decode(wordy) == wordy
+    with pytest.raises(PayloadError, match=f"more than {VALUES_MAX} values"):
+        decode([[]] * (VALUES_MAX + 10))
+
+
+def test_what_no_worker_would_decode_is_refused_when_it_is_sent() -> None:
+    with pytest.raises(PayloadError, match=f"at most {PAYLOAD_BYTES_MAX}"):
+        encode_parameters([b"x" * PAYLOAD_BYTES_MAX], {})
+    args: list[object] = [b"x" * (PAYLOAD_BYTES_MAX - 100)]
+    assert decode_parameters(TaskActivation(parameters_bytes=encode_parameters(args, {})))[0] == args
 
 
 @given(st.binary(max_size=200), st.booleans())

@@ -175,6 +175,14 @@ BUGS = (
         tests=(PAYLOAD + "test_a_bomb_is_refused_before_it_takes_memory",),
     ),
     Bug(
+        "a small frame may hold millions of values",
+        "a bomb takes no more than its bound",
+        "protocol/payload.py",
+        old="    if len(packed) > VALUES_MAX and _count_values(packed) > VALUES_MAX:\n",
+        new="    if len(packed) > 2**40 and _count_values(packed) > VALUES_MAX:\n",
+        tests=(PAYLOAD + "test_values_have_a_limit_that_text_does_not_count_towards",),
+    ),
+    Bug(
         "a signature says nothing of the method",
         "a signed call is good for its method only",
         "protocol/signature.py",

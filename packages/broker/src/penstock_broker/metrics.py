@@ -45,7 +45,7 @@ M = TypeVar("M", Counter, Gauge, Histogram)
 
 def label(text: str) -> str:
     """A label value that is short and prints on one line."""
-    return escaped(text[:LABEL_CHARACTERS_MAX])
+    return escaped(text[:LABEL_CHARACTERS_MAX])[:LABEL_CHARACTERS_MAX]
 
 
 class Family(Generic[M]):
@@ -67,12 +67,16 @@ class Family(Generic[M]):
         return child
 
     def replace(self: Family[Gauge], series: Mapping[tuple[str, ...], float]) -> None:
-        """Sets a gauge to exactly ``series``: what is not in it is gone."""
-        for values in self._children.keys() - series.keys():
-            self._metric.remove(*map(label, values))
-            del self._children[values]
-        for values, value in itertools.islice(series.items(), CHILDREN_MAX):
-            self.labels(*values).set(value)
+        """Sets a gauge to exactly ``series``: what is not in it is gone, what looks the same is added up."""
+        shown: dict[tuple[str, ...], float] = {}
+        for values, value in series.items():
+            labels = tuple(map(label, values))
+            shown[labels] = shown.get(labels, 0.0) + value
+        for labels in self._children.keys() - shown.keys():
+            self._metric.remove(*labels)
+            del self._children[labels]
+        for labels, value in itertools.islice(shown.items(), CHILDREN_MAX):
+            self.labels(*labels).set(value)
 
 
 class Distribution(Collector):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from penstock_client.errors import ConfigError, nearest
+from penstock_protocol.payload import PAYLOAD_BYTES_MAX
 
 KIB, MIB = 1024, 1024 * 1024
 OVERRIDES = "taskworker.route.overrides"
@@ -186,6 +187,8 @@ def _checked(name: str, value: object, origin: str) -> object:
                 raise ValueError("it cannot be negative or without end")
             if not number and name in _POSITIVE:
                 raise ValueError("it cannot be 0")
+            if name == "payload_bytes_max" and number > PAYLOAD_BYTES_MAX:
+                raise ValueError(f"workers decode at most {PAYLOAD_BYTES_MAX} bytes")
             return number
         if name == "grpc_shared_secret":
             return _first_secret(value)

@@ -8,14 +8,17 @@ or a dataclass into something else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 
-# Decoded or decompressed, in bytes: what a hostile frame may ask for at most.
-PAYLOAD_BYTES_MAX = 32 * 1024 * 1024
+# Together they bound what arguments may take in memory to 32 MiB, however small the message is: the bytes,
+# what they hold (a text may take four times its bytes), and an object of up to 80 bytes for each value.
+PAYLOAD_BYTES_MAX = 4 * 1024 * 1024
+VALUES_MAX = 150_000
 DEPTH_MAX = 64
 COMPRESSION_HEADER = "compression-type"
 COMPRESSION = "zstd"
@@ -42,9 +45,11 @@ def encode_parameters(args: Sequence[object], kwargs: Mapping[str, object]) -> b
         if type(value) not in _SCALARS:
             _check(value, lambda name=name: f"argument {name!r}", 1)
     try:
-        return _pack({"args": args, "kwargs": kwargs})
+        packed = _pack({"args": args, "kwargs": kwargs})
     except UnicodeEncodeError as error:
         raise PayloadError(f"a text among the arguments is not valid Unicode: {error.reason}") from None
+    _check_bounds(packed)
+    return packed
 
 
 def _check(value: object, where: object, depth: int) -> None:
@@ -98,7 +103,7 @@ def compress(parameters: bytes) -> bytes:
 
 
 def decode_parameters(activation: TaskActivation) -> tuple[list[object], dict[str, object]]:
-    """The args and kwargs of an activation. Raises PayloadError, also beyond 32 MiB of msgpack."""
+    """The args and kwargs of an activation. Raises PayloadError, also for what would take too much memory."""
     packed = activation.parameters_bytes
     if not packed:
         return _from_json(activation.parameters)
@@ -107,8 +112,7 @@ def decode_parameters(activation: TaskActivation) -> tuple[list[object], dict[st
         packed = _decompress(packed)
     elif compression:
         raise PayloadError(f"the arguments are compressed with {compression!r:.40}; only zstd is known")
-    if len(packed) > PAYLOAD_BYTES_MAX:
-        raise PayloadError(f"the arguments have {len(packed)} bytes; at most {PAYLOAD_BYTES_MAX} are decoded")
+    _check_bounds(packed)
     try:
         return _arguments(_unpack(packed))
     # TypeError: a key that is a list or a dict, to an older msgspec.
@@ -131,7 +135,7 @@ def _decompress(frame: bytes) -> bytes:
         )
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=PAYLOAD_BYTES_MAX).stream_reader(frame)
-        data = reader.read(PAYLOAD_BYTES_MAX + 1)
+        data = reader.read((declared if declared >= 0 else PAYLOAD_BYTES_MAX) + 1)
     except zstandard.ZstdError as error:
         raise PayloadError(f"the arguments cannot be decompressed: {error}") from None
     if len(data) > PAYLOAD_BYTES_MAX:
@@ -139,14 +143,75 @@ def _decompress(frame: bytes) -> bytes:
     return data
 
 
+# Whole width of a msgpack value by its first byte; of an array or a map that of its head. Minus the number of
+# bytes that say how long it is, where the first byte does not.
+_WIDTHS = (
+    *(1 for _ in range(0x80)),  # small int
+    *(1 for _ in range(0x20)),  # small map, small array
+    *range(1, 0x21),  # short text
+    *(1, 1, 1, 1, -1, -2, -4),  # nil, unused, false, true, bytes
+    *(-1, -2, -4, 5, 9, 2, 3, 5, 9, 2, 3, 5, 9),  # extension, float, int
+    *(3, 4, 6, 10, 18, -1, -2, -4, 3, 5, 3, 5),  # short extension, text, array, map
+    *(1 for _ in range(0x20)),  # small negative int
+)
+_EXTENSIONS = (0xC7, 0xC8, 0xC9)
+_JSON_VALUE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{,]', re.DOTALL)
+
+
+def _check_bounds(packed: bytes) -> None:
+    """Refuse what would take too much memory once it is decoded, before it does."""
+    if len(packed) > PAYLOAD_BYTES_MAX:
+        raise PayloadError(
+            f"the arguments have {len(packed)} bytes; at most {PAYLOAD_BYTES_MAX} are decoded."
+            " Store the data elsewhere and send its key"
+        )
+    # A value takes a byte at least.
+    if len(packed) > VALUES_MAX and _count_values(packed) > VALUES_MAX:
+        raise _too_many_values()
+
+
+def _too_many_values() -> PayloadError:
+    return PayloadError(
+        f"the arguments have more than {VALUES_MAX} values; send fewer, or encode them yourself as one bytes"
+    )
+
+
+def _count_values(packed: bytes) -> int:
+    """Values in msgpack, nested ones and keys included; no more than a few above VALUES_MAX are counted."""
+    at, count, size, widths = 0, 0, len(packed), _WIDTHS
+    while at < size and count <= VALUES_MAX:
+        count += 1
+        width = widths[packed[at]]
+        if width > 0:
+            at += width
+        else:
+            length = int.from_bytes(packed[at + 1 : at + 1 - width])
+            at += 1 - width + length + (packed[at] in _EXTENSIONS)
+    return count
+
+
 def _from_json(text: str) -> tuple[list[object], dict[str, object]]:
     """The older form of a message."""
     if not text:
         return [], {}
+    if len(text) > PAYLOAD_BYTES_MAX:
+        raise PayloadError(
+            f"the arguments have {len(text)} characters; at most {PAYLOAD_BYTES_MAX} are decoded"
+        )
+    if len(text) > VALUES_MAX and _count_json(text) > VALUES_MAX:
+        raise _too_many_values()
     try:
         return _arguments(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"the arguments are no JSON: {error}") from None
+
+
+def _count_json(text: str) -> int:
+    """At least as many as there are values: texts, containers, and what a comma separates."""
+    for count, _ in enumerate(_JSON_VALUE.finditer(text)):
+        if count > VALUES_MAX:
+            return count
+    return 0
 
 
 def _arguments(data: object) -> tuple[list[object], dict[str, object]]:

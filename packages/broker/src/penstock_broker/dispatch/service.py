@@ -17,6 +17,7 @@ from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import decode_token, encode_parts
 from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.wire import FIELDS_MAX, has_too_many_fields
 from penstock_protocol.v1 import activation_pb2, consumer_pb2, raw_pb2
 
 TASKS_MAX = 1000
@@ -295,6 +296,11 @@ _CLAIM_ANSWERS = {
 
 def parse(kind: type[M], request: bytes) -> M:
     """The message in a request. Raises Refused."""
+    if has_too_many_fields(request):
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"the {kind.DESCRIPTOR.name} has more than {FIELDS_MAX} entries: send fewer at a time",
+        )
     try:
         return kind.FromString(request)
     except DecodeError:

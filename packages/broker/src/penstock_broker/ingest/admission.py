@@ -20,6 +20,7 @@ from penstock_broker.domain.activation import (
     Status,
     hash_id,
 )
+from penstock_broker.wire import FIELDS_MAX, has_too_many_fields
 from penstock_protocol.v1.activation_pb2 import SentOn, TaskActivation
 
 ID_CHARS_MAX = 256
@@ -125,6 +126,12 @@ class Admission:
             raise Refusal(
                 Reason.INVALID,
                 f"the message has {len(value)} bytes; message_bytes_max is {limits.message_bytes_max}",
+            )
+        if has_too_many_fields(value):
+            raise Refusal(
+                Reason.INVALID,
+                f"the TaskActivation has more than {FIELDS_MAX} fields or headers: send what they say as"
+                " arguments",
             )
         try:
             message = _parse(value)

@@ -10,6 +10,7 @@ from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.conflict import conflict_text, in_conflict
 from penstock_broker.ingest.admission import Admission
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.wire import FIELDS_MAX, has_too_many_fields
 from penstock_protocol.v1 import producer_pb2
 from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
 
@@ -34,7 +35,7 @@ class Draining(Exception):
 
 
 class InvalidRequest(Exception):
-    """The bytes are no SendTasksRequest."""
+    """The bytes are no SendTasksRequest, or one that is too large. The text says which."""
 
 
 class Direct:
@@ -54,6 +55,8 @@ class Direct:
         """
         if self.draining:
             raise Draining
+        if has_too_many_fields(request):
+            raise InvalidRequest(f"the request has more than {FIELDS_MAX} activations: send fewer at a time")
         try:
             values = RawSendTasksRequest.FromString(request).activations
         except DecodeError:
