@@ -22,7 +22,7 @@ from store_helpers import ManualClock, activation, check_store, open_store, sett
 from penstock_broker import logs
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
-from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.activation import Activation, Route, Status
 from penstock_broker.ingest.admission import (
     CLOCK_AHEAD_MS_MAX,
     DURATION_SECONDS_MAX,
@@ -108,13 +108,15 @@ async def store_and_take_out(store: Inflight, rows: list[Activation]) -> None:
     check_store(store)
     for row in store.claim(None, (), len(rows), BYTES * len(rows)):
         assert row.body == bodies[row.id]
-    taking = asyncio.ensure_future(store.outbox.take(len(rows)))
+    taking = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, len(rows) + 1, BYTES * 99))
     await asyncio.sleep(0)
     await settle_down(store)
-    for row in await taking:
-        sent = letter(row, None)
+    letters = await taking
+    for row in letters:
+        sent = letter(row, None, "tasks-dlq")
         assert sent.value == bodies[row.id]
         assert sum(len(name) + len(value or "") for name, value in sent.headers) < HEADERS_BYTES_MAX
+    store.outbox.forwarded(letters)
     await settle_down(store)
     check_store(store)
 
@@ -256,7 +258,13 @@ async def test_a_hostile_name_is_one_escaped_line_of_the_log(tmp_path: Path) -> 
         row = admit(SOMETHING["names that a terminal obeys"]())
         row.status, row.reason = Status.FORWARDING, "failed"
         store.insert([row])
-        forwarder = Forwarder(store, None, lambda count: None)
+        forwarder = Forwarder(
+            store,
+            Route.DEAD_LETTER,
+            None,
+            lambda row, trimmed: letter(row, None, "tasks-dlq", trimmed),
+            lambda to, count: None,
+        )
         forwarder.start()
         for _ in range(20):
             await asyncio.sleep(0)

@@ -8,7 +8,7 @@ ADMISSION = BROKER + "test_ingest_admission.py::"
 FORWARDER = BROKER + "test_ingest_forwarder.py::"
 OWNERSHIP = BROKER + "test_ingest_ownership.py::"
 DIRECT = BROKER + "test_ingest_direct.py::"
-UPKEEP = BROKER + "test_upkeep.py::"
+UPKEEP = BROKER + "test_chores.py::"
 
 BUGS = (
     # -- offsets
