@@ -17,7 +17,8 @@ from pathlib import Path
 
 import zstandard
 
-from penstock_broker.dispatch.service import Refused, _parse
+from penstock_broker.dispatch.service import Refused
+from penstock_broker.dispatch.service import parse as parse_request
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_protocol.payload import PayloadError, decode_parameters
 from penstock_protocol.v1 import consumer_pb2 as pb
@@ -211,9 +212,9 @@ def decode(activation: TaskActivation) -> str:
     return f"decoded {len(args)} {len(kwargs)}"
 
 
-def parse(request: tuple[type, bytes]) -> str:
+def parse_call(request: tuple[type, bytes]) -> str:
     try:
-        return f"parsed {_parse(*request).ByteSize()}"
+        return f"parsed {parse_request(*request).ByteSize()}"
     except Refused as refused:
         return f"{refused.code.name} {refused.message}"
 
@@ -249,8 +250,8 @@ def main() -> None:
     # The first of each kind loads what it needs; that is no part of what an input takes.
     admit(task())
     decode(arguments(listed(b"\x90", 3)))
-    parse((pb.GetTasksRequest, b""))
-    for kinds, handle in ((NOTHING | SOMETHING, admit), (ARGUMENTS, decode), (REQUESTS, parse)):
+    parse_call((pb.GetTasksRequest, b""))
+    for kinds, handle in ((NOTHING | SOMETHING, admit), (ARGUMENTS, decode), (REQUESTS, parse_call)):
         for name, make in kinds.items():  # type: ignore[attr-defined]
             _in_a_process_of_its_own(name, make, handle)
 

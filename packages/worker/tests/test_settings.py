@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock_worker.settings import SettingsError, parse_brokers, secret_from, split_app_path
+from penstock_worker.settings import Settings, SettingsError, parse_brokers, secret_from, split_app_path
 
 
 def test_brokers_in_order_each_once() -> None:
@@ -57,3 +57,8 @@ def test_a_broken_list_of_secrets_is_refused_without_showing_it(text: str) -> No
 def test_the_form_is_explained(path: str) -> None:
     with pytest.raises(SettingsError, match="write MODULE:APP"):
         split_app_path(path)
+
+
+def test_the_secret_is_not_shown() -> None:
+    settings = Settings("shop:app", ("127.0.0.1:1",), 1, secret="canary-3f9a")
+    assert "canary" not in f"{settings!r} {settings}"

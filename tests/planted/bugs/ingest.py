@@ -250,8 +250,8 @@ BUGS = (
         "a dead letter has another id each time it is sent",
         "a dead letter that was sent twice is known as one",
         "broker/ingest/dead_letters.py",
-        old='    return str(uuid.uuid5(_FORWARDS, f"{row.id}/{row.attempts}/{row.reason}"))\n',
-        new="    return str(uuid.uuid4())\n",
+        old='    return replay.forward_id(row.id, row.attempts, row.reason or "")\n',
+        new='    return replay.forward_id(row.id, row.ready_at, row.reason or "")\n',
         tests=(FORWARDER + "test_a_forward_id_is_that_of_activation_attempt_and_reason",),
     ),
     # -- upkeep

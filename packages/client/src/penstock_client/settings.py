@@ -29,7 +29,7 @@ class ClientSettings:
     # A broker that takes tasks directly, host:port; no Kafka is used then.
     broker: str = ""
     # Signs calls to ``broker``.
-    grpc_shared_secret: str = ""
+    grpc_shared_secret: str = field(default="", repr=False)
     # Topic of every namespace that has no route of its own.
     topic: str = "taskworker"
     # Namespace -> topic.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 DEFAULT_BROKERS = "127.0.0.1:50051"
 DEFAULT_GRACE_SECONDS = 30.0
@@ -26,7 +26,7 @@ class Settings:
     namespaces: tuple[str, ...] = ()
     # How long running tasks may go on after SIGTERM.
     grace_seconds: float = DEFAULT_GRACE_SECONDS
-    secret: str | None = None
+    secret: str | None = field(default=None, repr=False)
     metrics_addr: str = "127.0.0.1"
     metrics_port: int | None = None
 
