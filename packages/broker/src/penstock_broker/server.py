@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -80,10 +81,19 @@ async def _serve(settings: Settings) -> int:
     broker = Broker(settings, SystemClock())
     try:
         await broker.start()
+        rarely_collect()
         await broker.run_until(stopping)
     finally:
         await broker.stop()
     return 0
+
+
+def rarely_collect() -> None:
+    """A task makes no cycles, and there may be a million of them: walking through them all again and again
+    was a tenth of the CPU, and stopped the event loop. docs/adr/0003 has the measurement."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 1000)
 
 
 def store_limits(settings: Settings) -> StoreLimits:

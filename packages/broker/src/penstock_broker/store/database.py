@@ -71,7 +71,8 @@ _INSERT_COLUMNS = (
 _INSERT_WIDTH = _INSERT_COLUMNS.count(",") + 1
 _MOVE_WIDTH = len(Move._fields)
 # Statements with many rows of values come in few sizes, so that their preparation is cached.
-_CHUNKS = (512, 64, 8, 1)
+# And their text stays below what apsw caches, 16,384 characters.
+_CHUNKS = (256, 64, 8, 1)
 
 _LOAD_COLUMNS = (
     "a.seq, a.status, a.pair, p.application, p.namespace, a.ready_at, a.claim, a.claim_epoch, a.attempts,"

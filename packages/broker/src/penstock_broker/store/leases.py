@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 
 from penstock_broker.domain.activation import Activation, Status
 
@@ -11,24 +12,28 @@ BUCKET_MS = 250
 
 
 class Leases:
-    """A lease that is extended stays in its bucket and is looked at again when that is due."""
+    """A lease that is extended stays in its bucket and is looked at again when that is due.
 
-    def __init__(self) -> None:
-        self._buckets: dict[int, list[Activation]] = {}
+    Buckets name rows and do not hold them: most are long gone when their bucket is due. ``resident``:
+    the rows that memory holds, by seq.
+    """
+
+    def __init__(self, resident: Mapping[int, Activation]) -> None:
+        self._resident = resident
+        self._buckets: dict[int, array[int]] = {}
         self._order: list[int] = []
 
     def add(self, row: Activation) -> None:
         key = row.lease_until // BUCKET_MS + 1
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[key] = []
+            bucket = self._buckets[key] = array("q")
             heapq.heappush(self._order, key)
-        bucket.append(row)
+        bucket.append(row.seq)
 
     def held(self) -> Iterator[Activation]:
         """Every claim."""
-        for bucket in self._buckets.values():
-            yield from (row for row in bucket if row.status is Status.PROCESSING)
+        return (row for row in self._resident.values() if row.status is Status.PROCESSING)
 
     def next_due(self) -> int | None:
         """Monotonic ms at which a bucket must be looked at."""
@@ -37,8 +42,9 @@ class Leases:
     def lapsed(self, now: int) -> Iterator[Activation]:
         """Claims whose lease has ended at ``now`` (monotonic ms)."""
         while self._order and self._order[0] * BUCKET_MS <= now:
-            for row in self._buckets.pop(heapq.heappop(self._order)):
-                if row.status is Status.PROCESSING:
+            for seq in self._buckets.pop(heapq.heappop(self._order)):
+                row = self._resident.get(seq)
+                if row is not None and row.status is Status.PROCESSING:
                     if row.lease_until <= now:
                         yield row
                     else:

@@ -70,11 +70,11 @@ class Memory:
         self.tally = Tally()
         self.index = ReadyIndex(limits.window_rows_max, limits.window_bytes_max)
         self.finished = Finished(limits.dedup_window_ms, limits.dedup_ids_max)
-        self.leases = Leases()
         self.partitions = Partitions()
         self.unfinished = Unfinished()
         # Rows that memory holds: those in the index, and those claimed.
         self.resident: dict[int, Activation] = {}
+        self.leases = Leases(self.resident)
         # Every row: id hash -> seq and content; of one that leaves and one that came back from the log, the
         # latter.
         self.live: dict[int, int] = {}
