@@ -204,6 +204,6 @@ class LedgerLog:
 
 
 def _next(consumer: Consumer) -> list[confluent_kafka.Message[bytes, bytes]]:
-    """What is there, as soon as something is; ``consume`` alone would wait for a full batch."""
-    first = consumer.poll(POLL_SECONDS)
-    return [] if first is None else [first, *consumer.consume(READ_MESSAGES_MAX - 1, 0)]
+    """What is there, as soon as something is: asked for many, the client would wait for all of them."""
+    first = consumer.consume(1, POLL_SECONDS)
+    return [*first, *consumer.consume(READ_MESSAGES_MAX - 1, 0)] if first else []
