@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -76,7 +77,7 @@ def test_what_cannot_leave_is_told(direct_pool: Pool) -> None:
     assert (report["left"], report["handed_over"]) == ({"pending": 10}, 0)
     assert "there is no topic to hand tasks over to" in report["reasons"][0]
     with grpc.insecure_channel(broker.address) as channel:
-        send = channel.unary_unary("/penstock.v1.ProducerService/SendTasks")
+        send: Any = channel.unary_unary("/penstock.v1.ProducerService/SendTasks")
         with pytest.raises(grpc.RpcError, match=r"UNAVAILABLE[^$]*this broker is being drained"):
             send(b"", timeout=10)
     # It goes on with what it holds.

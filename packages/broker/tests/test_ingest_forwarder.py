@@ -210,6 +210,7 @@ async def test_nothing_leaves_before_it_is_covered(kafka: MockKafka, store: Infl
         store.cover(source, 2)
         await until(lambda: forwarder.forwarded == 3)
         assert await store.drop_uncovered(source, 2) == 2
+        assert source.held_exits == []
         await store.insert([dead("later")])
         await until(lambda: forwarder.forwarded == 4)
         assert (store.memory.rows, store.imbalance()) == (0, 0)

@@ -9,7 +9,12 @@ from ingest_helpers import task_bytes
 from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.sent_on import sent_on
-from penstock_protocol.v1.activation_pb2 import RetryState, SentOn, TaskActivation
+from penstock_protocol.v1.activation_pb2 import ON_ATTEMPTS_EXCEEDED_DEADLETTER as DEADLETTER
+from penstock_protocol.v1.activation_pb2 import (
+    RetryState,
+    SentOn,
+    TaskActivation,
+)
 
 NOW = 1_700_000_000_000
 DAY_MS = 86_400_000
@@ -37,7 +42,7 @@ def leave(row: Activation, reason: Reason = Reason.HANDED_OVER) -> bytes:
 )
 def test_where_it_stands_goes_with_it(attempts, max_attempts, lost, wait_ms, age_ms, expires, hops) -> None:
     fields = {} if expires is None else {"expires": expires}
-    retry = RetryState(attempts=attempts // 2, max_attempts=3, on_attempts_exceeded=2)
+    retry = RetryState(attempts=attempts // 2, max_attempts=3, on_attempts_exceeded=DEADLETTER)
     sent = TaskActivation.FromString(
         task_bytes("id-1", retry_state=retry, parameters_bytes=b"\x81", **fields)
     )
@@ -67,7 +72,7 @@ def test_where_it_stands_goes_with_it(attempts, max_attempts, lost, wait_ms, age
 
 def test_what_was_encoded_anew_on_its_way_is_not_cut() -> None:
     """As by a program that reads and writes every field, this one unknown to it."""
-    state = RetryState(max_attempts=5, on_attempts_exceeded=2, at_most_once=True)
+    state = RetryState(max_attempts=5, on_attempts_exceeded=DEADLETTER, at_most_once=True)
     row = admit(task_bytes("id-1", parameters_bytes=b"x" * 100, retry_state=state, expires=90))
     for _ in range(3):
         left = admit(TaskActivation.FromString(leave(row)).SerializeToString())

@@ -718,3 +718,15 @@ async def test_a_namespace_holds_its_share_and_others_have_room(tmp_path: Path, 
     assert store.outbox.size() == 1
     assert sum(n for (_, term), n in store.memory.books.items() if term == "overflow") == 6
     assert store.imbalance() == 0
+
+
+async def test_what_is_taken_to_leave_is_bounded_in_bytes(store: Inflight, clock: ManualClock) -> None:
+    """But one at a time whatever its size."""
+    await insert(store, *(activation(f"{n}", clock, body=bytes(3_000), expires_ms=0) for n in range(4)))
+    sizes = []
+    for bytes_max in (7_000, 1, 3_000):
+        taking = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, 10, bytes_max))
+        await asyncio.sleep(0)
+        await settle_down(store)
+        sizes.append(len(await taking))
+    assert sizes == [2, 1, 1]
