@@ -289,3 +289,12 @@ async def test_damage_found_while_running_stops_the_broker_and_the_next_start_lo
     # It looks sound, and was found damaged twice: no third life.
     with disk.mounted(), pytest.raises(Malformed, match="found damaged again"):
         open_store(path, clock, LIMITS)
+
+
+@pytest.mark.parametrize("bit", [0, 1])
+async def test_a_changed_version_number_is_no_other_version(tmp_path: Path, bit: int) -> None:
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    await stopped_store(path, clock)
+    change_byte(path, 63, bit)
+    with pytest.raises(Malformed, match="malformed"):
+        open_store(path, clock)

@@ -37,6 +37,7 @@ from penstock_broker.store.finished import last_of, position
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from penstock_broker.store.soundness import (
     Malformed,
+    check_schema,
     make_sound,
     quarantine,
     schema_digest,
@@ -162,7 +163,6 @@ class Database:
         try:
             self._rewrite_log()
             self.connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
-            self.connection.set_wal_hook(self._on_wal)
             try:
                 self._open(epoch_started_at)
             except BaseException:
@@ -236,7 +236,11 @@ class Database:
             ("foreign_keys", 0),
         ):
             connection.pragma(name, value)
+        # After wal_autocheckpoint, which is a hook itself.
+        connection.set_wal_hook(self._on_wal)
         version = connection.pragma("user_version")
+        if 0 < version <= SCHEMA_VERSION:
+            check_schema(connection, self.path, version)
         if version == 0:
             self._create(connection)
         elif version > SCHEMA_VERSION:
@@ -306,7 +310,7 @@ class Database:
     @staticmethod
     def _remember_schema(connection: apsw.Connection, version: int) -> None:
         connection.execute(
-            "INSERT OR REPLACE INTO meta VALUES ('schema_digest', ?)", (schema_digest(connection),)
+            "INSERT OR REPLACE INTO meta VALUES ('schema_crc', ?)", (schema_digest(connection, version),)
         )
         connection.pragma("user_version", version)
 

@@ -50,10 +50,20 @@ class Malformed(FatalError):
         )
 
 
-def schema_digest(connection: apsw.Connection) -> int:
-    """Of the text of the schema, so that a changed bit in it is found."""
+def schema_digest(connection: apsw.Connection, version: int) -> int:
+    """Of the version and the text of the schema, so that a changed bit in them is found."""
     texts = connection.execute("SELECT sql FROM sqlite_schema ORDER BY name").fetchall()
-    return zlib.crc32(repr(texts).encode())
+    return zlib.crc32(repr((version, texts)).encode())
+
+
+def check_schema(connection: apsw.Connection, path: Path, version: int) -> None:
+    """Raises Malformed when the database does not have the schema, or the version, that it was given."""
+    try:
+        given = connection.execute("SELECT value FROM meta WHERE key = 'schema_crc'").get
+    except apsw.SQLError as error:
+        raise Malformed(path, str(error)) from error
+    if given is not None and given != schema_digest(connection, version):
+        raise Malformed(path, "its schema, or the number of its version, was changed")
 
 
 def make_sound(connection: apsw.Connection, path: Path, now: int, *, suspect: bool) -> None:
@@ -70,9 +80,6 @@ def make_sound(connection: apsw.Connection, path: Path, now: int, *, suspect: bo
 def _make_sound(connection: apsw.Connection, path: Path, now: int, suspect: bool) -> None:
     size = connection.pragma("page_count") * connection.pragma("page_size")
     thorough = suspect or size <= THOROUGH_BYTES_MAX
-    known = connection.execute("SELECT value FROM meta WHERE key = 'schema_digest'").get
-    if known is not None and known != schema_digest(connection):
-        raise Malformed(path, "its schema was changed")
     if (connection.execute("SELECT max(epoch) FROM boot").get or 0) >= EPOCH_MAX:
         raise Malformed(path, "the number of its starts is impossible")
     problems = _problems(connection, thorough)
