@@ -174,7 +174,7 @@ class BrokerMachine:
         self.disk.power_cut()
         self._down("LOSES POWER")
 
-    def power_cut_within(self, calls: int, then: Callable[[], None]) -> None:
+    def power_cut_within(self, calls: int, then: Callable[[], object]) -> None:
         """The machine vanishes in the middle of one of its next writes."""
         process = self.process
 
