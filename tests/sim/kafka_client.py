@@ -592,23 +592,28 @@ class Reader(Client):
         self._topic = partitions[0].topic if partitions else ""
         self._ended.clear()
 
-    def consume(self, num_messages: int, timeout: float) -> list[Message]:
+    def poll(self, timeout: float) -> Message | None:
         thread = self.thread
         if not self.cluster.reachable(self.process):
             thread.wait(timeout)
-            return []
+            return None
         thread.wait(self.cluster.latency())
+        if not (messages := self.consume(1, 0)):
+            thread.wait(timeout)
+        return messages[0] if messages else None
+
+    def consume(self, num_messages: int, timeout: float) -> list[Message]:
+        assert timeout == 0
         messages: list[Message] = []
         for partition, position in self._positions.items():
             log = self.cluster.topics[self._topic][partition]
             read = log[position : position + num_messages - len(messages)]
             messages += [Message(partition, position + n, record) for n, record in enumerate(read)]
             self._positions[partition] = position + len(read)
-            if position + len(read) == len(log) and partition not in self._ended:
+            at_end = position + len(read) == len(log) and partition not in self._ended
+            if at_end and len(messages) < num_messages:
                 self._ended.add(partition)
                 messages.append(Message(partition, len(log), None, KafkaError(KafkaError._PARTITION_EOF)))
-        if not messages:
-            thread.wait(timeout)
         return messages
 
     def close(self) -> None:
