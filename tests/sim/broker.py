@@ -28,8 +28,10 @@ class Disk:
         # Told of what was carried out.
         self.on_done: Callable[[Callable[..., Any], tuple[Any, ...]], None] = lambda func, args: None
         # The machine is to crash in the middle of a write, after so many I/O calls more.
-        self._calls_left = -1
+        self._calls_left = 0
         self._crash: Callable[[], None] = lambda: None
+        # It has: whoever still runs there is gone too.
+        self.is_dark = False
 
     def carry_out(self, func: Callable[..., Any], *args: Any) -> Any:
         """On a thread: what the disk is needed for."""
@@ -47,18 +49,13 @@ class Disk:
         thread.wait(self.hub.between(0.0, 0.001) * self.slow)
         return result
 
-    @property
-    def is_dark(self) -> bool:
-        """The power has gone in a write."""
-        return self._calls_left == 0
-
     def go_down(self) -> None:
-        """Whoever ran there is gone too."""
+        """Bring the machine down with it."""
         self.reset()
         self.hub.later(0, self._crash)
 
     def reset(self) -> None:
-        self._calls_left = -1
+        self.is_dark = False
         self.files.before = lambda call: None
 
     def crash_within(self, calls: int, crash: Callable[[], None]) -> None:
@@ -70,6 +67,7 @@ class Disk:
         if call.kind in ("write", "sync", "truncate"):
             self._calls_left -= 1
             if self._calls_left == 0:
+                self.is_dark = True
                 self.power_cut()
 
     def power_cut(self) -> None:
@@ -174,7 +172,7 @@ class BrokerMachine:
         self.disk.power_cut()
         self._down("LOSES POWER")
 
-    def power_cut_within(self, calls: int, then: Callable[[], None]) -> None:
+    def power_cut_within(self, calls: int, then: Callable[[], object]) -> None:
         """The machine vanishes in the middle of one of its next writes."""
         process = self.process
 

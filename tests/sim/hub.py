@@ -189,7 +189,9 @@ class Loop(asyncio.BaseEventLoop):
         self._wake(self.process.hub.now)
         return handle
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
         timer = super().call_at(when, callback, *args, context=context)
         self._wake(when)
         return timer
@@ -219,7 +221,7 @@ class Loop(asyncio.BaseEventLoop):
             self._run_once()  # type: ignore[attr-defined]
         finally:
             events._set_running_loop(None)
-            self._thread_id = None
+            self._thread_id = None  # type: ignore[assignment]
             self._stepping = False
         hub = self.process.hub
         if self._ready:  # type: ignore[attr-defined]
@@ -237,7 +239,7 @@ class Loop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         pass
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         """On a thread of the process; one that is for the writer meets the disk's latency."""
         future = self.create_future()
         writes = executor is not None and executor._thread_name_prefix == "writer"
@@ -247,9 +249,9 @@ class Loop(asyncio.BaseEventLoop):
             try:
                 result = disk.carry_out(func, *args) if disk is not None else func(*args)
             except Exception as error:  # noqa: BLE001 - whoever waits is told
-                self.call_soon_threadsafe(_settle, future, None, error)
+                self.call_soon_threadsafe(settle, future, None, error)
             else:
-                self.call_soon_threadsafe(_settle, future, result, None)
+                self.call_soon_threadsafe(settle, future, result, None)
 
         Thread(self.process, work, name="executor").start()
         return future
@@ -265,7 +267,8 @@ class Loop(asyncio.BaseEventLoop):
             self.process.hub.error = task.exception()
 
 
-def _settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+def settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+    """Unless it is."""
     if future.done():
         return
     if error is not None:

@@ -6,6 +6,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,7 +229,12 @@ class Consumer(Client):
             self._send_commit(positions, lambda error: self._call(lambda: on_commit(error, answers)))
             return None
         thread = self.thread
-        self._send_commit(positions, lambda error: (done.append(error), thread.wake()))
+
+        def answered(error: KafkaError | None) -> None:
+            done.append(error)
+            thread.wake()
+
+        self._send_commit(positions, answered)
         while not done:
             thread.wait(None)
         if done[0] is not None:
@@ -531,6 +537,10 @@ class TransactionalProducer(Client):
         done: list[bool] = []
         messages, epoch, begun_at = self._messages, self._epoch, self._begun_at
 
+        def answered(fenced: bool) -> None:
+            done.append(fenced)
+            thread.wake()
+
         def arrive() -> None:
             if not cluster.up:
                 return
@@ -540,7 +550,7 @@ class TransactionalProducer(Client):
                 for topic, key, value in messages:
                     cluster.append(topic, sum(key) % len(cluster.topics[topic]), key, value, [])
             if cluster.reachable(self.process):
-                self.process.later(cluster.latency(), lambda: (done.append(fenced), thread.wake()))
+                self.process.later(cluster.latency(), partial(answered, fenced))
 
         self.hub.later(cluster.latency(), arrive)
         until = self.hub.now + timeout
@@ -582,23 +592,28 @@ class Reader(Client):
         self._topic = partitions[0].topic if partitions else ""
         self._ended.clear()
 
-    def consume(self, num_messages: int, timeout: float) -> list[Message]:
+    def poll(self, timeout: float) -> Message | None:
         thread = self.thread
         if not self.cluster.reachable(self.process):
             thread.wait(timeout)
-            return []
+            return None
         thread.wait(self.cluster.latency())
+        if not (messages := self.consume(1, 0)):
+            thread.wait(timeout)
+        return messages[0] if messages else None
+
+    def consume(self, num_messages: int, timeout: float) -> list[Message]:
+        assert timeout == 0
         messages: list[Message] = []
         for partition, position in self._positions.items():
             log = self.cluster.topics[self._topic][partition]
             read = log[position : position + num_messages - len(messages)]
             messages += [Message(partition, position + n, record) for n, record in enumerate(read)]
             self._positions[partition] = position + len(read)
-            if position + len(read) == len(log) and partition not in self._ended:
+            at_end = position + len(read) == len(log) and partition not in self._ended
+            if at_end and len(messages) < num_messages:
                 self._ended.add(partition)
                 messages.append(Message(partition, len(log), None, KafkaError(KafkaError._PARTITION_EOF)))
-        if not messages:
-            thread.wait(timeout)
         return messages
 
     def close(self) -> None:

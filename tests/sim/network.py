@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from tests.sim.hub import Hub, Process
+from tests.sim.hub import Hub, Process, settle
 
 
 class CallFailed(Exception):
@@ -115,7 +115,7 @@ class _Call:
             self.fail("CANCELLED")
         else:
             server.on_answer(self.path, self.client.name, self.request, response)
-            self._reply(lambda: self.answer.done() or self.answer.set_result(response))
+            self._reply(lambda: settle(self.answer, response, None))
         finally:
             server.calls.pop(self, None)
 
@@ -125,7 +125,7 @@ class _Call:
             network.hub.later(network.latency(), lambda: self.client.enter(tell))
 
     def fail(self, code: str) -> None:
-        self._reply(lambda: self.answer.done() or self.answer.set_exception(CallFailed(code)))
+        self._reply(lambda: settle(self.answer, None, CallFailed(code)))
 
     def cancel(self) -> None:
         """The client gives up; the server learns it if it can be reached."""

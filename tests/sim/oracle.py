@@ -40,6 +40,10 @@ _NAMES = {
     for v in consumer_pb2.TaskOutcomeStatus.DESCRIPTOR.values
 }
 
+_ANSWERS = {
+    v.number: v.name.removeprefix("OUTCOME_ANSWER_") for v in consumer_pb2.OutcomeAnswer.DESCRIPTOR.values
+}
+
 
 class Violated(Exception):
     """A promise was not kept."""
@@ -178,7 +182,7 @@ class Oracle:
         except AssertionError as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             self.fail(
-                "memory equals the rows", f"{machine.name}: {error or frame.line} (line {frame.lineno})"
+                "memory equals the rows", f"{machine.name}: {str(error) or frame.line} (line {frame.lineno})"
             )
 
     # -- what reaches a broker
@@ -292,7 +296,7 @@ class Oracle:
     def _is_copy(self, task: Task) -> bool:
         """A second message with the same id, which a broker may read that never had the first: only
         within one store is an id known."""
-        return len(task.positions) > 1 and (self.disks_lost or self.pool.moved(task.positions[0][0]))
+        return len(task.positions) > 1 and (self.disks_lost > 0 or self.pool.moved(task.positions[0][0]))
 
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
         if task.final:
@@ -344,7 +348,7 @@ class Oracle:
             if left > 0:
                 self.fail(
                     "one holder",
-                    f"{task.id} was handed out by {machine.name} {left} ms before the lease of its claim ends",
+                    f"{task.id} was handed out by {machine.name} {left} ms before the lease of a claim ends",
                 )
 
     def _on_handed_out_v1(self, machine: BrokerMachine, activation: activation_pb2.TaskActivation) -> None:
@@ -374,7 +378,7 @@ class Oracle:
 
     def _on_answered(self, machine: BrokerMachine, claim: Claim, status: int, answer: int) -> None:
         task, name = claim.task, _NAMES[status]
-        said = consumer_pb2.OutcomeAnswer.Name(answer).removeprefix("OUTCOME_ANSWER_")  # type: ignore[arg-type]
+        said = _ANSWERS[answer]
         self.counts[said] += 1
         self.hub.tell(
             "oracle", f"{machine.name} answers {said} to {name} of {task.id} attempt {claim.attempt}"

@@ -14,7 +14,7 @@ import pytest
 
 from penstock_broker.dispatch.service import Consumers
 from penstock_broker.domain import lifecycle
-from penstock_broker.domain.activation import Activation
+from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.ingest.forwarder import Forwarder
@@ -122,7 +122,9 @@ def letter_dropped_before_acknowledged(patch: pytest.MonkeyPatch) -> None:
 
     async def careless(self: Forwarder, rows: Any, publisher: Any, trimmed: bool) -> Any:
         safe, too_large, failed = await publish(self, rows, publisher, trimmed)
-        return safe + [row for row, _ in failed], too_large, []
+        lost = [failure.row for failure in failed]
+        sent = [(row, self._compose(row, trimmed)) for row in lost]
+        return safe + sent, too_large, []
 
     patch.setattr(Forwarder, "_publish", careless)
 
@@ -131,7 +133,7 @@ def release_not_counted(patch: pytest.MonkeyPatch) -> None:
     stayed = Memory._stayed
 
     def missed(self: Memory, row: Activation, change: Any) -> None:
-        if change.status is not lifecycle.Status.PENDING:
+        if change.status is not Status.PENDING:
             stayed(self, row, change)
 
     patch.setattr(Memory, "_stayed", missed)

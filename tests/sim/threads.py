@@ -15,10 +15,10 @@ import secrets
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import confluent_kafka
 import confluent_kafka.admin
@@ -214,7 +214,7 @@ class _Log:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
 
-    def __call__(self, logger: object, method: str, event: dict[str, Any]) -> None:
+    def __call__(self, logger: object, method: str, event: MutableMapping[str, Any]) -> NoReturn:
         said = event.pop("event")
         error = event.pop("exc_info", None)
         fields = " ".join(f"{key}={value}" for key, value in event.items() if key != "database")

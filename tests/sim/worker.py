@@ -113,7 +113,7 @@ class Worker:
             return
         if not self.pool.calm and self.rng.random() < 0.06:
             reason = self.rng.choice((1, 2, 3, 4))
-            released = consumer_pb2.ReleasedTask(claim_token=claim.token, reason=reason, detail="x")
+            released = consumer_pb2.ReleasedTask(claim_token=claim.token, reason=reason, detail="x")  # type: ignore[arg-type]
             self.reports[claim.broker].put_nowait(("release", released))
             del self.held[claim.token]
             return
@@ -216,10 +216,11 @@ class V1Worker:
         oracle.started_v1(task, self.name)
         await asyncio.sleep(min(task.seconds, 2.0))
         outcome = task.outcome(rng.randint(1, 4))
-        status = {
+        reported: dict[int, activation_pb2.TaskActivationStatus] = {
             consumer_pb2.TASK_OUTCOME_STATUS_RETRY: activation_pb2.TASK_ACTIVATION_STATUS_RETRY,
             consumer_pb2.TASK_OUTCOME_STATUS_FAILURE: activation_pb2.TASK_ACTIVATION_STATUS_FAILURE,
-        }.get(outcome, activation_pb2.TASK_ACTIVATION_STATUS_COMPLETE)
+        }
+        status = reported.get(outcome, activation_pb2.TASK_ACTIVATION_STATUS_COMPLETE)
         request = consumer_pb2.SetTaskStatusRequest(id=task.id, status=status)
         if rng.random() < 0.5:
             request.fetch_next_task.SetInParent()

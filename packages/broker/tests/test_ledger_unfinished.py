@@ -179,11 +179,15 @@ async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) 
     store = open_store(tmp_path / "s", clock)
     source = store.source("tasks", 0)
     row = activation("t0", clock, source=source.id, offset=0, max_attempts=3)
-    row.attempts = 2
+    row.attempts, row.given_back_at = 2, clock.wall_ms()
     store.insert([row], {source.id: 1}, "restored")
     await settle_down(store)
-    (state,) = store.memory.unfinished.places().values()
-    assert state is not None
-    assert state.attempts == 2
-    check_store(store)
+    for _ in range(2):
+        (state,) = store.memory.unfinished.places().values()
+        assert state is not None
+        assert (state.attempts, state.given_back_at) == (2, row.given_back_at)
+        store.database.close()
+        store = open_store(tmp_path / "s", clock)
+        await settle_down(store)
+        check_store(store)
     store.database.close()

@@ -65,7 +65,8 @@ _OPEN_LOG = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_WAL
 _FAILED_SYNCS = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC)
 
 _INSERT_COLUMNS = (
-    "seq, status, pair, ready_at, wake_at, spilled, attempts, lost, reason, error, source, log_offset,"
+    "seq, status, pair, ready_at, wake_at, spilled, attempts, lost, given_back_at, reason, error, source,"
+    " log_offset,"
     " received_at, expires_at, deadline_ms, max_attempts, on_exceeded, at_most_once, retry_delay_ms, id,"
     " taskname, content, checksum, size, body"
 )
@@ -503,6 +504,7 @@ class Database:
             values += (
                 row.seq, int(row.status), row.pair, row.ready_at,
                 wake_at(row.status, row.ready_at, row.expires_at), row.spilled, row.attempts, row.lost,
+                row.given_back_at,
                 row.reason, row.error, row.source, row.offset, row.received_at, row.expires_at,
                 row.deadline_ms, row.max_attempts, int(row.on_exceeded), int(row.at_most_once),
                 row.retry_delay_ms, row.id, row.taskname, row.content, checksum(row), row.size, body,
