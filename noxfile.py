@@ -49,9 +49,15 @@ LOCKS: dict[str, tuple[list[str], list[str]]] = {
     "build": ([], ["build"]),
     "tools": ([], ["tools"]),
     "proto": ([], ["proto"]),
+    "bench": ([], ["bench"]),
     "foreign": ([], ["foreign"]),
+    "celery": ([], ["celery"]),
+    "dramatiq": ([], ["dramatiq"]),
+    "taskiq": ([], ["taskiq"]),
 }
-STAND_ALONE = ("lock", "proto", "foreign")
+# The other systems of the benchmarks, each in an environment of its own.
+RIVALS = ("celery", "dramatiq", "taskiq")
+STAND_ALONE = ("lock", "proto", "foreign", *RIVALS)
 
 
 def show_pyenv_interpreters() -> None:
@@ -186,7 +192,9 @@ def e2e(session: nox.Session) -> None:
     """Brokers, workers and a real Kafka as processes, killed and restarted."""
     install_everything(session)
     tests = ["tests/e2e", *([] if session.posargs else QUICK_FAULTS)]
-    session.run("pytest", *tests, *session.posargs, env={"PENSTOCK_FOREIGN_PYTHON": foreign_python(session)})
+    session.run(
+        "pytest", *tests, *session.posargs, env={"PENSTOCK_FOREIGN_PYTHON": apart(session, "foreign")}
+    )
 
 
 @nox.session(default=False)
@@ -222,11 +230,16 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Measure; prints figures, judges nothing. `-- NAME` runs one script of benchmarks/."""
+    """Measure; judges nothing, makes docs/performance.md anew. Short; `-- P3` measures one claim in full."""
     install_everything(session)
-    names = session.posargs[:1] or sorted(path.stem for path in (ROOT / "benchmarks").glob("p[0-9]*.py"))
-    for name in names:
-        session.run("python", "-m", f"benchmarks.{name}", *session.posargs[1:])
+    install_locked(session, "bench")
+    for name in RIVALS:
+        apart(session, name)
+    if shutil.which("redis-server") is None:
+        # Where this is Debian, and we may.
+        install = ("apt-get", "install", "-y", "--no-install-recommends", "redis-server")
+        session.run(*install, external=True, silent=True, success_codes=range(256))
+    session.run("python", "-m", "benchmarks", *session.posargs)
 
 
 @nox.session(default=False)
@@ -253,14 +266,14 @@ def lock(session: nox.Session) -> None:
     write_locks(session, ROOT / "requirements", *session.posargs)
 
 
-def foreign_python(session: nox.Session) -> str:
-    """An interpreter with the published stubs of the taskbroker, apart from the rest (see pyproject.toml)."""
-    home = ROOT / ".nox" / "foreign"
+def apart(session: nox.Session, lock: str) -> str:
+    """An interpreter with what one lock names, apart from the rest (see pyproject.toml)."""
+    home = ROOT / ".nox" / lock
     python = str(home / "bin" / "python")
     if not home.exists():
         session.run(*UV, "venv", "--quiet", "--python", sys.executable, str(home), external=True)
     pip = (*UV, "pip", "install", "--quiet", "--python", python)
-    session.run(*pip, "--require-hashes", "-r", "requirements/foreign.txt", external=True)
+    session.run(*pip, "--require-hashes", "-r", f"requirements/{lock}.txt", external=True)
     return python
 
 

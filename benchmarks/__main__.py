@@ -1,20 +1,12 @@
-"""``python -m benchmarks [--short] [P1 P3 ...]``: measure, write the results down, make docs/performance.md anew."""
+"""Measure, write the results down, make docs/performance.md anew: ``python -m benchmarks [--short] [P1 P3 ...]``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import time
 
-from benchmarks.harness import Claim, measure, save, say, session, summary
-
-NAMES = tuple(f"P{n}" for n in range(1, 13))
-
-
-def load_claim(name: str) -> Claim:
-    claim = importlib.import_module(f"benchmarks.{name.lower()}").CLAIM
-    assert isinstance(claim, Claim)
-    return claim
+from benchmarks import page
+from benchmarks.harness import measure, save, say, session, summary
 
 
 def clock(seconds: float) -> str:
@@ -24,23 +16,27 @@ def clock(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("claims", nargs="*", metavar="P1", help="all if none is named")
-    parser.add_argument("--short", action="store_true", help="small and quick: minutes instead of hours")
+    parser.add_argument("--full", action="store_true", help="in full, although none is named")
+    parser.add_argument("--short", action="store_true", help="short, although some are named")
+    parser.add_argument("--repeat", type=int, help="runs of each case")
     options = parser.parse_args()
-    wanted = [name.upper() for name in options.claims] or list(NAMES)
-    if unknown := [name for name in wanted if name not in NAMES]:
-        parser.error(f"{', '.join(unknown)}: there are {NAMES[0]} to {NAMES[-1]}")
-    claims = [load_claim(name) for name in wanted]
-    left = [claim.seconds[0 if options.short else 1] for claim in claims]
+    wanted = [name.upper() for name in options.claims] or list(page.NAMES)
+    if unknown := [name for name in wanted if name not in page.NAMES]:
+        parser.error(f"{', '.join(unknown)}: there are {page.NAMES[0]} to {page.NAMES[-1]}")
+    short = options.short or not (options.claims or options.full)
+    claims = [page.claim_of(name) for name in wanted]
+    left = [claim.seconds[0 if short else 1] for claim in claims]
     started = time.monotonic()
-    with session(options.short) as bench:
+    with session(short, options.repeat) as bench:
         for number, claim in enumerate(claims):
+            gone, to_go = clock(time.monotonic() - started), clock(sum(left[number:]))
             say(
-                f"{claim.name}: {claim.title}   [{number + 1} of {len(claims)}; {clock(time.monotonic() - started)}"
-                f" gone, about {clock(sum(left[number:]))} to go]"
+                f"{claim.name}: {claim.title}   [{number + 1} of {len(claims)}; {gone} gone, about {to_go} to go]"
             )
             result = measure(claim, bench)
             say(summary(claim, result))
             say(f"    {result['seconds']} s; {save(claim.name, result['form'], result)}\n")
+    say(f"written: {page.write()}")
 
 
 if __name__ == "__main__":

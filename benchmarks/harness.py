@@ -38,6 +38,8 @@ class Bench:
     folder: Path
     kafka: str
     kafka_pid: int | None
+    # Runs of each case; None: as many as the claim has.
+    repeat: int | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -66,12 +68,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a case: its unit as the page shows it, and whether more is better."""
+    """A figure of a case: its unit as the page shows it, and whether more is better.
+
+    ``compared``: worth saying when another system does better.
+    """
 
     name: str
     title: str
     more_is_better: bool = False
     plotted: bool = False
+    compared: bool = False
     digits: int = 1
 
 
@@ -133,7 +139,7 @@ class Claim:
 def measure(claim: Claim, bench: Bench) -> dict[str, Any]:
     """All cases in turn, so that all see the same machine, several times; the first time does not count."""
     cases = claim.cases(bench)
-    repeat = claim.repeat[0] if bench.short else claim.repeat[1]
+    repeat = bench.repeat or (claim.repeat[0] if bench.short else claim.repeat[1])
     runs: dict[str, list[Figures]] = {case.name: [] for case in cases}
     started = time.monotonic()
     rounds = range(0 if claim.warm_up and not bench.short else 1, repeat + 1)
@@ -236,7 +242,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 @contextlib.contextmanager
-def session(short: bool) -> Iterator[Bench]:
+def session(short: bool, repeat: int | None = None) -> Iterator[Bench]:
     """One Kafka and one folder for all claims of a run."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-bench-")))
@@ -244,6 +250,6 @@ def session(short: bool) -> Iterator[Bench]:
         if not kafka.real:
             raise SystemExit("benchmarks need a real Kafka: apt-get install openjdk-17-jre-headless maven")
         pid = kafka.pid if isinstance(kafka, JavaKafka) else None
-        bench = Bench(short, folder, kafka.address, pid)
+        bench = Bench(short, folder, kafka.address, pid, repeat)
         stack.enter_context(bench.closing)
         yield bench

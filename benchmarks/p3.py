@@ -9,7 +9,6 @@ from functools import partial
 from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target
 from benchmarks.systems import (
     PRODUCERS,
-    WARM_UP_TASKS,
     Running,
     celery,
     dramatiq,
@@ -25,12 +24,12 @@ STREAM = "Taskiq + Redis stream"
 def no_ops(bench: Bench, start: Callable[[Bench], AbstractContextManager[Running]], tasks: int) -> Figures:
     """Producers and workers at once, until everything is acknowledged."""
     with start(bench) as system:
-        producers = [system.producer(tasks // PRODUCERS).ready() for _ in range(PRODUCERS)]
+        producers = [system.producer(tasks // PRODUCERS) for _ in range(PRODUCERS)]
         meter = system.meter()
         for producer in producers:
             producer.go()
         sent = [producer.result() for producer in producers]
-        last = system.finish(WARM_UP_TASKS + tasks)
+        last = system.finish()
         first = min(s["first"] for s in sent)
         cpu = {**meter.cpu_us(tasks), "producers_cpu_us": sum(s["cpu"] for s in sent) / tasks * 1e6}
         return {
@@ -66,17 +65,17 @@ CLAIM = Claim(
     " acknowledged outcome. Everything has run once before. Each other system comes from its package, in an"
     " environment of its own, with Redis as Debian sets it up.",
     figures=(
-        Figure(RATE, "tasks/s", more_is_better=True, plotted=True, digits=0),
+        Figure(RATE, "tasks/s", more_is_better=True, plotted=True, compared=True, digits=0),
         Figure("send_seconds", "seconds until all were sent"),
-        Figure("all_cpu_us", "CPU of all, µs a task", plotted=True, digits=0),
+        Figure("all_cpu_us", "CPU of all, µs a task", plotted=True, compared=True, digits=0),
         Figure("producers_cpu_us", "producers, µs a task", digits=0),
         Figure("kafka_cpu_us", "Kafka, µs a task", digits=0),
         Figure("server_cpu_us", "broker or Redis, µs a task", digits=0),
         Figure("worker_cpu_us", "worker's parent, µs a task", digits=0),
         Figure("children_cpu_us", "children, µs a task", digits=0),
-        Figure("server_rss_mb", "broker or Redis, MB", digits=0),
-        Figure("worker_rss_mb", "worker's parent, MB", digits=0),
-        Figure("children_rss_mb", "two children, MB", digits=0),
+        Figure("server_rss_mb", "broker or Redis, MB", compared=True, digits=0),
+        Figure("worker_rss_mb", "worker's parent, MB", compared=True, digits=0),
+        Figure("children_rss_mb", "two children, MB", compared=True, digits=0),
     ),
     cases=cases,
     targets=(

@@ -6,7 +6,7 @@ from functools import partial
 
 from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target, percentile
 from benchmarks.marks import milliseconds
-from benchmarks.systems import WARM_UP_TASKS, penstock
+from benchmarks.systems import penstock
 
 TASKS_PER_SECOND = 20
 
@@ -14,8 +14,8 @@ TASKS_PER_SECOND = 20
 def idle(bench: Bench, tasks: int) -> Figures:
     with penstock(bench) as system:
         meter = system.meter()
-        system.producer(tasks, "--rate", TASKS_PER_SECOND).ready().go().result()
-        system.finish(WARM_UP_TASKS + tasks)
+        system.producer(tasks, "--rate", TASKS_PER_SECOND).go().result()
+        system.finish()
         latencies = [ms for ms in milliseconds(system.marks) if ms]
         cpu = meter.cpu_seconds()
         return {

@@ -10,7 +10,7 @@ from functools import partial
 
 from benchmarks.harness import Bench, Case, Claim, Figure, Figures, Target
 from benchmarks.stored import make
-from benchmarks.systems import WARM_UP_TASKS, penstock
+from benchmarks.systems import penstock
 
 _IMPORT = """
 import time
@@ -32,8 +32,8 @@ def holding(bench: Bench, rows: int, body: int) -> Figures:
 def parent(bench: Bench, tasks: int) -> Figures:
     """After it has worked: that is when a worker is large."""
     with penstock(bench) as system:
-        system.producer(tasks).ready().go().result()
-        system.finish(WARM_UP_TASKS + tasks)
+        system.producer(tasks).go().result()
+        system.finish()
         rss = system.meter().rss_mb()
         return {"rss_mb": rss["worker_rss_mb"], "children_rss_mb": rss["children_rss_mb"] / 2}
 

@@ -39,27 +39,37 @@ class Running:
 
     parts: Mapping[str, Any]
     marks: Path
-    producer: Callable[..., Script]
+    _producer: Callable[..., Script]
     # Tasks sent, and not acknowledged yet as executed.
     unacknowledged: Callable[[], float]
+
+    # So many marks are there when everything that was sent has been executed.
+    expected: int = 0
+
+    def producer(self, tasks: int, *options: object, **how: str) -> Script:
+        """A producer of so many tasks, connected: it has sent one already."""
+        self.expected += tasks + 1
+        return self._producer(tasks, *options, **how).ready()
 
     def meter(self) -> Meter:
         return Meter(**self.parts)
 
-    def wait_for_marks(self, tasks: int, seconds: float) -> None:
-        wait_until(f"{tasks} tasks have run", lambda: marks.count(self.marks) >= tasks, seconds)
+    def wait_for_marks(self, seconds: float = RUN_SECONDS_MAX) -> None:
+        wait_until(
+            f"{self.expected} tasks have run", lambda: marks.count(self.marks) >= self.expected, seconds
+        )
 
-    def finish(self, tasks: int) -> float:
-        """Wait until so many, from the start on, have been executed and acknowledged; when that was."""
-        self.wait_for_marks(tasks, RUN_SECONDS_MAX)
+    def finish(self) -> float:
+        """Wait until all that was sent has been executed and acknowledged; when that was."""
+        self.wait_for_marks()
         wait_until("all outcomes are acknowledged", lambda: self.unacknowledged() == 0)
         return time.time()
 
 
 def _warm(running: Running) -> Running:
-    """One round through everything, and the marks of it forgotten."""
-    running.producer(WARM_UP_TASKS).ready().go().result()
-    running.finish(WARM_UP_TASKS)
+    """One round through everything."""
+    running.producer(WARM_UP_TASKS).go().result()
+    running.finish()
     return running
 
 

@@ -33,8 +33,3 @@ def work(sent_at: float, seconds: float) -> None:
 
 
 send_noop, send_work = noop.delay, work.delay
-
-
-def connect() -> None:
-    with app.connection_for_write() as connection:
-        connection.ensure_connection()

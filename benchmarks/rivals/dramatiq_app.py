@@ -26,7 +26,3 @@ def work(sent_at: float, seconds: float) -> None:
 
 
 send_noop, send_work = noop.send, work.send
-
-
-def connect() -> None:
-    noop.broker.client.ping()

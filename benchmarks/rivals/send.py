@@ -40,7 +40,7 @@ def one(app: Any, number: int, options: argparse.Namespace) -> Any:
 
 def send(app: Any, options: argparse.Namespace) -> tuple[float, float]:
     # Connected, as a process is that has sent before.
-    app.connect()
+    app.send_noop(0)
     begun = ready()
     for n in range(options.tasks):
         if options.rate:
@@ -51,6 +51,7 @@ def send(app: Any, options: argparse.Namespace) -> tuple[float, float]:
 
 async def send_async(app: Any, options: argparse.Namespace) -> tuple[float, float]:
     await app.broker.startup()
+    await app.send_noop(0)
     begun = ready()
     if options.rate:
         for n in range(options.tasks):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import uuid
+from hashlib import blake2b
 
 from penstock_broker.domain.activation import Activation, Reason, Status
-
-_CONFLICTS = uuid.UUID("0b1a6a44-9f3f-5c0e-8f0b-5d0a1d6f7e21")
 
 
 def in_conflict(row: Activation, known: int) -> bool:
@@ -21,7 +19,8 @@ def refuse_conflict(row: Activation) -> None:
     row.status, row.reason = Status.FORWARDING, Reason.CONFLICT
     row.error = json.dumps({"type": "conflict", "message": conflict_text(row.id)})
     row.sent_on = 0
-    row.id = str(uuid.uuid5(_CONFLICTS, f"{row.id}/{row.content}"))
+    name = f"{row.id}/{row.content}".encode("utf-8", "surrogatepass")
+    row.id = f"conflict-{blake2b(name, digest_size=16).hexdigest()}"
 
 
 def conflict_text(id: str) -> str:
