@@ -128,9 +128,9 @@ def test_dead_letters_on_kafka_are_replayed_once_each_whatever_interrupts_it(kaf
     gate.touch()
     chosen = ("dlq", "replay", "--taskname", "needs", "--yes")
     assert run("dlq", "replay", "--taskname", "needs", brokers=[broker]).returncode == 5
-    # Killed in the middle, without a chance to say goodbye.
+    # Killed in the middle, without a chance to say goodbye: it would take 80 s.
     environment = {"PENSTOCK_RPC_HOST_LIST": broker.address}
-    command = ["-m", "penstock_client", *chosen, "--rate", "3"]
+    command = ["-m", "penstock_client", *chosen, "--rate", "0.5"]
     slow = Process("replay", kafka_pool.folder, command, environment)
     kafka_pool.processes.append(slow)
     slow.start()

@@ -153,15 +153,15 @@ def check_store(store: Inflight) -> None:
     # A row that leaves may have come back from the log before it was gone.
     assert {row.id for row in rows.values()} == {rows[seq].id for seq in live}
     held_exits = {way_out.seq for source in store.sources() for _, way_out in source.held_exits}
-    waiting = {way_out.seq for route in store.memory.outbox.values() for way_out in route}
-    assert held_exits | waiting == leaving, "a row that must leave is in no queue"
+    queued = {way_out.seq for route in store.memory.outbox.values() for way_out in route}
+    assert held_exits | queued == leaving, "a row that must leave is in no queue"
     uncovered = {seq for source in store.sources() for _, seq, _ in source.uncovered}
     assert held_exits == leaving & uncovered, "what another broker may read must stay, and only that"
     assert store.memory.rows == len(rows)
     assert store.memory.bytes == sum(row.size for row in rows.values())
     for pair, counts in store.memory.counts.items():
-        held = (r.size for r in rows.values() if r.pair == pair and r.status is not Status.FORWARDING)
-        assert store.memory.held_bytes[pair] == sum(held)
+        staying = (r for r in rows.values() if r.pair == pair and r.status is not Status.FORWARDING)
+        assert store.memory.held_bytes[pair] == sum(r.size for r in staying)
         for status in list(Status)[1:]:
             assert counts[status] == sum(r.pair == pair and r.status is status for r in rows.values())
     balances = store.control.balances().values()

@@ -26,7 +26,11 @@ from penstock_broker.store.limits import StoreLimits
 from penstock_protocol.replay import ROOT_ID
 from penstock_protocol.v1 import admin_pb2 as pb
 from penstock_protocol.v1 import consumer_pb2
-from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
+from penstock_protocol.v1.activation_pb2 import (
+    ON_ATTEMPTS_EXCEEDED_DEADLETTER,
+    RetryState,
+    TaskActivation,
+)
 
 BYTES = 1 << 22
 M = TypeVar("M", bound=Message)
@@ -127,7 +131,9 @@ def message(id: str, clock: ManualClock) -> bytes:
         headers={"who": "me"},
         parameters_bytes=b"\x80",
         processing_deadline_duration=9,
-        retry_state=RetryState(max_attempts=1, on_attempts_exceeded=2, attempts=0, delay_on_retry=4),
+        retry_state=RetryState(
+            max_attempts=1, on_attempts_exceeded=ON_ATTEMPTS_EXCEEDED_DEADLETTER, delay_on_retry=4
+        ),
     )
     sent.received_at.FromMilliseconds(clock.wall)
     return sent.SerializeToString()

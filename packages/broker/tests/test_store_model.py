@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
@@ -25,6 +26,9 @@ from penstock_broker.domain.activation import OnExceeded, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.limits import StoreLimits
+
+# Many short histories: on a busy machine they take their time.
+pytestmark = pytest.mark.timeout(300)
 
 LIMITS = StoreLimits(
     window_rows_max=4,

@@ -56,13 +56,15 @@ def _read(brokers: Brokers) -> dict[Broker, tuple[float, pb.GetStatusResponse]]:
 def _rates(
     before: pb.GetStatusResponse, now: pb.GetStatusResponse, seconds: float
 ) -> tuple[float | None, float | None, float | None]:
-    """Tasks added and finished a second, and seconds until it is drained; None: not known, or never."""
+    """Tasks added and finished a second, and seconds until all that need not wait for their time are done;
+    None: not known, or never."""
     if seconds <= 0 or before.store_id != now.store_id:
         return None, None, None
     added, ended = (now.accepted - before.accepted) / seconds, (now.ended - before.ended) / seconds
-    if not now.rows:
+    backlog = sum(count.tasks for count in now.states if count.state != "delayed")
+    if not backlog:
         return added, ended, 0.0
-    return added, ended, now.rows / (ended - added) if ended > added else None
+    return added, ended, backlog / (ended - added) if ended > added else None
 
 
 def _json(
@@ -100,9 +102,7 @@ def _show(
         ("  oldest", f"pending for {span(now.oldest_pending_seconds)}"),
     ]
     if added is not None and ended is not None:
-        when = (
-            "empty" if not now.rows else "not draining" if drained is None else f"drained in {span(drained)}"
-        )
+        when = f"drained in {span(drained)}" if drained else "not draining" if drained is None else "drained"
         facts.append(("  rates", f"{added:,.0f}/s added, {ended:,.0f}/s finished: {when}"))
     facts.append(("  intake", now.intake_state + (f": {now.intake_reason}" if now.intake_reason else "")))
     if now.HasField("kafka"):
