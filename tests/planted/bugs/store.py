@@ -19,6 +19,14 @@ BUGS = (
         tests=(DATABASE + "test_the_settings_that_durability_needs_are_in_force",),
     ),
     Bug(
+        "a tick is not synced",
+        "acknowledged is durable, also over a power cut",
+        "broker/store/database.py",
+        old='("synchronous", "FULL")',
+        new='("synchronous", "NORMAL")',
+        tests=(BROKER + "test_crash.py::test_a_crash_after_any_write_loses_nothing_acknowledged",),
+    ),
+    Bug(
         "a tick that is only being written counts as committed",
         "nothing is answered before its commit",
         "broker/store/writer.py",
