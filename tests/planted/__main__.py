@@ -25,8 +25,9 @@ from tests.planted.bugs import BUGS
 
 TEST_SECONDS_MAX = 20
 RUN_SECONDS_MAX = 300
-# A broken promise shows as one of these; anything else is broken code.
-BROKEN_PROMISE = ("AssertionError", "IllegalTransition")
+# A broken promise shows as one of these; the last two are invariants that the product watches itself,
+# and anything else is broken code.
+BROKEN_PROMISE = ("AssertionError", "IllegalTransition", "Malformed")
 
 
 @dataclass(frozen=True)

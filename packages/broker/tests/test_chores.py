@@ -43,7 +43,10 @@ def pending(store: Inflight) -> int:
     return sum(counts[Status.PENDING] for counts in store.memory.counts.values())
 
 
-async def test_a_delay_that_is_shorter_than_the_sleep_ends_it(tmp_path: Path, clock: ManualClock) -> None:
+async def test_a_delay_that_is_shorter_than_the_sleep_ends_it(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chores, "LOOK_AT_DISK_EVERY_MS", chores.SLEEP_MS_MAX)
     async with kept(tmp_path / "store.sqlite", clock) as store:
         await asyncio.sleep(0)  # asleep, for a minute at most
         await store.insert([activation("a", clock, delay_ms=30)])

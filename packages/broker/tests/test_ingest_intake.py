@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from ingest_helpers import running_store, task_bytes, until
 
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
-from penstock_broker.ingest.intake import Found, Intake, Position, keep_orphans
+from penstock_broker.ingest.intake import COMMIT_PAUSE_SECONDS, Found, Intake, Position, keep_orphans
 from penstock_broker.ingest.ownership import Me, Owner, decode
+from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 
@@ -117,6 +119,26 @@ async def test_only_what_is_durable_is_committed_and_only_what_is_acknowledged_i
     assert (source.next, source.covered, len(source.uncovered)) == (10, 0, 10)
     broker.answer()
     assert (source.covered, len(source.uncovered)) == (10, 0)
+
+
+async def test_nothing_is_committed_while_its_tick_is_being_written(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    disk, write = threading.Event(), store.database.write
+
+    def slow(batch: Batch) -> Written:
+        disk.wait(30)
+        return write(batch)
+
+    store.database.write = slow  # type: ignore[method-assign]
+    broker.deliver(0, 10)
+    # However long the disk takes: the pause between commits is over many times.
+    await asyncio.sleep(5 * COMMIT_PAUSE_SECONDS)
+    assert len(broker.kafka.asked) == 1
+    disk.set()
+    await broker.asked(2)
+    assert broker.kafka.offsets() == {0: 10}
 
 
 async def test_one_commit_at_a_time_and_the_newest_wins(store: Inflight) -> None:

@@ -153,6 +153,25 @@ async def test_a_claim_that_may_start_once_only_is_in_the_file_when_handed_out(b
     assert len(pb.GetTasksResponse.FromString(await call).tasks) == 1
 
 
+async def test_a_claim_of_a_task_from_the_log_that_may_start_once_only_is_in_the_ledger_first(
+    broker: Broker,
+) -> None:
+    """Else it would start again on the broker that restores it from there."""
+    recorded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    broker.store.recorded = lambda: recorded  # type: ignore[method-assign]
+    source = broker.store.source("tasks", 0)
+    await broker.put("a", at_most_once=True, source=source.id, offset=0)
+    broker.store.cover(source, 1)
+    await settle_down(broker.store)
+    call = asyncio.ensure_future(broker.consumers.get_tasks(pb.GetTasksRequest().SerializeToString()))
+    await broker.step()
+    await settle_down(broker.store)
+    await broker.step()
+    assert not call.done()
+    recorded.set_result(None)
+    assert len(pb.GetTasksResponse.FromString(await broker.answered(call)).tasks) == 1
+
+
 @pytest.mark.parametrize("how", ["get_task", "set_task_status"])
 async def test_so_it_is_for_a_client_without_tokens(broker: Broker, how: str) -> None:
     await broker.put("a", at_most_once=True)

@@ -47,6 +47,16 @@ BUGS = (
         tests=(SERVICE + "test_so_it_is_for_a_client_without_tokens",),
     ),
     Bug(
+        "claim of an at-most-once task not in the ledger",
+        "at most once, also after the loss of the disk",
+        "broker/dispatch/service.py",
+        old="                durable = self.store.recorded() if from_log else self.store.committed()\n",
+        new="                durable = self.store.committed()\n",
+        tests=(
+            SERVICE + "test_a_claim_of_a_task_from_the_log_that_may_start_once_only_is_in_the_ledger_first",
+        ),
+    ),
+    Bug(
         "what was claimed for a call that failed stays claimed",
         "what nobody received is handed out again",
         "broker/dispatch/service.py",
