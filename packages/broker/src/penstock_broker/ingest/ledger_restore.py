@@ -77,7 +77,7 @@ async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Le
     """What a broker has left, over all partitions. Raises KafkaException."""
     consumed = (ledger.settings.kafka_topic, ledger.settings.kafka_overflow_topic)
     found: dict[tuple[str, int], Found] = {}
-    for topic in {*consumed, *(topic for topic, _ in account.ranges)}:
+    for topic in sorted({*consumed, *(topic for topic, _ in account.ranges)}):
         # Of those that are consumed all partitions: the first record may not have been written yet.
         partitions = None if topic in consumed else [p for t, p in account.ranges if t == topic]
         for one in await ledger.call(ledger.log.look_up, topic, partitions):
