@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import grpc
 from confluent_kafka import Consumer, Message
@@ -94,8 +93,6 @@ class Process:
 class Broker(Process):
     """One broker, with a database of its own; ``start`` again after ``kill`` restarts it."""
 
-    COMMAND: Sequence[str] = ("-m", "penstock_broker", "serve")
-
     def __init__(self, name: str, folder: Path, settings: dict[str, str]) -> None:
         self.port, self.metrics_port = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
@@ -109,7 +106,7 @@ class Broker(Process):
             **settings,
         }
         environment = {f"TASKBROKER_{key}": value for key, value in values.items()}
-        super().__init__(name, folder, [*self.COMMAND], environment)
+        super().__init__(name, folder, ["-m", "penstock_broker", "serve"], environment)
 
     def start(self, serving: bool = True) -> None:
         super().start()
@@ -151,24 +148,6 @@ class Broker(Process):
 
     def check_books(self) -> None:
         assert self.metrics()["penstock_books_difference_tasks"] == 0
-
-
-class Drainable(Broker):
-    """A broker that is told by a signal to drain."""
-
-    COMMAND = ("-m", "tests.e2e.draining_broker")
-
-    def drain(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGUSR1)
-
-    def report(self) -> dict[str, Any] | None:
-        """What came of it; None while it drains."""
-        path = self.database.with_suffix(".report")
-        return dict(json.loads(path.read_text())) if path.exists() else None
-
-
-B = TypeVar("B", bound=Broker)
 
 
 class Execution(NamedTuple):
@@ -215,25 +194,24 @@ class Pool:
         return name
 
     def broker(self, name: str = "broker", *, start: bool = True, **settings: str) -> Broker:
-        return self._broker(Broker, name, start, settings)
-
-    def drainable(self, name: str, *, grace_seconds: float, **settings: str) -> Drainable:
-        broker = self._broker(Drainable, name, False, settings)
-        broker.environment["PENSTOCK_E2E_GRACE"] = str(grace_seconds)
-        broker.start()
-        return broker
-
-    def _broker(self, kind: type[B], name: str, start: bool, settings: dict[str, str]) -> B:
         if self.kafka is None:
             settings = {"INGEST": "grpc", **settings}
         else:
             own = {"KAFKA_TOPIC": self.topic, "KAFKA_LEDGER_TOPIC": f"{self.topic}-ledger"}
             settings = {"KAFKA_CLUSTER": self.kafka, **own, **settings}
-        broker = kind(name, self.folder, settings)
+        broker = Broker(name, self.folder, settings)
         self.processes.append(broker)
         if start:
             broker.start()
         return broker
+
+    def drain(self, broker: Broker, grace_seconds: float) -> Process:
+        """``penstock-broker drain``, started."""
+        command = ["-m", "penstock_broker", "drain", "--grace-seconds", str(grace_seconds)]
+        draining = Process(f"drain-{len(self.processes)}", self.folder, command, broker.environment)
+        self.processes.append(draining)
+        draining.start()
+        return draining
 
     def worker(
         self,

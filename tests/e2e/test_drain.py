@@ -17,7 +17,7 @@ from tests.e2e.test_forwarding import finished
 @pytest.mark.timeout(180)
 def test_a_broker_is_drained_under_load(kafka_pool: Pool, tmp_path: Path) -> None:
     kafka_pool.create_topic(8)
-    leaves = kafka_pool.drainable("leaves", grace_seconds=4)
+    leaves = kafka_pool.broker("leaves")
     stays = kafka_pool.broker("stays")
     eventually("they share", lambda: leaves.metrics()["penstock_kafka_partitions"] == 4, 40)
     books = Acknowledgements()
@@ -34,13 +34,12 @@ def test_a_broker_is_drained_under_load(kafka_pool: Pool, tmp_path: Path) -> Non
     assert app.flush() == 0
     eventually("under load", lambda: len(books.acknowledged) > 1_000)
     eventually("some failed", lambda: leaves.metrics().get("penstock_tasks{state=delayed}", 0) > 5)
-    leaves.drain()
+    draining = kafka_pool.drain(leaves, grace_seconds=4)
     eventually("handing over", lambda: "drain: handing over" in leaves.text(), 30)
     gate.touch()
-    eventually("drained", leaves.report, 60)
-    report = leaves.report() or {}
-    assert (report["phase"], report["left"], report["reasons"]) == ("drained", {}, [])
-    assert report["handed_over"] == finished(leaves, "handed_over") > 500
+    assert draining.wait(60) == 0, draining.text()
+    assert f"{finished(leaves, 'handed_over'):,} handed over; left: none" in draining.text()
+    assert finished(leaves, "handed_over") > 500
     leaves.check_books()
     assert leaves.terminate() == 0
     leaves.database.unlink()
@@ -67,23 +66,19 @@ def test_a_broker_is_drained_under_load(kafka_pool: Pool, tmp_path: Path) -> Non
 @pytest.mark.timeout(120)
 def test_what_cannot_leave_is_told(direct_pool: Pool) -> None:
     """Without Kafka there is no topic to hand over to; new tasks are refused meanwhile."""
-    broker = direct_pool.drainable("broker", grace_seconds=1)
+    broker = direct_pool.broker()
     app = direct_pool.app(broker=broker.address)
     ids = [app.tasks["noop"].delay().id for _ in range(10)]
     assert app.flush() == 0
-    broker.drain()
-    eventually("it ends", broker.report, 30)
-    report = broker.report() or {}
-    assert (report["left"], report["handed_over"]) == ({"pending": 10}, 0)
-    assert "there is no topic to hand tasks over to" in report["reasons"][0]
+    draining = direct_pool.drain(broker, grace_seconds=1)
+    assert draining.wait(30) == 1
+    assert "0 handed over; left: 10 pending" in draining.text()
+    assert "there is no topic to hand tasks over to" in draining.text()
     with grpc.insecure_channel(broker.address) as channel:
         send: Any = channel.unary_unary("/penstock.v1.ProducerService/SendTasks")
         with pytest.raises(grpc.RpcError, match=r"UNAVAILABLE[^$]*this broker is being drained"):
             send(b"", timeout=10)
     # It goes on with what it holds.
-    broker.database.with_suffix(".report").unlink()
     direct_pool.worker([broker])
     direct_pool.await_all(ids)
-    broker.drain()
-    eventually("drained", broker.report, 30)
-    assert (broker.report() or {})["left"] == {}
+    assert direct_pool.drain(broker, grace_seconds=1).wait(30) == 0
