@@ -128,21 +128,23 @@ async def test_what_is_unfinished_is_recorded(kafka: MockKafka, settings: Settin
 
 
 async def test_a_lost_disk_is_restored_as_it_was(kafka: MockKafka, settings: Settings) -> None:
-    ids = ["done", "waiting", "retried", "lost", "failed", "running"]
+    ids = ["done", "waiting", "retried", "lost", "failed", "running", "unknown"]
     retry = {"max_attempts": 3, "on_attempts_exceeded": 2}
     kafka.produce("tasks", [task_bytes(id, retry_state=retry) for id in ids])
     kafka.produce("tasks", [task_bytes("once", retry_state={"at_most_once": True}), b"poison"])
     async with broker(settings) as one:
-        await until(lambda: one.taken(8))
+        await until(lambda: one.taken(9))
         await one.store.recorded()
         tokens: dict[str, object] = {}
-        while len(tokens) < 7:
+        while len(tokens) < 8:
             tokens |= dict(await one.claim(10))
         await one.settle(tokens["waiting"], Event.RELEASE)
         await one.settle(tokens["done"], Event.COMPLETE)
         await one.settle(tokens["retried"], Event.RETRY, retry_delay_ms=3_600_000)
         await one.settle(tokens["lost"], Event.WORKER_DIED)
         await one.settle(tokens["failed"], Event.FAIL)
+        await one.settle(tokens["unknown"], Event.UNKNOWN_TASK)
+        given_back_at = one.store.clock.wall_ms()
     lose_disk(settings)
     async with broker(settings) as two:
         rows = {
@@ -157,16 +159,18 @@ async def test_a_lost_disk_is_restored_as_it_was(kafka: MockKafka, settings: Set
             "lost": (Status.PENDING, 0, 1, None),
             "failed": (Status.FORWARDING, 1, 0, "failed"),
             "once": (Status.FORWARDING, 0, 1, "start_unknown"),
+            "unknown": (rows["unknown"].status, 0, 0, None),
             poison: (Status.FORWARDING, 0, 0, "not_an_activation"),
         }
+        assert given_back_at - 60_000 < (rows["unknown"].given_back_at or 0) <= given_back_at
         assert rows["retried"].ready_at > two.store.clock.wall_ms() + 3_000_000
-        assert sum(n for (_, term), n in two.store.memory.books.items() if term == "restored") == 7
+        assert sum(n for (_, term), n in two.store.memory.books.items() if term == "restored") == 8
         assert two.store.imbalance() == 0
         # It goes on where the lost one was, and its own ledger says what it has.
         kafka.produce("tasks", [task_bytes("new")])
-        await until(lambda: two.taken(9))
+        await until(lambda: two.taken(10))
         await two.store.recorded()
-        assert two.recorded()[0] == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert two.recorded()[0] == list(range(1, 10))
         assert two.store.memory.tally.duplicates == 0
 
 

@@ -154,7 +154,7 @@ def become(row: Activation, state: State | None, now: int, limits: Limits) -> No
         # It may have started: what becomes of it is what becomes of one whose worker vanished.
         row.status = Status.PROCESSING
         change = decide(row, Event.LEASE_LOST, now, limits)
-        row.status, row.reason, row.lost, row.claim = change.status, change.reason, change.lost, change.claim
+        row.status, row.reason, row.lost = change.status, change.reason, change.lost
         row.error = json.dumps({"type": "disk lost", "message": "its broker lost its disk after the claim"})
     elif state.due_at > now:
         row.status, row.ready_at = Status.DELAYED, state.due_at
