@@ -133,6 +133,29 @@ def test_a_broker_loses_its_disk_under_load(kafka_pool: Pool) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_a_malformed_database_is_set_aside_and_its_tasks_are_restored(kafka_pool: Pool) -> None:
+    kafka_pool.create_topic(2)
+    broker = kafka_pool.broker()
+    books = Acknowledgements()
+    ids = {kafka_pool.app().tasks["raw.noop"].delay().id for _ in range(300)}
+    eventually("all recorded", lambda: recorded(kafka_pool, broker) == (300, 300))
+    assert broker.terminate() == 0
+    content = bytearray(broker.database.read_bytes())
+    for page in range(2, len(content) // 4096):
+        content[page * 4096 : page * 4096 + 12] = b"no b-tree..."
+    broker.database.write_bytes(content)
+    broker.start()
+    (kept,) = broker.database.parent.glob(f"{broker.database.name}.quarantined-*[0-9]")
+    assert kept.read_bytes() == content
+    (worker,) = raw_workers([broker], books)
+    eventually("all acknowledged", lambda: books.acknowledged == ids)
+    worker.stop()
+    assert books.violations == []
+    assert "the database was set aside" in broker.text()
+    assert "tasks of a lost disk were restored" in broker.text()
+
+
+@pytest.mark.timeout(120)
 def test_the_ledger_is_empty_when_all_is_done_and_a_lost_disk_restores_nothing(kafka_pool: Pool) -> None:
     kafka_pool.create_topic(2)
     broker = kafka_pool.broker()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import apsw
 import pytest
@@ -79,7 +80,7 @@ def change_byte(path: Path, at: int, bit: int) -> None:
         file.write(bytes([value ^ 1 << bit]))
 
 
-async def handed_out(store: Inflight, clock: ManualClock) -> list:
+async def handed_out(store: Inflight, clock: ManualClock) -> list[Any]:
     """Everything that the store hands out or forwards from now on."""
     out = []
     for source in store.sources():
@@ -177,7 +178,7 @@ async def test_a_damaged_row_is_set_aside_and_counted_and_the_others_go_on(tmp_p
     assert store.memory.quarantined == 2
     assert sum(n for (_, term), n in store.memory.books.items() if term == "quarantined") == 2
     kept = store.database.connection.execute("SELECT id, why, length(body) FROM quarantine").fetchall()
-    assert [(bytes(id), why, n) for id, why, n in kept] == [
+    assert [(bytes(cast("bytes", id)), why, n) for id, why, n in kept] == [
         (b"t0", "its checksum does not fit", 300),
         (b"t2", "its checksum does not fit", 3000),
     ]
@@ -209,7 +210,7 @@ async def test_a_row_with_an_impossible_column_does_not_stop_the_start(
     store.database.close()
 
 
-def settings_for(path: Path, ingest: str) -> Settings:
+def settings_for(path: Path, ingest: Literal["kafka", "grpc"]) -> Settings:
     return Settings(db_path=path, ingest=ingest)
 
 

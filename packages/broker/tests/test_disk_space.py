@@ -84,9 +84,11 @@ async def test_the_intake_pauses_before_the_disk_is_full_and_opens_when_there_is
     store: Inflight,
 ) -> None:
     clock = store.clock
+    assert isinstance(clock, ManualClock)
     await insert_until_paused(store, clock)
     assert store.intake_state() == ("PAUSED", "disk")
     space = store.database.space
+    assert space is not None
     assert space.path.stat().st_size == space.reserve_bytes, "it paused only when the reserve was needed"
     assert not store.memory.tally.disk_failures
     # Rows that are finished free pages of the database, not of the disk: nothing opens by itself.
@@ -98,6 +100,7 @@ async def test_on_a_full_disk_outcomes_claims_and_dead_letters_go_on_and_then_it
     store: Inflight, small_disk: Path
 ) -> None:
     clock = store.clock
+    assert isinstance(clock, ManualClock)
     rows = [activation(f"t{i}", clock, body=os.urandom(1000)) for i in range(5000)]
     stored = store.insert(rows)
     await settle_down(store)
@@ -118,6 +121,7 @@ async def test_on_a_full_disk_outcomes_claims_and_dead_letters_go_on_and_then_it
     store.watch_disk()
     await settle_down(store)
     assert store.intake_state() == ("OPEN", "")
+    assert store.database.space is not None
     assert store.database.space.path.exists(), "the reserve was not taken again"
     check_store(store)
 

@@ -263,7 +263,8 @@ class Database:
                 f"the database {self.path} is locked by another process",
                 "close whatever has it open: a broker is the only one that may",
             ) from None
-        if isinstance(error, apsw.CorruptError) or (isinstance(error, apsw.NotADBError) and self._was_ours):
+        damaged = (apsw.CorruptError, apsw.SQLError, apsw.ConstraintError, ValueError)
+        if isinstance(error, damaged) or (isinstance(error, apsw.NotADBError) and self._was_ours):
             raise Malformed(self.path, str(error)) from None
         if isinstance(error, apsw.FullError):
             raise FatalError(
