@@ -592,18 +592,19 @@ class Reader(Client):
         self._topic = partitions[0].topic if partitions else ""
         self._ended.clear()
 
-    def poll(self, timeout: float) -> Message | None:
-        thread = self.thread
-        if not self.cluster.reachable(self.process):
-            thread.wait(timeout)
-            return None
-        thread.wait(self.cluster.latency())
-        if not (messages := self.consume(1, 0)):
-            thread.wait(timeout)
-        return messages[0] if messages else None
-
     def consume(self, num_messages: int, timeout: float) -> list[Message]:
-        assert timeout == 0
+        """Waits for the whole of ``timeout``, or until there are as many."""
+        if not timeout:
+            return self._read(num_messages)
+        thread, until = self.thread, self.hub.now + timeout
+        messages: list[Message] = []
+        while self.hub.now < until and len(messages) < num_messages:
+            thread.wait(min(self.cluster.latency(), until - self.hub.now))
+            if self.cluster.reachable(self.process):
+                messages += self._read(num_messages - len(messages))
+        return messages
+
+    def _read(self, num_messages: int) -> list[Message]:
         messages: list[Message] = []
         for partition, position in self._positions.items():
             log = self.cluster.topics[self._topic][partition]

@@ -160,5 +160,7 @@ def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -
     for seed in range(1, SEEDS + 1):
         if found := run_seed(seed).violation:
             print(f"seed {seed}: {found}")
+            monkeypatch.undo()
+            assert not run_seed(seed).violation, "without the bug too"
             return
     pytest.fail(f"{plant.__name__} went unnoticed in {SEEDS} histories")
