@@ -8,9 +8,11 @@ Exit code 1 when a bug survived, or a test failed for another reason than the bu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,12 +21,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from tests.planted.bug import ROOT, Bug, StaleBug, source_of
 from tests.planted.bugs import BUGS
 
 TEST_SECONDS_MAX = 20
 RUN_SECONDS_MAX = 300
+# Of tests that wait in vain: what they have started may wait with them.
+HANG_SECONDS_MAX = 120
 # A broken promise shows as one of these; the last two are invariants that the product watches itself,
 # and anything else is broken code.
 BROKEN_PROMISE = ("AssertionError", "IllegalTransition", "Malformed")
@@ -40,7 +45,9 @@ class Verdict:
     problem: str = ""
 
 
-def run_tests(tests: Iterable[str], package: str, source: Path) -> dict[str, list[list[str]] | str | None]:
+def run_tests(
+    tests: Iterable[str], package: str, source: Path, seconds_max: float = RUN_SECONDS_MAX
+) -> dict[str, list[list[str]] | str | None]:
     """What tests/planted/verdict.py tells of a run of ``tests`` with ``source`` before the package's own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as told:
         environment = os.environ | {
@@ -59,13 +66,19 @@ def run_tests(tests: Iterable[str], package: str, source: Path) -> dict[str, lis
             "no:cacheprovider",
         ]
         command += ["--hypothesis-profile=planted", f"--timeout={TEST_SECONDS_MAX}", *tests]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS_MAX
-        )
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=PIPE, stderr=STDOUT, text=True, start_new_session=True
+        ) as run:
+            try:
+                output, _ = run.communicate(timeout=seconds_max)
+            finally:
+                # What the tests have started goes with them.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(run.pid, signal.SIGKILL)
         try:
             return dict(json.load(told))
         except ValueError:
-            return {"failures": [["", "no verdict", (done.stdout + done.stderr)[-500:]]], "passed": []}
+            return {"failures": [["", "no verdict", output[-500:]]], "passed": []}
 
 
 def plant(bug: Bug) -> Verdict:
@@ -75,8 +88,12 @@ def plant(bug: Bug) -> Verdict:
         try:
             shutil.copytree(source_of(bug.package), source, ignore=shutil.ignore_patterns("__pycache__"))
             (source / bug.module).write_text(bug.planted())
-            told = run_tests(bug.tests, bug.package, source)
+            limit = HANG_SECONDS_MAX if bug.hangs else RUN_SECONDS_MAX
+            told = run_tests(bug.tests, bug.package, source, limit)
         except subprocess.TimeoutExpired:
+            if bug.hangs:
+                waited = f"{bug.tests[0].rpartition('/')[2]} (waits in vain)"
+                return Verdict(bug.name, time.monotonic() - begun, caught=waited)
             return Verdict(bug.name, time.monotonic() - begun, problem="the run took too long")
         except StaleBug as stale:
             return Verdict(bug.name, 0.0, problem=str(stale))

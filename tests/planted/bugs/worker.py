@@ -14,6 +14,7 @@ BUGS = (
         old="        reporter = self._reporters[claim.link]\n",
         new="        reporter = self._reporters[self._links[0]]\n",
         tests=(RUNS + "test_outcomes_go_to_the_broker_the_task_came_from",),
+        hangs=True,
     ),
     Bug(
         "heartbeat stops during a long task",
