@@ -35,6 +35,9 @@ GENERATED_PAGES = {
     "penstock_broker.domain.document": "docs/lifecycle.md",
 }
 
+# Of the long sessions of `faults`, what takes seconds and needs no root.
+QUICK_FAULTS = ("--short", "tests/faults/test_clocks.py", "tests/faults/test_children.py")
+
 # lock file -> (what is installed from this tree, dependency groups). `lock` comes first: the others follow
 # its versions, except those that stand alone.
 LOCKS: dict[str, tuple[list[str], list[str]]] = {
@@ -182,9 +185,8 @@ def build(session: nox.Session) -> None:
 def e2e(session: nox.Session) -> None:
     """Brokers, workers and a real Kafka as processes, killed and restarted."""
     install_everything(session)
-    session.run(
-        "pytest", "tests/e2e", *session.posargs, env={"PENSTOCK_FOREIGN_PYTHON": foreign_python(session)}
-    )
+    tests = ["tests/e2e", *([] if session.posargs else QUICK_FAULTS)]
+    session.run("pytest", *tests, *session.posargs, env={"PENSTOCK_FOREIGN_PYTHON": foreign_python(session)})
 
 
 @nox.session(default=False)

@@ -135,7 +135,7 @@ def _declare_fatal(namespace: Namespace) -> None:
     def bomb(ctx: TaskContext, /) -> None:
         """All memory there is, of a limited amount; then what the kernel does to such a process."""
         record("start", ctx)
-        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 29, resource.RLIM_INFINITY))
         held = []
         try:
             while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -56,7 +57,12 @@ def test_idle_workers_and_a_herd_after_an_outage(direct_pool: Pool, short: bool,
     time.sleep(watched)  # the idleness
     busy = (sum(process.cpu_times()[:2]) - before) / watched
     figure(f"{workers} idle workers: {busy:.1%} of a core")
+    processes = [one.process for one in direct_pool.processes if one is not broker and one.process]
+    for one in processes:
+        one.send_signal(signal.SIGSTOP)
     fill(broker.address, 40_000 if short else 200_000)
+    for one in processes:
+        one.send_signal(signal.SIGCONT)
     peak = max(_rates(broker, 2 if short else 10))
     broker.kill()
     begun = time.monotonic()
