@@ -127,3 +127,15 @@ def test_a_broker_that_kafka_takes_for_another_joins_again(kafka_pool: Pool, fig
     load.await_more(1_000)
     figure(f"it has partitions again {time.monotonic() - begun:.1f} s later; {load.finish()}")
     assert load.twice <= 4 * HELD_MAX
+
+
+@pytest.mark.timeout(120)
+def test_of_two_brokers_with_one_id_one_stops(kafka_pool: Pool) -> None:
+    kafka_pool.create_topic(4)
+    brokers = [kafka_pool.broker(f"broker-{n}", start=False, BROKER_ID="twin") for n in range(2)]
+    for broker in brokers:
+        broker.start()
+    eventually("one stops", lambda: not all(broker.running for broker in brokers))
+    (stopped,) = (broker for broker in brokers if not broker.running)
+    assert stopped.wait() == 1
+    assert "twin" in stopped.text().splitlines()[-2], stopped.text()
