@@ -254,7 +254,9 @@ class Pool:
     def executions(self) -> list[Execution]:
         found = []
         for path in self.records.glob("*.log"):
-            for line in path.read_text().splitlines():
+            # The last line may be on its way.
+            whole, _, _ = path.read_text().rpartition("\n")
+            for line in whole.splitlines():
                 what, id, attempt, namespace, at = line.split(" ")
                 found.append(Execution(what, id, int(attempt), namespace, float(at), int(path.stem)))
         return found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, NewPartitions
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from tests.e2e.harness import Pool, eventually
 from tests.faults.conftest import Figure
@@ -47,10 +47,9 @@ def test_a_topic_is_deleted_and_made_anew(kafka_pool: Pool) -> None:
     kafka_pool.await_all(before)
     kafka_pool.await_empty(broker)
     admin = AdminClient({"bootstrap.servers": kafka_pool.kafka or ""})
-    for future in admin.delete_topics([kafka_pool.topic, f"{kafka_pool.topic}-dlq"]).values():
-        future.result(30)
+    admin.delete_topics([kafka_pool.topic])[kafka_pool.topic].result(30)
     eventually("it is gone", lambda: kafka_pool.topic not in admin.list_topics(timeout=10).topics)
-    kafka_pool.create_topic(1)
+    admin.create_topics([NewTopic(kafka_pool.topic, 1, 1)])[kafka_pool.topic].result(30)
     app = kafka_pool.app()
     after = [app.tasks["noop"].delay().wait(60).id for _ in range(300)]
     assert set(kafka_pool.await_all([*before, *after], 60).values()) == {1}

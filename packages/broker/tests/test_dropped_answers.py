@@ -99,11 +99,12 @@ async def test_a_refused_task_runs_again_where_its_partition_comes_back(
     store.drop_uncovered(source, 0)
     await settle_calls(store)
     assert await answers(call) == STALE
+    clock = ManualClock()
     if restarted:
         store.database.close()
-        store = open_store(tmp_path / "store.sqlite", ManualClock())
+        store = open_store(tmp_path / "store.sqlite", clock)
         source = store.source("tasks", 0)
-    rows = [activation(str(n), store.clock, source=source.id, offset=n) for n in range(ROWS)]
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(ROWS)]
     store.insert(rows, {source.id: ROWS})
     store.cover(source, ROWS)
     await settle_down(store)
