@@ -1,4 +1,4 @@
-"""Measure, write the results down, make docs/performance.md anew: ``python -m benchmarks [--short] [P1 P3 ...]``."""
+"""Measure, and make docs/performance.md anew: ``python -m benchmarks [--short] [P1 P3 ...]``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def main() -> None:
         for number, claim in enumerate(claims):
             gone, to_go = clock(time.monotonic() - started), clock(sum(left[number:]))
             say(
-                f"{claim.name}: {claim.title}   [{number + 1} of {len(claims)}; {gone} gone, about {to_go} to go]"
+                f"{claim.name}: {claim.title}   [{number + 1} of {len(claims)}; {gone} gone, about {to_go}"
+                f" to go]"
             )
             result = measure(claim, bench)
             say(summary(claim, result))

@@ -1,7 +1,8 @@
 """A no-op worker for load: claims batches, reports them complete, runs nothing.
 
-``python -m benchmarks.load ADDRESS --batch N --workers N [--limit N]`` connects as soon as somebody listens, and
-prints one JSON line when it has completed ``--limit`` tasks or when nothing has been pending for a while.
+``python -m benchmarks.load ADDRESS --batch N --workers N [--limit N]`` connects as soon as somebody
+listens, and prints one JSON line when it has completed ``--limit`` tasks, or when nothing has been
+pending for a while.
 """
 
 from __future__ import annotations

@@ -64,8 +64,10 @@ def cases(bench: Bench) -> list[Case]:
 CLAIM = Claim(
     name="P1",
     title="One broker: a backlog in Kafka, stored, claimed, completed",
-    how="The window of remembered ids is warm and the load generator waits. The broker stands still (SIGSTOP) while"
-    " a backlog is written to Kafka. The time runs from the first answered claim to the last acknowledged outcome.",
+    how="The window of remembered ids is warm and the load generator waits. The broker stands still"
+    " (SIGSTOP) while"
+    " a backlog is written to Kafka. The time runs from the first answered claim to the last acknowledged"
+    " outcome.",
     figures=(
         Figure("tasks_per_second", "tasks/s", more_is_better=True, plotted=True, digits=0),
         Figure("mb_per_second", "MB/s", more_is_better=True),
@@ -84,8 +86,10 @@ CLAIM = Claim(
         Elsewhere("Rust taskbroker", "", "tasks_per_second", 3_500),
     ),
     pitfalls=(
-        "Broker, Kafka and the load generator share two cores. What the broker could do alone is"
-        " 1,000,000 divided by its CPU a task.",
+        (
+            "Broker, Kafka and the load generator share two cores. What the broker could do alone is"
+            " 1,000,000 divided by its CPU a task."
+        ),
         "The memory includes the window of remembered ids, and up to a million rows that wait.",
     ),
     seconds=(60, 600),

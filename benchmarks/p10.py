@@ -66,7 +66,8 @@ SMALL, LARGE = "100,000 rows", "a million rows"
 CLAIM = Claim(
     name="P10",
     title="Restart of a killed broker",
-    how="A broker that holds the rows, 300 B each, is killed with SIGKILL and started again, until its health says"
+    how="A broker that holds the rows, 300 B each, is killed with SIGKILL and started again, until its"
+    " health says"
     " that it serves, and until it has handed out a task.",
     figures=(
         Figure("serving_seconds", "serves after, s", plotted=True, digits=2),

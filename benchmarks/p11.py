@@ -61,7 +61,8 @@ SMALL, MIDDLE, LARGE = "500 B", "50 KB", "1 MB"
 CLAIM = Claim(
     name="P11",
     title="Payloads: what claims and outcomes cost",
-    how=f"The tasks are stored; then all are claimed, {BATCH} in a call, and then all are reported. CPU is the broker's,"
+    how=f"The tasks are stored; then all are claimed, {BATCH} in a call, and then all are reported. CPU is"
+    f" the broker's,"
     " bytes written are what reaches the disk, the write-ahead log and its check-points included.",
     figures=(
         Figure("claim_cpu_us", "claim, µs of CPU", plotted=True),

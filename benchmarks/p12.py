@@ -83,7 +83,8 @@ def cases(bench: Bench) -> list[Case]:
 CLAIM = Claim(
     name="P12",
     title="Tasks of 0 to 100 ms",
-    how="Each task waits for its time (a sleep, as of one that waits for a database); two at a time in every system."
+    how="Each task waits for its time (a sleep, as of one that waits for a database); two at a time in"
+    " every system."
     " Throughput: all sent at once. Latency: paced, at half of what two slots can do and at most"
     f" {RATE_MAX:g} a second, from the call to the first line of the function.",
     figures=(
@@ -96,7 +97,8 @@ CLAIM = Claim(
     cases=cases,
     pitfalls=(
         (
-            "Two at a time everywhere, so that the systems can be compared. For tasks that only wait, Taskiq's"
+            "Two at a time everywhere, so that the systems can be compared. For tasks that only wait,"
+            " Taskiq's"
             " coroutines and Dramatiq's threads run many more in one process than Penstock, which gives each"
             " task a process."
         ),

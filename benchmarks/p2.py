@@ -53,7 +53,8 @@ RUST_DEFAULTS = {4: 2467, 16: 2665, 64: 2275, 128: 2206}
 CLAIM = Claim(
     name="P2",
     title="One task a call: the protocol of taskbroker v1",
-    how="A backlog of 300 B tasks lies in Kafka. Workers in two processes, each with a connection of its own, call"
+    how="A backlog of 300 B tasks lies in Kafka. Workers in two processes, each with a connection of its"
+    " own, call"
     " GetTask once and then SetTaskStatus with fetch_next_task until nothing is left.",
     figures=(
         Figure(RATE, "tasks/s", more_is_better=True, plotted=True, digits=0),
@@ -76,7 +77,8 @@ CLAIM = Claim(
     ),
     pitfalls=(
         (
-            "A load generator in Python costs as much as the broker, and shares two cores with it: of this figure"
+            "A load generator in Python costs as much as the broker, and shares two cores with it: of this"
+            " figure"
             " the CPU of the broker is the part that is the broker's own."
         ),
     ),

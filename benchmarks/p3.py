@@ -87,11 +87,16 @@ CLAIM = Claim(
     ),
     elsewhere=(Elsewhere("Rust taskbroker, Python worker", "", RATE, 1_505),),
     pitfalls=(
-        "Redis keeps its data in memory and writes a snapshot now and then; Kafka and Penstock's broker write"
-        " each task to disk before it counts.",
-        "Taskiq's list queue acknowledges nothing: what a worker held when it died is lost. Celery acknowledges"
-        " late here, which is its at-least-once mode, with a prefetch of 64 as its manual recommends for"
-        " short tasks. Dramatiq runs 8 threads in each process and Taskiq 100 coroutines, their defaults.",
+        (
+            "Redis keeps its data in memory and writes a snapshot now and then; Kafka and Penstock's broker"
+            " write each task to disk before it counts."
+        ),
+        (
+            "Taskiq's list queue acknowledges nothing: what a worker held when it died is lost. Celery"
+            " acknowledges"
+            " late here, which is its at-least-once mode, with a prefetch of 64 as its manual recommends for"
+            " short tasks. Dramatiq runs 8 threads in each process and Taskiq 100 coroutines, their defaults."
+        ),
         "Kafka's own CPU and memory are part of Penstock's price; they are shown apart.",
     ),
     seconds=(100, 900),

@@ -25,7 +25,8 @@ RATE = "tasks_per_second"
 CLAIM = Claim(
     name="P4",
     title="Sending: acknowledged calls of `delay()` from one thread",
-    how="One process calls `delay(n)` in a loop and then waits until Kafka has acknowledged the last. The typed call,"
+    how="One process calls `delay(n)` in a loop and then waits until Kafka has acknowledged the last. The"
+    " typed call,"
     " its encoding and a future for each are in it; the settings are the defaults (idempotent, acks=all,"
     " linger 1 ms).",
     figures=(

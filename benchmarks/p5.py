@@ -30,7 +30,8 @@ def idle(bench: Bench, tasks: int) -> Figures:
 CLAIM = Claim(
     name="P5",
     title="Idle latency: from `delay()` to the first line of the function",
-    how=f"Everything is idle; one task every {1000 // TASKS_PER_SECOND} ms goes through Kafka, broker, worker and"
+    how=f"Everything is idle; one task every {1000 // TASKS_PER_SECOND} ms goes through Kafka, broker,"
+    f" worker and"
     " child, with the producer's settings of P4.",
     figures=(
         Figure("p50_ms", "p50, ms", plotted=True),

@@ -78,7 +78,8 @@ def cases(bench: Bench) -> list[Case]:
 CLAIM = Claim(
     name="P6",
     title="Delays and retries: never early, hardly late",
-    how="100,000 delayed tasks wait and come due at 1,000 a second, the times spread over the seconds; beside them 50"
+    how="100,000 delayed tasks wait and come due at 1,000 a second, the times spread over the seconds;"
+    " beside them 50"
     " tasks a second fail once and are retried after 2 s. Measured is the first line of the function against"
     " the time it was due.",
     figures=(
@@ -95,7 +96,8 @@ CLAIM = Claim(
     ),
     pitfalls=(
         (
-            "A retry is due its back-off after the exception was raised; the way of the report to the broker is"
+            "A retry is due its back-off after the exception was raised; the way of the report to the"
+            " broker is"
             " in the figure."
         ),
         "In the short form 10,000 of the 100,000 come due, over 10 s.",

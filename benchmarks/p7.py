@@ -47,8 +47,10 @@ RATE = "tasks_per_second"
 CLAIM = Claim(
     name="P7",
     title="Throughput with a million rows pending",
-    how="The broker has been filled through Kafka. As many tasks as will be completed are written to Kafka while it"
-    " stands still; then it stores them and hands out tasks at the same time, as in P1, and is left with as many"
+    how="The broker has been filled through Kafka. As many tasks as will be completed are written to Kafka"
+    " while it"
+    " stands still; then it stores them and hands out tasks at the same time, as in P1, and is left with"
+    " as many"
     " rows as before.",
     figures=(
         Figure(RATE, "tasks/s", more_is_better=True, plotted=True, digits=0),

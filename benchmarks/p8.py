@@ -71,7 +71,8 @@ RATE = "tasks_per_second"
 CLAIM = Claim(
     name="P8",
     title="Many workers on one broker",
-    how="As P1, with each worker on a connection of its own, claiming 64 tasks at a time. Idle: 500 workers wait in long"
+    how="As P1, with each worker on a connection of its own, claiming 64 tasks at a time. Idle: 500"
+    " workers wait in long"
     f" polls of {LONG_POLL_MS // 1000} s, as ours do.",
     figures=(
         Figure(RATE, "tasks/s", more_is_better=True, plotted=True, digits=0),
@@ -88,6 +89,6 @@ CLAIM = Claim(
                of="at work, 4 workers"),
         Target("% of a core for 500 idle workers", "idle, 500 workers", "core_percent", at_most=5),
     ),
-    pitfalls=("The connections end in one process of the load generator, which shares two cores with the broker.",),
+    pitfalls=("The connections end in one process of the load generator, beside the broker.",),
     seconds=(90, 480),
 )  # fmt: skip

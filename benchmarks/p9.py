@@ -54,7 +54,8 @@ BROKER, LARGE, PARENT, IMPORT = (
 CLAIM = Claim(
     name="P9",
     title="Memory, and the client's import",
-    how="Resident memory: of a broker right after it has stored the rows; of a worker with two children after it has"
+    how="Resident memory: of a broker right after it has stored the rows; of a worker with two children"
+    " after it has"
     " run tasks; of a fresh interpreter that has imported the client, and how long the import took.",
     figures=(
         Figure("rss_mb", "memory, MB", plotted=True),

@@ -30,9 +30,9 @@ HEAD = """\
 # Performance
 
 Made by `python -m benchmarks.page` from the dated files in `benchmarks/results/`; do not edit.
-Every figure is the median of several runs with the smallest and the largest in brackets. In each round all cases
-run in turn, so that they see the same machine; the round before the first is not counted. CPU is of user and
-system together, read from the operating system for each process apart.
+Every figure is the median of several runs with the smallest and the largest in brackets. In each round all
+cases run in turn, so that they see the same machine; the round before the first is not counted. CPU is of
+user and system together, read from the operating system for each process apart.
 """
 
 COMMANDS = """\
@@ -46,20 +46,21 @@ COMMANDS = """\
 | `.nox/bench/bin/python -m benchmarks.page` | this page anew, from the result files |
 
 It needs Java 17 and Maven (Kafka is downloaded once), and for P3 and P12 `redis-server`: Debian's package,
-`apt-get install redis-server`; elsewhere Redis 7 with `/etc/redis/redis.conf` in its place. The other systems come from
-the locked files `requirements/celery.txt`, `dramatiq.txt` and `taskiq.txt`, each into an environment of its own.
+`apt-get install redis-server`; elsewhere Redis 7 with `/etc/redis/redis.conf` in its place. The other systems
+come from the locked files `requirements/celery.txt`, `dramatiq.txt` and `taskiq.txt`, each into an
+environment of its own.
 No figure decides whether a test passes.
 """
 
 PITFALLS = """\
 ## Pitfalls of all of them
 
-- Everything shares the two cores of one machine: Kafka, broker, workers, producers and load generators. A figure in
-  tasks/s says what they do together; the CPU a task of each process says whose it is.
+- Everything shares the two cores of one machine: Kafka, broker, workers, producers and load generators. A
+  figure in tasks/s says what they do together; the CPU a task of each process says whose it is.
 - Kafka has one node, no replicas, and the page cache of this machine: a cluster costs a round trip more.
 - A virtual machine has neighbours. Compare within a run; a figure of another day is another machine.
-- What was "measured elsewhere" was measured by others, or on another day, or with other load generators. It is shown
-  for orientation and is in no ratio.
+- What was "measured elsewhere" was measured by others, or on another day, or with other load generators. It
+  is shown for orientation and is in no ratio.
 """
 
 
@@ -103,7 +104,8 @@ def slower(claim: Claim, result: Result) -> Iterator[str]:
                 others = ", ".join(f"{name} {value:,.{figure.digits}f}" for value, name in sorted(better))
                 where = f", {case['group']}" if case["group"] else ""
                 yield (
-                    f"{claim.name}{where}: {figure.title}: Penstock {ours['median']:,.{figure.digits}f}; {others}"
+                    f"{claim.name}{where}: {figure.title}: Penstock {ours['median']:,.{figure.digits}f};"
+                    f" {others}"
                 )
 
 
@@ -150,9 +152,16 @@ def section(claim: Claim, result: Result) -> list[str]:
         lines.append(f"| *{other.series}{where} (measured elsewhere)* | " + " | ".join(values) + " |")
     lines += ["", f"![{claim.title}](performance/{claim.name.lower()}.svg)", ""]
     lines += [f"- {pitfall}" for pitfall in claim.pitfalls]
-    how_long = f"about {claim.seconds[0]} s in the short form and {claim.seconds[1]} s in full"
-    lines += ["", f"`nox -s bench -- {claim.name}`; {how_long}. Taken {result['taken']}, {result['form']} form,"
-              f" commit {result['machine']['commit']}, load average before {result['machine']['load_average']}.", ""]  # fmt: skip
+    machine, seconds = result["machine"], claim.seconds
+    lines += [
+        "",
+        (
+            f"`nox -s bench -- {claim.name}`; about {seconds[0]} s in the short form, {seconds[1]} s in full."
+            f" Taken {result['taken']}, {result['form']} form, commit {machine['commit']},"
+            f" load average before {machine['load_average']}."
+        ),
+        "",
+    ]
     return lines
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import apsw
 
-from benchmarks.harness import save, spread
+from benchmarks.harness import machine, save, spread
 from penstock_broker.domain.activation import Activation, hash_id
 from penstock_broker.domain.lifecycle import Limits
 from penstock_broker.store import database as store
@@ -106,7 +106,12 @@ def main() -> None:
         )
     save(
         "store-settings",
-        {"rows_per_second": {name: spread(r) for name, r in figures.items()}, "wal_mib": sizes},
+        "full",
+        {
+            "machine": machine(),
+            "rows_per_second": {name: spread(r) for name, r in figures.items()},
+            "wal_mib": sizes,
+        },
     )
 
 

@@ -1,6 +1,7 @@
 """No-op workers of taskbroker v1's protocol: ``GetTask``, then ``SetTaskStatus`` that fetches the next.
 
-``python -m benchmarks.v1_load ADDRESS --workers N`` prints one JSON line when nothing has been pending for a while.
+``python -m benchmarks.v1_load ADDRESS --workers N`` prints one JSON line when nothing has been pending
+for a while.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from typing import Any
 
 import grpc
 import uvloop
@@ -58,11 +60,7 @@ class Load:
                 self.first = self.first or time.time()
                 await self._chain(report, task)
 
-    async def _chain(
-        self, report: grpc.aio.UnaryUnaryMultiCallable[
-            consumer_pb2.SetTaskStatusRequest, consumer_pb2.SetTaskStatusResponse
-        ], task: activation_pb2.TaskActivation,
-    ) -> None:  # fmt: skip
+    async def _chain(self, report: Any, task: activation_pb2.TaskActivation) -> None:
         while True:
             request = consumer_pb2.SetTaskStatusRequest(
                 id=task.id,

@@ -1,6 +1,6 @@
 """Celery on Redis, set for many short tasks that must not be lost.
 
-`task_acks_late` is its at-least-once mode; a prefetch of 64 to 128 is what its manual recommends for short tasks.
+`task_acks_late` is its at-least-once mode; for short tasks its manual recommends a prefetch of 64 to 128.
 """
 
 from __future__ import annotations

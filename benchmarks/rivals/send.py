@@ -1,4 +1,4 @@
-"""A producer of another system: ``python -m benchmarks.rivals.send SYSTEM TASKS [--work SECONDS] [--rate N]``.
+"""A producer of another system: ``python -m benchmarks.rivals.send SYSTEM TASKS [--work S] [--rate N]``.
 
 Prints one JSON line. Without a rate it sends as fast as it can.
 """

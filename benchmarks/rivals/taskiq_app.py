@@ -1,4 +1,4 @@
-"""Taskiq on Redis: its stream broker acknowledges, its list queue does not. Tasks are coroutines, as it recommends."""
+"""Taskiq on Redis: its stream broker acknowledges, its list queue does not. Tasks are coroutines."""
 
 from __future__ import annotations
 

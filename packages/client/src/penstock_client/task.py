@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -187,7 +187,7 @@ class Task(Generic[P, R]):
         return self._send(tuple(args), kwargs or {}, self.options(**options)._options)
 
     def _send(self, args: Sequence[object], kwargs: Mapping[str, object], options: Options) -> TaskRef:
-        id = options.task_id or uuid.uuid4().hex
+        id = options.task_id or os.urandom(16).hex()
         message = activation_pb2.TaskActivation(id=id)
         received_at = message.received_at
         received_at.seconds, received_at.nanos = divmod(time.time_ns(), 1_000_000_000)

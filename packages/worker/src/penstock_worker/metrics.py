@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -70,6 +71,9 @@ class Metrics:
             registry=registry,
         )
         self._namespaces: dict[str, Histogram] = {}
+        # Looking a label up costs more than counting, and both are done for every task.
+        self._outcome = cache(self._outcomes.labels)
+        self._report = cache(self._reports.labels)
 
     def ended(self, finished: Finished) -> None:
         """A child finished a task."""
@@ -86,10 +90,10 @@ class Metrics:
         if outcome.release_reason:
             self._released.labels(_RELEASES[outcome.release_reason]).inc()
         else:
-            self._outcomes.labels(_OUTCOMES[outcome.status]).inc()
+            self._outcome(_OUTCOMES[outcome.status]).inc()
 
     def reported(self, answer: str) -> None:
-        self._reports.labels(answer).inc()
+        self._report(answer).inc()
 
     def report_failed(self, code: str, reports: int) -> None:
         self._report_failures.labels(code).inc(reports)
