@@ -299,3 +299,17 @@ async def test_a_changed_version_number_is_no_other_version(tmp_path: Path, bit:
     change_byte(path, 63, bit)
     with pytest.raises(Malformed, match="malformed"):
         open_store(path, clock)
+
+
+async def test_a_namespace_whose_name_changed_is_not_served_under_another(tmp_path: Path) -> None:
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    store = open_store(path, clock)
+    await insert(store, [activation("t", clock, namespace="some-namespace", body=b"body")])
+    store.database.close()
+    content = path.read_bytes()
+    first = content.index(b"some-namespace")
+    for at in (first, content.index(b"some-namespace", first + 1)):
+        path.write_bytes(content)
+        change_byte(path, at, 5)
+        with pytest.raises(Malformed, match="sqlite_autoindex_pair"):
+            open_store(path, clock)
