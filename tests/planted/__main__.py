@@ -98,7 +98,9 @@ def plant(bug: Bug) -> Verdict:
         except StaleBug as stale:
             return Verdict(bug.name, 0.0, problem=str(stale))
         seconds = time.monotonic() - begun
-        if not str(told.get("imported")).startswith(scratch):
+        # None: only what the tests started has imported it, with the same path.
+        imported = told.get("imported")
+        if imported is not None and not str(imported).startswith(scratch):
             problem = f"the tests ran without the changed package: {told}"
             return Verdict(bug.name, seconds, problem=problem)
         return judge(bug, seconds, told["failures"])  # type: ignore[arg-type]

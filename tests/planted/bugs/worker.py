@@ -150,15 +150,6 @@ BUGS = (
         hangs=True,
     ),
     Bug(
-        "what waits at the stop is kept",
-        "a worker that stops gives back what has not started",
-        "worker/pool.py",
-        old="            if child.assigned:\n                child.withdrawing = True\n                child.send(Withdraw(None))\n        self._look_idle()\n",
-        new="        self._look_idle()\n",
-        tests=(RUNS + "test_stopping_gives_back_what_waits_and_finishes_what_runs",),
-        hangs=True,
-    ),
-    Bug(
         "long tasks are hoarded",
         "a long task never waits in a worker while another has a slot",
         "worker/credit.py",
@@ -190,14 +181,6 @@ BUGS = (
         old='method_path.encode() + b":" + body',
         new="body",
         tests=(PROTOCOL + "test_signature.py::test_it_is_the_definition_of_taskbroker_v1",),
-    ),
-    Bug(
-        "an int beyond 64 bits is sent",
-        "arguments that would be changed are refused",
-        "protocol/payload.py",
-        old="        if not _INT_MIN <= value <= _INT_MAX:  # type: ignore[operator]\n",
-        new="        if value is None:\n",
-        tests=(PAYLOAD + "test_integers_keys_and_depth_have_limits",),
     ),
     Bug(
         "back-off without growth",
