@@ -40,9 +40,10 @@ class Disk:
         thread.wait(self.hub.between(0.0001, 0.002) * self.slow)
         try:
             result = func(*args)
-        except apsw.Error:
+        except Exception:
             if not self.is_dark:
                 raise
+        if self.is_dark:
             self.go_down()
             thread.wait(None)
         self.on_done(func, args)
