@@ -366,3 +366,22 @@ async def test_rows_of_another_topic_are_kept(store: Inflight) -> None:
     assert keep_orphans(store, "tasks") == 0
     assert keep_orphans(store, "other") == 10
     assert store.source("tasks", 0).covered == 10
+
+
+async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(store: Inflight) -> None:
+    broker = Broker(store)
+    assert not await broker.intake.topic_is("old")
+    assert await broker.begin(new(high=0)) == [0]
+    broker.answer()
+    broker.deliver(0, 5)
+    await broker.stored()
+    assert not await broker.intake.topic_is("old")
+    assert await broker.intake.topic_is("new")
+    # An acknowledgement that was on its way is none of the new topic's offsets.
+    broker.answer()
+    (begun,) = await broker.intake.begin_anew([new(low=2, high=9)])
+    assert begun.offset == 2
+    assert store.source("tasks", 0).covered <= 2
+    old = store.source("tasks@old", 0)
+    assert (old.next, old.covered, old.disputed) == (5, 5, False)
+    assert not await broker.intake.topic_is("new")

@@ -213,10 +213,14 @@ class Intake:
 
     def _acknowledge(self, partition: int, offset: int) -> None:
         self.committed_at_ms = self.store.clock.mono_ms()
+        source = self.store.source(self.topic, partition)
+        if offset > source.next:
+            # Of a topic that was made anew since.
+            return
         reading = self.readings.get(partition)
         if reading is not None:
             reading.acknowledged = max(reading.acknowledged, offset)
-        self.store.cover(self.store.source(self.topic, partition), offset)
+        self.store.cover(source, offset)
 
     # -- partitions that come
 
@@ -290,6 +294,39 @@ class Intake:
             if partition in self.readings:
                 self.readings[partition].held = False
         self.commit_soon()
+
+    # -- a topic that is made anew
+
+    async def topic_is(self, id: str) -> bool:
+        """Kafka says which topic of its name this one is. True: another one than what was read of it; then
+        all of its partitions are to be begun again, with ``begin_anew``."""
+        key = f"topic_id/{self.topic}"
+        before = self.store.database.meta(key)
+        if before == id:
+            return False
+        if before is not None:
+            log.error(
+                "the topic was made anew: it is read from its beginning; what is here of the old one is kept",
+                topic=self.topic,
+                old=before,
+                new=id,
+            )
+            for source in [s for s in self.store.sources() if s.topic == self.topic]:
+                self.store.retire(source, f"{self.topic}@{before}")
+            self.readings.clear()
+        await self.store.set_meta(key, id)
+        self._find_unresolved()
+        return before is not None
+
+    async def begin_anew(self, found: Sequence[Found]) -> list[Begun]:
+        """These are of a topic that was made anew: nothing that is known of their offsets holds any more."""
+        begun = []
+        for partition in found:
+            start = Start(partition.low, partition.low, continues=False)
+            source = self.store.source(self.topic, partition.partition)
+            begun.append(self._begin_at(start, source, partition))
+        await self.store.committed()
+        return begun
 
     # -- partitions that go
 

@@ -23,6 +23,7 @@ from penstock_broker.ingest.intake import Begun, Found, Intake, Position
 from penstock_broker.ingest.kafka import RESTART, consumer_config
 from penstock_broker.ingest.ownership import decode
 from penstock_broker.ingest.taking import ReadMessage, Tracks
+from penstock_broker.ingest.topics import ASK_SECONDS_MAX, TopicIdentity
 
 log = structlog.get_logger("ingest")
 
@@ -34,6 +35,7 @@ POLL_BUSY_SECONDS = 0.002
 PAUSE_AFTER_SECONDS = 0.2
 LOOKUP_SECONDS_MAX = 10.0
 CHORES_EVERY_MS = 1000
+LOOK_WHICH_EVERY_MS = 5000
 COMMIT_LAST_MS_MAX = 3000
 # Rows of partitions that were never assigned to us since the start are looked into after this.
 SETTLE_MS_MAX = 20_000
@@ -73,6 +75,9 @@ class Poller:
         self._fenced = False
         self._assigned_once = False
         self._chores_at = 0
+        self._identity = TopicIdentity(settings)
+        self._topic_id = ""
+        self._look_at = 0
         self._settle_at = clock.mono_ms() + SETTLE_MS_MAX
 
     def hand_commit(self, positions: Sequence[Position]) -> None:
@@ -182,6 +187,8 @@ class Poller:
         if self._stopping.is_set():
             return
         try:
+            if self._clock.mono_ms() >= self._look_at:
+                self._look_which(consumer)
             if self._unbegun:
                 self._read_anew(consumer, self._begin(consumer, sorted(self._unbegun)))
             if self._outside:
@@ -192,6 +199,20 @@ class Poller:
                 self._loop.ask(self._intake.resolve(found))
         except (KafkaException, TimeoutError) as error:
             log.debug("partitions cannot be looked up yet", error=str(error))
+
+    def _look_which(self, consumer: Consumer, seconds: float = 0) -> bool:
+        """Ask which topic of its name is read; when it is another one, read it anew. Whether it was."""
+        id = self._identity.look(seconds)
+        if id is None:
+            return False
+        self._look_at = self._clock.mono_ms() + LOOK_WHICH_EVERY_MS
+        if id == self._topic_id or not self._loop.ask(self._intake.topic_is(id)):
+            self._topic_id = id
+            return False
+        self._topic_id = id
+        found = [Found(p, None, (), *self._watermarks(consumer, p)) for p in sorted(self.tracks)]
+        self._read_anew(consumer, self._loop.ask(self._intake.begin_anew(found)))
+        return True
 
     # -- rebalances: called by the client within poll and consume
 
@@ -308,6 +329,8 @@ class Poller:
 
     def _begin_inside(self, consumer: Consumer, partitions: list[int]) -> None:
         """These were to be read from an offset that their log does not have (any more)."""
+        if self._look_which(consumer, ASK_SECONDS_MAX):
+            return
         found = []
         for partition in partitions:
             low, high = self._watermarks(consumer, partition)

@@ -255,6 +255,7 @@ class Database:
             self._make_sound(started_at)
         self.store_id, self.epoch, self.nonces = self._boot(started_at)
         self.nonce: int = self.nonces[self.epoch]
+        self._meta: dict[str, object] = dict(connection.execute("SELECT key, value FROM meta"))
 
     def _explain(self, error: BaseException) -> None:
         """Raise what an error at the start means for the operator; return if it is none of these."""
@@ -454,7 +455,7 @@ class Database:
             c.executemany(
                 "INSERT INTO source (source, topic, partition, start, next, covered)"
                 " VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
-                " ON CONFLICT (source) DO UPDATE SET start = ?4, next = ?5, covered = ?6",
+                " ON CONFLICT (source) DO UPDATE SET topic = ?2, start = ?4, next = ?5, covered = ?6",
                 [(source, *values) for source, values in batch.sources.items()],
             )
         self._claim(batch)
@@ -736,11 +737,12 @@ class Database:
         return (_load(r) for r in self.connection.execute(sql))
 
     def meta(self, key: str) -> object:
-        """A value of the store as a whole; None when it was never set."""
-        return self.connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).get
+        """A value of the store as a whole; None when it was never set. May be called on any thread."""
+        return self._meta.get(key)
 
     def set_meta(self, key: str, value: str | int) -> None:
         self.connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        self._meta[key] = value
 
     def may_leave(self, running: bool, limit: int) -> list[int]:
         """The seqs of some rows that another broker can go on with; ``running``: of claimed ones, too."""

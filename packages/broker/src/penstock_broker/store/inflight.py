@@ -590,6 +590,15 @@ class Inflight:
         self.memory.batch.calls.append(lambda database: database.set_meta(key, value))
         return self.committed()
 
+    def retire(self, source: Source, topic: str) -> None:
+        """The log of a partition is gone, and another one has its name. What was taken of it is this
+        broker's for good, under the name ``topic``."""
+        name, partition = source.topic, source.partition
+        self.memory.partitions.rename(source, topic)
+        self.cover(source, max(source.next, *(offset + 1 for offset, _, _ in source.uncovered), 0))
+        self.settle_dispute(source)
+        self.memory.unfinished.rename(source.id, self.source(name, partition).id)
+
     def _write(self, source: Source) -> None:
         self.memory.batch.sources[source.id] = source.record()
         self.memory.work.set()

@@ -149,6 +149,13 @@ class Unfinished:
         self.ranges.update(ranges)
         self.dirty_ranges.update(ranges)
 
+    def rename(self, source: int, heir: int) -> None:
+        """A source has another name: under the old one, which is its heir's, no more is recorded of it."""
+        for key in self.keys():
+            id, number = segment_of(key)
+            if id == source:
+                self.dirty |= {key, segment_key(heir, number)}
+
     # -- reading
 
     def keys(self) -> list[int]:

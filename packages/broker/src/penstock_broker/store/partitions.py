@@ -91,6 +91,12 @@ class Partitions:
         self._sources[source.id] = source
         self._ids[source.topic, source.partition] = source.id
 
+    def rename(self, source: Source, topic: str) -> None:
+        """Its topic has another name from now on."""
+        del self._ids[source.topic, source.partition]
+        source.topic = topic
+        self._ids[topic, source.partition] = source.id
+
     def took(self, row: Activation) -> None:
         """A row from the log was accepted; it is uncovered until a commit passes it."""
         self._dropped.pop(row.id_hash, None)
