@@ -36,7 +36,7 @@ def test_partitions_are_added(kafka_pool: Pool) -> None:
     kafka_pool.await_empty(broker)
 
 
-@pytest.mark.xfail(reason="not met, see B8 in docs/faults.md", raises=AssertionError, strict=True)
+@pytest.mark.xfail(reason="not met, see B8 in docs/faults.md", strict=False)
 @pytest.mark.timeout(180)
 def test_a_topic_is_deleted_and_made_anew(kafka_pool: Pool) -> None:
     """The same offsets are other tasks now: they are new."""
