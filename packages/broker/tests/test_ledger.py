@@ -17,6 +17,7 @@ from store_helpers import token_of
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Status
 from penstock_broker.domain.lifecycle import Event
+from penstock_broker.domain.token import ClaimToken
 from penstock_broker.errors import OldDatabase, Replaced
 from penstock_broker.ingest import ledger as ledger_module
 from penstock_broker.ingest.consumer import KafkaConsumer
@@ -72,12 +73,12 @@ class Broker:
         source = self.store.memory.partitions.find("tasks", partition)
         return source is not None and source.covered >= count
 
-    async def claim(self, count: int = 1) -> list[tuple[str, object]]:
+    async def claim(self, count: int = 1) -> list[tuple[str, ClaimToken]]:
         rows = self.store.claim(None, (), count, 1 << 20)
         await self.store.recorded()
         return [(row.id, token_of(self.store, row)) for row in rows]
 
-    async def settle(self, token: object, event: Event, **how: object) -> None:
+    async def settle(self, token: ClaimToken, event: Event, **how: object) -> None:
         answer = self.store.settle(token, event, self.store.clock.wall_ms(), **how)  # type: ignore[arg-type]
         assert answer is Answer.APPLIED
         await self.store.recorded()
