@@ -136,7 +136,7 @@ async def test_a_lost_disk_is_restored_as_it_was(kafka: MockKafka, settings: Set
     async with broker(settings) as one:
         await until(lambda: one.taken(9))
         await one.store.recorded()
-        tokens: dict[str, object] = {}
+        tokens: dict[str, ClaimToken] = {}
         while len(tokens) < 8:
             tokens |= dict(await one.claim(10))
         await one.settle(tokens["waiting"], Event.RELEASE)
