@@ -105,10 +105,6 @@ def uncovered_rows_kept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Inflight, "drop_uncovered", keep)
 
 
-def lost_partition_not_disputed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Inflight, "dispute", lambda self, source: None)
-
-
 def retry_beyond_the_budget(patch: pytest.MonkeyPatch) -> None:
     def again(row: Activation, event: Event, now: int, limits: Any, delay: int | None) -> Any:
         wait = row.retry_delay_ms if delay is None else delay
@@ -146,7 +142,6 @@ PLANTED = (
     offset_before_rows,
     claim_not_durable,
     uncovered_rows_kept,
-    lost_partition_not_disputed,
     retry_beyond_the_budget,
     letter_dropped_before_acknowledged,
     release_not_counted,

@@ -160,8 +160,8 @@ def drain(
             said = line
         if told.finished:
             break
-    if told.left:
-        raise FatalError("not all tasks have left", "\n".join(told.reasons))
+    if told.left or told.reasons:
+        raise FatalError("the drain is not complete", "\n".join(told.reasons))
 
 
 @app.command()

@@ -45,4 +45,6 @@ def replayed(value: bytes, forward_id: str, number: int, now_ms: int) -> TaskAct
     activation.received_at.FromMilliseconds(now_ms)
     if activation.HasField("retry_state"):
         activation.retry_state.attempts = 0
+    # Deliveries that were lost, and when it was due, are the original's.
+    activation.ClearField("sent_on")
     return activation
