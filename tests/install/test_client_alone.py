@@ -28,7 +28,7 @@ def python(wheels: Path, clean_environ: dict[str, str], tmp_path_factory: pytest
     install = (*uv, "pip", "install", "--quiet", "--python", interpreter)
     run(*install, "--require-hashes", "-r", "requirements/client.txt")
     # Without an index: what the lock has not brought must be a wheel of ours, or it is missing.
-    run(*install, "--no-index", "--find-links", wheels, "penstock-client")
+    run(*install, "--refresh", "--no-index", "--find-links", wheels, "penstock-client")
     return interpreter
 
 

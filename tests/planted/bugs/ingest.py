@@ -45,7 +45,7 @@ BUGS = (
         "cover for the wrong partition",
         "a row is covered when a commit has passed it",
         "broker/ingest/intake.py",
-        old="        self.store.cover(self.store.source(self.topic, partition), offset)\n",
+        old="        self.store.cover(source, offset)\n",
         new=(
             "        for source in list(self.store.sources()):\n"
             "            self.store.cover(source, offset)\n"

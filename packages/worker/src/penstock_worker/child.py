@@ -30,7 +30,7 @@ from penstock_worker.frames import (
     encode,
     to_child_decoder,
 )
-from penstock_worker.stack import write_stack_to
+from penstock_worker.stack import leave_to_main_thread, write_stack_to
 
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 20
@@ -94,6 +94,7 @@ class Inbox:
 
 def listen(descriptor: int, inbox: Inbox, outbox: Outbox) -> None:
     """The listening thread. A pipe at its end means that the parent is gone: so is the child."""
+    leave_to_main_thread()
     reader = FrameReader(to_child_decoder)
     pipe = io.FileIO(descriptor, "r")
     while data := pipe.read(_READ_BYTES):

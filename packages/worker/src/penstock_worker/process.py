@@ -33,7 +33,7 @@ EOF_SECONDS_MAX = 1.0
 STOP_TO_KILL_SECONDS = 0.02
 # It writes down where it is, which needs no interpreter, and dies of that; if not in this time, of SIGKILL.
 STACK_SECONDS = 0.02
-STACK_BYTES_MAX = 8192
+STACK_BYTES_MAX = 16_384
 
 
 class State(Enum):
