@@ -10,7 +10,7 @@ from pathlib import Path
 
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
-from penstock_broker.clock import SystemClock
+from penstock_broker.clock import Clock, SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
@@ -28,9 +28,11 @@ def task_bytes(id: str, **fields: object) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def running_store(path: Path, limits: StoreLimits | None = None) -> AsyncIterator[Inflight]:
+async def running_store(
+    path: Path, limits: StoreLimits | None = None, clock: Clock | None = None
+) -> AsyncIterator[Inflight]:
     """A store whose ticks are written on a thread, as in the broker."""
-    limits, clock = limits or StoreLimits(), SystemClock()
+    limits, clock = limits or StoreLimits(), clock or SystemClock()
     with ThreadPoolExecutor(1) as thread:
 
         async def handoff(write: Callable[[Batch], Written], batch: Batch) -> Written:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 from ingest_helpers import running_store, task_bytes, until
+from store_helpers import ManualClock
 
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.intake import COMMIT_PAUSE_SECONDS, Found, Intake, Position, keep_orphans
+from penstock_broker.ingest.membership import STALL_MS
 from penstock_broker.ingest.ownership import Me, Owner, decode
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 
+SESSION_MS = 10_000
 OTHER = Owner(0, Me("broker-2", "0" * 8), 3)
 
 
@@ -38,7 +41,7 @@ class Broker:
     def __init__(self, store: Inflight, broker_id: str = "broker-1", reset: str = "earliest") -> None:
         self.kafka = Kafka()
         self.store = store
-        self.intake = Intake(store, "tasks", broker_id, reset)
+        self.intake = Intake(store, "tasks", broker_id, SESSION_MS, reset)
         self.intake.commit = self.kafka.commit
         self._admission = Admission(AdmissionLimits())
 
@@ -63,6 +66,15 @@ class Broker:
     def answer(self, error: str | None = None) -> None:
         """Kafka's answer to the last commit."""
         self.intake.commit_done([(p.partition, p.offset, error) for p in self.kafka.asked[-1]])
+
+    def commit_answered(self) -> None:
+        """The last commit that was asked for is sent, and acknowledged."""
+        self.intake.membership.sending()
+        self.answer()
+
+    def started(self, rows_max: int = 100) -> list[int]:
+        """Offsets of what a worker gets now."""
+        return [row.offset for row in self.store.claim(None, (), rows_max, 1 << 20)]
 
     async def asked(self, count: int) -> None:
         await until(lambda: len(self.kafka.asked) == count)
@@ -385,3 +397,68 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(store: Infl
     old = store.source("tasks@old", 0)
     assert (old.next, old.covered, old.disputed) == (5, 5, False)
     assert not await broker.intake.topic_is("new")
+
+
+# -- whether the group still takes this broker for a member
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def member(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Broker]:
+    """Reads partition 0, and has taken three rows of it that no acknowledged commit has passed."""
+    async with running_store(tmp_path / "store.sqlite", clock=clock) as store:
+        broker = Broker(store)
+        await broker.begin(new())
+        broker.commit_answered()
+        broker.deliver(0, 3)
+        await broker.asked(2)
+        broker.intake.membership.sending()
+        yield broker
+
+
+async def test_a_member_starts_what_is_not_covered_yet(member: Broker) -> None:
+    assert member.started() == [0, 1, 2]
+
+
+async def test_a_broker_that_stood_still_starts_nothing_that_another_may_have_run(
+    member: Broker, clock: ManualClock
+) -> None:
+    clock.advance(STALL_MS + 1)
+    # Whichever thread goes on first.
+    assert member.started() == []
+    member.intake.membership.turned()
+    assert member.started() == []
+    # This commit was sent before.
+    member.answer()
+    member.deliver(3, 5)
+    assert member.started() == [0, 1, 2]
+    await member.asked(3)
+    assert member.started() == []
+    member.commit_answered()
+    assert member.started() == [3, 4]
+    member.deliver(5, 6)
+    await member.asked(4)
+    assert member.started() == [5]
+
+
+async def test_a_broker_that_kafka_does_not_answer_starts_nothing_that_another_may_have_run(
+    member: Broker, clock: ManualClock
+) -> None:
+    for _ in range(SESSION_MS // 2 // 500):
+        clock.advance(500)
+        member.intake.membership.turned()
+    assert member.started(1) == [0]
+    clock.advance(500)
+    member.intake.membership.turned()
+    assert member.started() == []
+    # Tried again, and still not known: what counts is when it was first.
+    member.answer("timed out")
+    await member.asked(3)
+    member.intake.membership.sending()
+    assert member.started() == []
+    member.answer()
+    assert member.started() == [1, 2]

@@ -25,9 +25,13 @@ class Clock(Protocol):
         """Monotonic milliseconds, for leases and deadlines."""
 
 
+# A suspended machine's sleep included, where that can be known.
+_ELAPSED = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
 def _elapsed_ns() -> int:
-    """Since some time in the past, a suspended machine's sleep included where that can be known."""
-    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    """Since some time in the past."""
+    return time.clock_gettime_ns(_ELAPSED)
 
 
 class SystemClock:
@@ -70,4 +74,4 @@ class SystemClock:
             log.info("the clock agrees with the system clock again")
 
     def mono_ms(self) -> int:
-        return time.monotonic_ns() // 1_000_000
+        return time.clock_gettime_ns(_ELAPSED) // 1_000_000

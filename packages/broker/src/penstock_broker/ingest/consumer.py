@@ -49,7 +49,14 @@ class KafkaConsumer:
         self._clock = store.clock
         self.topic = settings.kafka_topic
         self.admission = Admission(AdmissionLimits.of(settings))
-        self.intake = Intake(store, self.topic, settings.broker_id, settings.kafka_auto_offset_reset, room)
+        self.intake = Intake(
+            store,
+            self.topic,
+            settings.broker_id,
+            int(settings.kafka_session_timeout_seconds * 1000),
+            settings.kafka_auto_offset_reset,
+            room,
+        )
         self._poller = Poller(settings, store.clock, self.intake, self.admission)
         self.intake.commit = self._poller.hand_commit
         self._stopping = threading.Event()

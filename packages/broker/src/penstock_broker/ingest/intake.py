@@ -15,6 +15,7 @@ import structlog
 
 from penstock_broker.domain.activation import Activation
 from penstock_broker.ingest.gate import Gate
+from penstock_broker.ingest.membership import Membership
 from penstock_broker.ingest.ownership import (
     Me,
     Owner,
@@ -89,7 +90,8 @@ class Reading:
 class Intake:
     """Rows into the store, offsets out of it. Every method is called on the event loop.
 
-    ``reset``: where to start when nothing is known, "earliest" or "latest".
+    ``session_ms``: the group's session timeout. ``reset``: where to start when nothing is known, "earliest"
+    or "latest".
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Intake:
         store: Inflight,
         topic: str,
         broker_id: str,
+        session_ms: int,
         reset: str = "earliest",
         room: Callable[[], int] | None = None,
     ) -> None:
@@ -110,6 +113,7 @@ class Intake:
         self.commit: Callable[[Sequence[Position]], None] = lambda positions: None
         self.me = Me(broker_id, store.store_id)
         self.gate = Gate()
+        self.membership = Membership(store.clock, session_ms)
         # Assigned partitions; the metrics read it too.
         self.readings: dict[int, Reading] = {}
         # Partitions with uncovered rows that are not ours to read: to be resolved from what Kafka knows.
@@ -126,6 +130,7 @@ class Intake:
         self._stopped = False
         self.open()
         store.on_room(self.open)
+        store.before_claim.append(self._doubt)
         self._find_unresolved()
 
     def open(self) -> None:
@@ -184,17 +189,27 @@ class Intake:
 
     def commit_done(self, answers: Iterable[tuple[int, int, str | None]]) -> None:
         """What became of a commit: (partition, offset, error or None)."""
-        failed = ""
+        failed, taken = "", False
         for partition, offset, error in answers:
             if error is None:
                 self._acknowledge(partition, offset)
+                taken = True
             elif partition in self.readings:
                 failed = error
+        if taken and self.membership.acknowledged():
+            for reading in self.readings.values():
+                self.store.settle_dispute(reading.source)
         self._count_failure(failed)
         if not self._stopped:
             pause = COMMIT_RETRY_SECONDS if failed else COMMIT_PAUSE_SECONDS
             self._timer = asyncio.get_running_loop().call_later(pause, self._paused_enough)
         self._committing = False
+
+    def _doubt(self, mono: int) -> None:
+        """Before anything is handed out at ``mono``: uncovered rows are not while others may have them."""
+        if self.membership.in_doubt(mono):
+            for reading in self.readings.values():
+                self.store.dispute(reading.source)
 
     def _count_failure(self, error: str) -> None:
         """Say it once when commits fail, and once when they no longer do."""

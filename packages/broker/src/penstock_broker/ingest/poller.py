@@ -130,6 +130,7 @@ class Poller:
                 self._loop.tell(self._intake.commit_done, [])
 
     def _turn(self, consumer: Consumer) -> None:
+        self._intake.membership.turned()
         allowance = self._intake.gate.allowance()
         if allowance <= 0 and not self.paused:
             if self._intake.gate.wait(PAUSE_AFTER_SECONDS):
@@ -155,6 +156,7 @@ class Poller:
         if positions is None:
             return
         self._to_commit = None
+        self._intake.membership.sending()
         try:
             consumer.commit(offsets=self._topic_partitions(positions), asynchronous=True)
             self._unanswered = True

@@ -76,6 +76,8 @@ class Inflight:
         self._on_room: list[Callable[[], None]] = []
         # Pairs that hold their share.
         self._overflowing: set[int] = set()
+        # Given the monotonic time before anything is handed out.
+        self.before_claim: list[Callable[[int], None]] = []
         # Whether anything is handed out.
         self.claiming = True
         # Awaited before an at-most-once claim is handed out: resolves when the ledger has it.
@@ -313,6 +315,8 @@ class Inflight:
             return claimed
         memory, limits = self.memory, self.limits
         now, mono = self.clock.wall_ms(), self.clock.mono_ms()
+        for look in self.before_claim:
+            look(mono)
         memory.index.ask(application, namespaces, mono)
         passed: list[Activation] = []
         while len(claimed) < rows_max and bytes_max > 0:
@@ -558,7 +562,8 @@ class Inflight:
         self._write(source)
 
     def dispute(self, source: Source) -> None:
-        """The partition was lost: until it is known whose its uncovered rows are, none of them starts."""
+        """The partition is lost, or may be: until it is known whose its uncovered rows are, none of them
+        starts."""
         source.disputed = True
 
     def settle_dispute(self, source: Source) -> None:
