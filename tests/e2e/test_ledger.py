@@ -82,6 +82,11 @@ def recorded(pool: Pool, broker: Broker) -> tuple[int, int]:
     return taken, sum(sum(segment.offsets or b"") for segment in account.segments.values())
 
 
+def some_finished(pool: Pool, broker: Broker) -> bool:
+    taken, unfinished = recorded(pool, broker)
+    return taken > unfinished
+
+
 def dead_letters_of(broker: Broker) -> int:
     """How many have left since its database was new."""
     return int(broker.metrics().get("penstock_dead_letters_total{reason=start_unknown}", 0))
@@ -108,13 +113,14 @@ def test_a_broker_loses_its_disk_under_load(kafka_pool: Pool) -> None:
     broker = kafka_pool.broker()
     books = Acknowledgements()
     app = kafka_pool.app()
-    sent = [app.tasks["raw.noop"].delay().id for _ in range(6_000)]
+    sent = [app.tasks["raw.noop"].delay().id for _ in range(10_000)]
     producing = Producing(kafka_pool, "raw.noop", 300)
     producing.start()
     workers = raw_workers([broker], books, each=2)
     accounts = []
     for share in (0.2, 0.5):
         eventually(f"{share:.0%} done", lambda share=share: len(books.acknowledged) >= share * len(sent))  # type: ignore[misc]
+        eventually("some of it recorded", lambda: some_finished(kafka_pool, broker))
         broker.kill()
         lose_disk(broker)
         accounts.append(account_of(kafka_pool, broker_id_of(broker)))

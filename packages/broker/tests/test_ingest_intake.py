@@ -424,11 +424,13 @@ async def test_a_member_starts_what_is_not_covered_yet(member: Broker) -> None:
     assert member.started() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("first", ["thread", "loop"])
 async def test_a_broker_that_stood_still_starts_nothing_that_another_may_have_run(
-    member: Broker, clock: ManualClock
+    member: Broker, clock: ManualClock, first: str
 ) -> None:
     clock.advance(STALL_MS + 1)
-    # Whichever thread goes on first.
+    if first == "thread":
+        member.intake.membership.turned()
     assert member.started() == []
     member.intake.membership.turned()
     assert member.started() == []
@@ -455,10 +457,16 @@ async def test_a_broker_that_kafka_does_not_answer_starts_nothing_that_another_m
     clock.advance(500)
     member.intake.membership.turned()
     assert member.started() == []
-    # Tried again, and still not known: what counts is when it was first.
-    member.answer("timed out")
-    await member.asked(3)
-    member.intake.membership.sending()
-    assert member.started() == []
-    member.answer()
+    member.commit_answered()
     assert member.started() == [1, 2]
+
+
+async def test_a_commit_that_is_tried_again_waits_since_it_was_first_sent(
+    member: Broker, clock: ManualClock
+) -> None:
+    for _ in range(SESSION_MS // 2 // 500 + 1):
+        member.answer("timed out")
+        member.intake.membership.sending()
+        clock.advance(500)
+        member.intake.membership.turned()
+    assert member.started() == []

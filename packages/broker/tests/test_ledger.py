@@ -236,6 +236,24 @@ async def test_a_restore_that_is_interrupted_goes_on(
         assert three.store.memory.tally.duplicates == 0
 
 
+async def test_a_new_store_that_was_stopped_before_its_first_record_is_the_right_one(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with broker(settings):
+        pass
+    lose_disk(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_write_once", _stopped)
+        async with broker(settings, reading=False) as two:
+            assert two.store.database.meta("restore") == "done"
+    async with broker(settings, reading=False) as three:
+        assert three.ledger.is_open
+
+
+async def _stopped(self: Ledger) -> None:
+    raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+
+
 async def test_a_record_is_not_ahead_of_what_is_durable(kafka: MockKafka, settings: Settings) -> None:
     """A tick is being written; what it takes and what it finishes is in no record yet."""
     kafka.produce("tasks", [task_bytes(f"id-{n}") for n in range(10)])

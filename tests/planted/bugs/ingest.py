@@ -82,7 +82,7 @@ BUGS = (
         "broker/ingest/membership.py",
         old="        if self._waiting_since is None:\n            self._waiting_since = self._sent_at\n",
         new="        self._waiting_since = self._sent_at\n",
-        tests=(INTAKE + "test_a_broker_that_kafka_does_not_answer_starts_nothing_that_another_may_have_run",),
+        tests=(INTAKE + "test_a_commit_that_is_tried_again_waits_since_it_was_first_sent",),
     ),
     Bug(
         "a refused commit covers",

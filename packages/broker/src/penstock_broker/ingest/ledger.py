@@ -169,7 +169,10 @@ class Ledger:
         if head is None:
             return
         successor = head.successor
-        if successor is not None and successor != self.me:
+        if successor == self.me:
+            # It has taken over, and was stopped before its first record.
+            return
+        if successor is not None:
             self._check_successor(successor, head)
         elif head.store_id == self.me.store_id:
             if head.sequence > self._sequence:
@@ -223,7 +226,7 @@ class Ledger:
     # -- restoring
 
     async def _restore(self, account: Account, left: Sequence[Left]) -> None:
-        if left:
+        if left or account.head is not None:
             await self.succeed(self.log, account.head, self.me.broker_id)
         await self.store.set_meta(RESTORE, "begun")
         for part in left:
