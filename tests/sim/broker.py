@@ -64,6 +64,10 @@ class Disk:
         self._calls_left, self._crash = calls, crash
         self.files.before = self._count
 
+    def spare(self) -> None:
+        """It does not lose power after all, if it has not yet."""
+        self.files.before = lambda call: None
+
     def _count(self, call: Call) -> None:
         if call.kind in ("write", "sync", "truncate"):
             self._calls_left -= 1

@@ -539,6 +539,8 @@ class Oracle:
 
     def drained(self) -> bool:
         """Whether nothing is left to do."""
+        if self.pool.topic not in {group.topic for group in self.pool.kafka.groups.values()}:
+            return False  # nobody reads yet
         committed = all(
             group.committed.get(partition, (0, ""))[0] == len(log)
             for group in self.pool.kafka.groups.values()

@@ -216,6 +216,7 @@ class Pool:
         self.kafka.refuses.clear()
         for machine in self.brokers.values():
             machine.disk.slow = 1.0
+            machine.disk.spare()
             machine.clock.jump(0)
             self.start(machine)
         for worker in list(self.workers):

@@ -79,6 +79,7 @@ async def test_a_broker_that_stood_still_judges_no_lease_by_that_time(
         await until(lambda: store.memory.index.rows)
         (row,) = store.claim(None, (), 1, BYTES)
         await store.committed()
+        await asyncio.sleep(0.05)
         lease_until = row.lease_until
         # Asleep for the length of a watch, it wakes up a minute later.
         clock.advance(60_000)

@@ -172,7 +172,7 @@ async def test_a_broker_that_is_told_to_stop_does_not_wait_for_its_disk(tmp_path
     life.disk.before = Failing(("write",), 0, times=None)
     stored = life.store.insert([activation("a", life.clock)])
     with pytest.raises(DiskFailing):
-        await life.store.answerable(stored)
+        await life.store.answerable(life.store.committed())
     life.store.writer.stop()
     with pytest.raises(DiskFailing):
         await running

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
 
 from penstock_broker.config import Settings
@@ -16,7 +17,7 @@ from penstock_broker.domain.activation import Activation, Reason, Status, hash_i
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest.consumer import KafkaConsumer
-from penstock_broker.ingest.intake import Found
+from penstock_broker.ingest.intake import Begun, Found, Position
 from penstock_broker.ingest.ownership import Me, Owner, decode, encode
 from penstock_broker.ingest.poller import Poller
 from penstock_broker.store.database import Database
@@ -135,6 +136,55 @@ async def test_an_assignment_that_cannot_be_looked_up_is_begun_later(
         assert [row.offset for row in await rows_of(store)] == list(range(10))
         kafka.produce("tasks", [task_bytes("later")])
         await until(lambda: acknowledged(consumer, 11))
+
+
+class Asked:
+    """The commits that a poller starts."""
+
+    def __init__(self) -> None:
+        self.offsets: list[list[tuple[int, int]]] = []
+
+    def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> None:
+        self.offsets.append([(p.partition, p.offset) for p in offsets])
+
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None: ...
+
+    def resume(self, partitions: list[TopicPartition]) -> None: ...
+
+
+class Told:
+    """What a poller tells and asks of the event loop."""
+
+    def __init__(self) -> None:
+        self.done: list[object] = []
+
+    def tell(self, call: object, *arguments: object) -> None:
+        self.done.append(arguments)
+
+    def ask(self, asked: Coroutine[None, None, None]) -> None:
+        asked.close()
+
+
+async def test_what_was_to_be_committed_of_a_partition_that_has_left_is_not(settings: Settings) -> None:
+    async with running_store(settings.db_path) as store:
+        poller = KafkaConsumer(store, settings)._poller
+        asked, told = Asked(), Told()
+        poller._loop = told  # type: ignore[assignment]
+        poller._stopping = threading.Event()
+        for partition in (0, 1):
+            poller.tracks.add(partition, 1, 0)
+        poller.hand_commit([Position(0, 5, ""), Position(1, 7, "")])
+        poller._forget([1])
+        poller._commit(asked)  # type: ignore[arg-type]
+        assert asked.offsets == [[(0, 5)]]
+        # Nor when it has come back meanwhile, and others have read on.
+        poller.hand_commit([Position(0, 6, "")])
+        poller._forget([0])
+        poller._read(asked, [Begun(0, 1, 9)])  # type: ignore[arg-type]
+        poller._commit(asked)  # type: ignore[arg-type]
+        assert asked.offsets == [[(0, 5)]]
+        # The intake waits for an answer all the same.
+        assert told.done == [([],)]
 
 
 async def test_a_full_store_pauses_and_goes_on_without_losing_its_membership(

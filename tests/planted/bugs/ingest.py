@@ -34,6 +34,22 @@ BUGS = (
         tests=(INTAKE + "test_nothing_is_committed_for_a_partition_that_leaves",),
     ),
     Bug(
+        "a commit that was asked for before a partition left is sent after it",
+        "no offset of a partition that is not owned",
+        "broker/ingest/poller.py",
+        old="[p for p in asked if p.partition in self.tracks]",
+        new="list(asked)",
+        tests=(KAFKA + "test_what_was_to_be_committed_of_a_partition_that_has_left_is_not",),
+    ),
+    Bug(
+        "a commit that was asked for before a partition left is sent when it is back",
+        "no offset of a partition that is not owned",
+        "broker/ingest/poller.py",
+        old="[p for p in self._to_commit if p.partition not in again]",
+        new="list(self._to_commit)",
+        tests=(KAFKA + "test_what_was_to_be_committed_of_a_partition_that_has_left_is_not",),
+    ),
+    Bug(
         "a lost partition is still read",
         "no offset of a partition that is not owned",
         "broker/ingest/intake.py",

@@ -30,7 +30,7 @@ BUGS = (
         "a tick that is only being written counts as committed",
         "nothing is answered before its commit",
         "broker/store/writer.py",
-        old="        if self._writing is not None:\n            return asyncio.shield(self._writing)\n",
+        old="        elif self._writing is not None:\n            self._writing.append(future)\n",
         new="",
         tests=(RULES + "test_nothing_is_acknowledged_while_its_tick_is_being_written",),
     ),
@@ -39,7 +39,7 @@ BUGS = (
         "nothing is answered before its commit",
         "broker/store/writer.py",
         old="            written = await self._write(batch)\n            self._release",
-        new="            for future in (*(arrival.stored for arrival in arrivals), done):\n                future.set_result(None)\n            written = await self._write(batch)\n            self._release",
+        new="            for future in (*(arrival.stored for arrival in arrivals), *waiting):\n                future.set_result(None)\n            written = await self._write(batch)\n            self._release",
         tests=(RULES + "test_nothing_is_acknowledged_while_its_tick_is_being_written",),
     ),
     Bug(

@@ -277,11 +277,11 @@ class Settings(BaseSettings):
         " `<kafka_topic>-overflow`, and is consumed from there when the namespace has room.",
     )
     window_rows_max: Rows = Field(
-        default=100_000,
+        default=16_000,
         description="Pending activations held in memory, in rows; the others wait in the file.",
     )
     window_bytes_max: Bytes = Field(
-        default=64 * MIB,
+        default=8 * MIB,
         description="Bodies of pending activations held in memory, in bytes; others are read when claimed.",
     )
     batch_rows_max: Annotated[int, Field(ge=1, le=100_000)] = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from hashlib import blake2b
+from struct import Struct
 
 
 class Status(IntEnum):
@@ -142,8 +143,15 @@ CONTENT_BITS = 27
 CONTENT_MASK = (1 << CONTENT_BITS) - 1
 
 
+# Copied for each hash: cheaper than to set one up.
+_hasher = blake2b(digest_size=8)
+_signed = Struct(">q").unpack
+
+
 def hash_id(id: str) -> int:
     """A stable signed 64-bit hash of an activation id."""
-    return int.from_bytes(
-        blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True
-    )
+    hasher = _hasher.copy()
+    hasher.update(id.encode("utf-8", "surrogatepass"))
+    number: int
+    (number,) = _signed(hasher.digest())
+    return number

@@ -81,8 +81,9 @@ class Admission:
         # Messages whose received_at was not believable and was replaced.
         self.clocks_corrected = 0
         self.refused: Counter[str] = Counter()
-        # (application, namespace, taskname) -> where the content of each such activation begins.
-        self._names: dict[tuple[str, str, str], int] = {}
+        # (application, namespace, taskname) -> the same strings, so that rows share them, and where the
+        # content of each such activation begins.
+        self._names: dict[tuple[str, str, str], tuple[str, str, str, int]] = {}
 
     def admit(
         self,
@@ -137,19 +138,17 @@ class Admission:
             message = _parse(value)
         except DecodeError as error:
             raise Refusal(Reason.NOT_AN_ACTIVATION, _why_unparseable(value, error)) from None
-        id, namespace, application, taskname = (
-            message.id,
-            message.namespace,
-            message.application,
-            message.taskname,
-        )
-        if not (
-            0 < len(id) <= ID_CHARS_MAX
-            and 0 < len(taskname) <= TASKNAME_CHARS_MAX
-            and len(namespace) <= NAMESPACE_CHARS_MAX
-            and len(application) <= APPLICATION_CHARS_MAX
-        ):
+        id, names = message.id, (message.application, message.namespace, message.taskname)
+        known = self._names.get(names) or self._learn(names, message)
+        if not 0 < len(id) <= ID_CHARS_MAX:
             raise Refusal(Reason.INVALID, _what_is_invalid(message))
+        application, namespace, taskname, begun = known
+        # What it asks for, hashed: the task and its arguments. Not when or how often: a copy of it may have
+        # been sent at another time.
+        content = crc32(message.parameters_bytes, begun)
+        if message.parameters:
+            content = crc32(message.parameters.encode("utf-8", "surrogatepass"), content)
+        content = content % CONTENT_MASK + 1
 
         received_at = self._received_at(message, now)
         ready_at, status = received_at, Status.PENDING
@@ -163,7 +162,7 @@ class Admission:
         if not message.HasField("retry_state"):
             row = Activation(
                 id, application, namespace, taskname, value, received_at, ready_at, expires_at, deadline_ms,
-                source=source, offset=offset, status=status, content=self._content(message), size=len(value),
+                source=source, offset=offset, status=status, content=content, size=len(value),
             )  # fmt: skip
             if message.HasField("sent_on"):
                 _go_on(row, message.sent_on, now)
@@ -177,25 +176,26 @@ class Admission:
             retry.at_most_once,
             _ms(retry.delay_on_retry),
             source, offset, status,
-            attempts=retry.attempts, content=self._content(message), size=len(value),
+            attempts=retry.attempts, content=content, size=len(value),
         )  # fmt: skip
         if message.HasField("sent_on"):
             _go_on(row, message.sent_on, now)
         return row
 
-    def _content(self, message: TaskActivation) -> int:
-        """What it asks for, hashed: the task and its arguments. Not when or how often: a copy of it may
-        have been sent at another time."""
-        names = (message.application, message.namespace, message.taskname)
-        begun = self._names.get(names)
-        if begun is None:
-            if len(self._names) >= NAMES_MAX:
-                self._names.clear()
-            begun = self._names[names] = crc32("\0".join(names).encode("utf-8", "surrogatepass"))
-        content = crc32(message.parameters_bytes, begun)
-        if message.parameters:
-            content = crc32(message.parameters.encode("utf-8", "surrogatepass"), content)
-        return content % CONTENT_MASK + 1
+    def _learn(self, names: tuple[str, str, str], message: TaskActivation) -> tuple[str, str, str, int]:
+        """Names that are met for the first time. Raises Refusal when they cannot be any."""
+        application, namespace, taskname = names
+        if not (
+            0 < len(taskname) <= TASKNAME_CHARS_MAX
+            and len(namespace) <= NAMESPACE_CHARS_MAX
+            and len(application) <= APPLICATION_CHARS_MAX
+        ):
+            raise Refusal(Reason.INVALID, _what_is_invalid(message))
+        if len(self._names) >= NAMES_MAX:
+            self._names.clear()
+        begun = crc32("\0".join(names).encode("utf-8", "surrogatepass"))
+        self._names[names] = known = (*names, begun)
+        return known
 
     def _received_at(self, message: TaskActivation, now: int) -> int:
         """When it was sent, in epoch ms, if that is believable; else now."""

@@ -151,11 +151,15 @@ class Poller:
             self._chores_at = self._clock.mono_ms() + CHORES_EVERY_MS
 
     def _commit(self, consumer: Consumer) -> None:
-        """Start the commit that the intake has asked for."""
-        positions = self._to_commit
-        if positions is None:
+        """Start the commit that the intake has asked for, of what has not been taken away since."""
+        asked = self._to_commit
+        if asked is None:
             return
         self._to_commit = None
+        positions = [p for p in asked if p.partition in self.tracks]
+        if not positions:
+            self._loop.tell(self._intake.commit_done, [])
+            return
         self._intake.membership.sending()
         try:
             consumer.commit(offsets=self._topic_partitions(positions), asynchronous=True)
@@ -241,6 +245,10 @@ class Poller:
         return self._loop.ask(self._intake.begin(self._look_up(consumer, partitions)))
 
     def _read(self, consumer: Consumer, begun: Sequence[Begun]) -> None:
+        if self._to_commit is not None:
+            # Of these it is from when they were here before: nothing is asked for until they are read.
+            again = {b.partition for b in begun}
+            self._to_commit = [p for p in self._to_commit if p.partition not in again]
         for partition, source, offset in begun:
             self.tracks.add(partition, source, offset)
             self._unbegun.discard(partition)

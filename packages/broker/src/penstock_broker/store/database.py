@@ -230,7 +230,7 @@ class Database:
             ("synchronous", "FULL"),
             ("wal_autocheckpoint", 0),
             ("journal_size_limit", WAL_BYTES_MAX),
-            ("cache_size", -65536),
+            ("cache_size", -8192),
             ("temp_store", "MEMORY"),
             ("mmap_size", 0),
             ("trusted_schema", 0),

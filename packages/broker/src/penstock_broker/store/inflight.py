@@ -85,12 +85,12 @@ class Inflight:
         self.writer.on_committed += [self._check_room, self._check_shares]
         self.writer.on_trouble.append(self._tell_room)
 
-    def committed(self) -> Awaitable[None]:
+    def committed(self) -> asyncio.Future[None]:
         """Resolves when everything done so far is durable. Raises StoreStopped when it will not be."""
         return self.writer.committed()
 
-    def answerable(self, durable: Awaitable[None]) -> Awaitable[None]:
-        """``durable`` (of ``committed`` or ``insert``) for a caller who can repeat: raises DiskFailing as
+    def answerable(self, durable: Awaitable[None]) -> asyncio.Future[None]:
+        """``durable`` (of ``committed`` or ``insert``) for a caller who can repeat: it raises DiskFailing as
         soon as the disk fails. What was asked for may happen all the same, once it recovers."""
         return self.writer.answerable(durable)
 

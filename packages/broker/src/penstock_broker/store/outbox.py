@@ -77,7 +77,7 @@ class Outbox:
         for row in self._present(rows):
             self._memory.resident[row.seq] = row
             self._memory.change(row, event, now)
-        return asyncio.ensure_future(self._writer.committed())
+        return self._writer.committed()
 
     def rest(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
         """Dead letters that cannot leave through Kafka are kept in the store, with their story.

@@ -72,8 +72,10 @@ class Writer:
         self.on_trouble: list[Callable[[], None]] = []
         # Who is told at once.
         self._impatient: set[asyncio.Future[None]] = set()
-        self._gathered: asyncio.Future[None] | None = None
-        self._writing: asyncio.Future[None] | None = None
+        # Who waits for what is being gathered, and for the tick that is being written (None: there is none).
+        # Each has a future of its own: whoever gives up, or is told at once, ends it for nobody else.
+        self._gathered: list[asyncio.Future[None]] = []
+        self._writing: list[asyncio.Future[None]] | None = None
         self._waking = False
         # Called after each commit.
         self.on_committed: list[Callable[[], None]] = []
@@ -116,42 +118,30 @@ class Writer:
         self._memory.work.set()
         return stored
 
-    def committed(self) -> Awaitable[None]:
+    def committed(self) -> asyncio.Future[None]:
         """Resolves when everything done so far is durable. Raises StoreStopped when it will not be."""
         if self.failed:
             raise StoreStopped
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._memory.batch or self.arrivals:
-            if self._gathered is None:
-                self._gathered = asyncio.get_running_loop().create_future()
+            self._gathered.append(future)
             self._memory.work.set()
-            return asyncio.shield(self._gathered)
-        if self._writing is not None:
-            return asyncio.shield(self._writing)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
-
-    def answerable(self, durable: Awaitable[None]) -> Awaitable[None]:
-        """``durable``, but raises DiskFailing as soon as the disk fails."""
-        outer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        inner = asyncio.ensure_future(durable)
-
-        def resolve(inner: asyncio.Future[None]) -> None:
-            self._impatient.discard(outer)
-            error = None if inner.cancelled() else inner.exception()
-            if outer.done():
-                return
-            if error is None:
-                outer.set_result(None)
-            else:
-                outer.set_exception(error)
-
-        if self.trouble is not None and not inner.done():
-            outer.set_exception(self.trouble)
+        elif self._writing is not None:
+            self._writing.append(future)
         else:
-            self._impatient.add(outer)
-        inner.add_done_callback(resolve)
-        return outer
+            future.set_result(None)
+        return future
+
+    def answerable(self, durable: Awaitable[None]) -> asyncio.Future[None]:
+        """``durable``, but raises DiskFailing as soon as the disk fails."""
+        future = durable if isinstance(durable, asyncio.Future) else _future_of(durable)
+        if not future.done():
+            if self.trouble is not None:
+                future.set_exception(self.trouble)
+            else:
+                self._impatient.add(future)
+                future.add_done_callback(self._impatient.discard)
+        return future
 
     # -- delays and expiries
 
@@ -169,16 +159,16 @@ class Writer:
     async def tick(self) -> None:
         """Write what has gathered in one transaction, then let out what depended on it."""
         batch, arrivals = self._gather()
-        done = self._gathered or asyncio.get_running_loop().create_future()
-        self._gathered, self._writing = None, done
+        waiting, self._gathered = self._gathered, []
+        self._writing = waiting
         try:
             written = await self._write(batch)
             self._release(batch, written)
         except BaseException:
-            self._fail([done, *(arrival.stored for arrival in arrivals)])
+            self._fail([*waiting, *(arrival.stored for arrival in arrivals)])
             raise
         self._writing = None
-        for future in (*(arrival.stored for arrival in arrivals), done):
+        for future in (*(arrival.stored for arrival in arrivals), *waiting):
             if not future.done():
                 future.set_result(None)
         for callback in self.on_committed:
@@ -208,7 +198,6 @@ class Writer:
         for waiting in self._impatient:
             if not waiting.done():
                 waiting.set_exception(failing)
-        self._impatient.clear()
         if begins:
             log.error(
                 "the disk does not take what is written: nothing is acknowledged, handed out or taken in"
@@ -342,17 +331,33 @@ class Writer:
     def refuse(self) -> None:
         """Another broker has these rows: what is done here from now on is written, and told to nobody."""
         self.failed = True
-        if self._gathered is not None and not self._gathered.done():
-            self._gathered.set_exception(StoreStopped())
-            self._gathered.exception()  # whoever waits is told; nobody need wait
+        _refuse(self._gathered)
 
     def _fail(self, waiting: list[asyncio.Future[None]]) -> None:
         """Fail-stop: nothing that depends on a tick that did not happen is answered."""
         self.failed = self.stopping = True
-        waiting += [arrival.stored for arrival in self.arrivals]
-        if self._gathered is not None:
-            waiting.append(self._gathered)
-        for future in waiting:
-            if not future.done():
-                future.set_exception(StoreStopped())
-                future.exception()  # whoever waits is told; nobody need wait
+        _refuse([*waiting, *(arrival.stored for arrival in self.arrivals), *self._gathered])
+
+
+def _refuse(waiting: list[asyncio.Future[None]]) -> None:
+    for future in waiting:
+        if not future.done():
+            future.set_exception(StoreStopped())
+            future.exception()  # whoever waits is told; nobody need wait
+
+
+def _future_of(work: Awaitable[None]) -> asyncio.Future[None]:
+    """Ends as ``work`` does, which goes on if it ends earlier."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(done: asyncio.Future[None]) -> None:
+        error = None if done.cancelled() else done.exception()
+        if future.done():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    asyncio.ensure_future(work).add_done_callback(end)
+    return future
