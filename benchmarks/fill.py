@@ -5,10 +5,25 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Iterator
 
 from confluent_kafka import Producer
 
 from penstock_protocol.v1 import activation_pb2
+
+
+def activations(tasks: int, body: int, application: str = "bench") -> Iterator[bytes]:
+    """No-op activations of about ``body`` bytes each."""
+    activation = activation_pb2.TaskActivation(
+        namespace="bench", application=application, taskname="bench.noop", processing_deadline_duration=30
+    )
+    activation.retry_state.on_attempts_exceeded = activation_pb2.ON_ATTEMPTS_EXCEEDED_DEADLETTER
+    activation.received_at.FromSeconds(int(time.time()))
+    activation.id = uuid.uuid4().hex
+    activation.parameters_bytes = os.urandom(max(0, body - activation.ByteSize() - 4))
+    for _ in range(tasks):
+        activation.id = uuid.uuid4().hex
+        yield activation.SerializeToString()
 
 
 def fill(kafka: str, topic: str, tasks: int, body: int, application: str = "bench") -> None:
@@ -21,16 +36,7 @@ def fill(kafka: str, topic: str, tasks: int, body: int, application: str = "benc
             "message.max.bytes": 2 << 20,
         }
     )
-    activation = activation_pb2.TaskActivation(
-        namespace="bench", application=application, taskname="bench.noop", processing_deadline_duration=30
-    )
-    activation.retry_state.on_attempts_exceeded = activation_pb2.ON_ATTEMPTS_EXCEEDED_DEADLETTER
-    activation.received_at.FromSeconds(int(time.time()))
-    activation.id = uuid.uuid4().hex
-    activation.parameters_bytes = os.urandom(max(0, body - activation.ByteSize() - 4))
-    for n in range(tasks):
-        activation.id = uuid.uuid4().hex
-        value = activation.SerializeToString()
+    for n, value in enumerate(activations(tasks, body, application)):
         while True:
             try:
                 producer.produce(topic, value)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import struct
+import threading
+import time
+from collections.abc import Sequence
 from functools import partial
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 
 from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target, percentile
 from benchmarks.marks import milliseconds
+from benchmarks.processes import new_topic
 from benchmarks.systems import penstock
+from penstock_client.settings import ClientSettings
 
 TASKS_PER_SECOND = 20
+ALONE = "Kafka alone"
 
 
 def idle(bench: Bench, tasks: int) -> Figures:
@@ -19,12 +28,50 @@ def idle(bench: Bench, tasks: int) -> Figures:
         latencies = [ms for ms in milliseconds(system.marks) if ms]
         cpu = meter.cpu_seconds()
         return {
-            "p50_ms": percentile(latencies, 0.5),
-            "p95_ms": percentile(latencies, 0.95),
-            "p99_ms": percentile(latencies, 0.99),
-            "max_ms": max(latencies),
+            **_percentiles(latencies),
             **{f"{name}_cpu_ms": seconds / tasks * 1000 for name, seconds in cpu.items()},
         }
+
+
+def kafka_alone(bench: Bench, tasks: int) -> Figures:
+    """What no broker could be faster than: a producer set up as the client's, and a consumer that polls."""
+    topic = new_topic(bench.kafka, 1)
+    kafka = {"bootstrap.servers": bench.kafka}
+    consumer = Consumer(kafka | {"group.id": topic})
+    consumer.assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
+    producer = Producer(
+        kafka | {"enable.idempotence": True, "acks": "all", "linger.ms": ClientSettings().linger_ms}
+    )
+    latencies: list[float] = []
+
+    def send() -> None:
+        first = time.time()
+        for n in range(tasks + 1):
+            time.sleep(max(0.0, first + n / TASKS_PER_SECOND - time.time()))
+            producer.produce(topic, struct.pack("d", time.time()))
+            producer.poll(0)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    while len(latencies) <= tasks:
+        message = consumer.poll(10)
+        if message is None or message.error():
+            raise SystemExit(f"{len(latencies)} of {tasks} messages came through Kafka")
+        (sent_at,) = struct.unpack("d", message.value() or b"")
+        latencies.append((time.time() - sent_at) * 1000)
+    sending.join()
+    consumer.close()
+    # The first one finds neither of them connected.
+    return _percentiles(latencies[1:])
+
+
+def _percentiles(latencies: Sequence[float]) -> Figures:
+    return {
+        "p50_ms": percentile(latencies, 0.5),
+        "p95_ms": percentile(latencies, 0.95),
+        "p99_ms": percentile(latencies, 0.99),
+        "max_ms": max(latencies),
+    }
 
 
 CLAIM = Claim(
@@ -42,7 +89,10 @@ CLAIM = Claim(
         Figure("worker_cpu_ms", "worker's parent CPU, ms a task", digits=2),
         Figure("kafka_cpu_ms", "Kafka CPU, ms a task", digits=2),
     ),
-    cases=lambda bench: [Case("Penstock", "", partial(idle, tasks=bench.size(200, 1_000)))],
+    cases=lambda bench: [
+        Case("Penstock", "", partial(idle, tasks=bench.size(200, 1_000))),
+        Case(ALONE, "", partial(kafka_alone, tasks=bench.size(200, 1_000))),
+    ],
     targets=(
         Target("p50 in ms", "Penstock", "p50_ms", at_most=5),
         Target("p99 in ms", "Penstock", "p99_ms", at_most=20),
@@ -51,7 +101,14 @@ CLAIM = Claim(
         Elsewhere("Rust taskbroker, until claimable", "", "p50_ms", 750),
         Elsewhere("River on PostgreSQL", "", "p50_ms", 51),
     ),
-    pitfalls=("The longest of a run on a machine that does other things too says more about them.",),
+    pitfalls=(
+        "The longest of a run on a machine that does other things too says more about them.",
+        (
+            f'"{ALONE}" is a producer with the same settings and a consumer that polls, nothing else: what'
+            " this Kafka on this machine takes for itself. The rest is Penstock's: a synced transaction,"
+            " a gRPC answer, a pipe to the child."
+        ),
+    ),
     seconds=(40, 360),
     logarithmic=True,
 )
