@@ -46,7 +46,7 @@ BUGS = (
         "a failed commit goes on",
         "fail-stop: nothing is acknowledged after a failed sync",
         "broker/store/writer.py",
-        old="            self._fail([done, *(arrival.stored for arrival in arrivals)])\n            raise\n",
+        old="            self._fail([*waiting, *(arrival.stored for arrival in arrivals)])\n            raise\n",
         new="            return\n",
         tests=(STORE + "test_a_failed_commit_stops_the_store_and_answers_nobody",),
     ),
