@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from penstock_client import App
 from tests.e2e.harness import Pool, eventually
 from tests.e2e.raw_worker import Acknowledgements
 from tests.e2e.test_faults import Producing, check_acknowledged, raw_workers
 from tests.e2e.test_forwarding import finished
+
+
+def apart(app: App, task: str, count: int) -> list[str]:
+    """Send these, and pause: what is sent within 10 ms goes to one partition, and so to one broker."""
+    ids = [app.tasks[task].delay().id for _ in range(count)]
+    time.sleep(0.012)
+    return ids
 
 
 @pytest.mark.timeout(180)
@@ -26,11 +35,11 @@ def test_a_broker_is_drained_under_load(kafka_pool: Pool, tmp_path: Path) -> Non
     producing.start()
     app = kafka_pool.app()
     # Nobody serves these yet, on either of them.
-    waiting = [app.tasks["quiet.noop"].delay().id for _ in range(2_000)]
+    waiting = [id for _ in range(40) for id in apart(app, "quiet.noop", 50)]
     gate = tmp_path / "gate"
     kafka_pool.worker([leaves], name="worker-of-leaves", slots=4)
     main = [app.tasks["wait_for"].delay(str(gate)).id for _ in range(2)]
-    main += [app.tasks["patient"].delay().id for _ in range(40)]
+    main += [id for _ in range(40) for id in apart(app, "patient", 1)]
     assert app.flush() == 0
     eventually("under load", lambda: len(books.acknowledged) > 1_000)
     eventually("some failed", lambda: leaves.metrics().get("penstock_tasks{state=delayed}", 0) > 5)
