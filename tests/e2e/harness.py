@@ -283,8 +283,12 @@ class Pool:
             broker.check_books()
 
     def dead_letters(self, count: int, topic: str | None = None, seconds: float = 30.0) -> list[Letter]:
-        """The first ``count`` dead letters; fails when there are fewer."""
-        letters: list[Letter] = []
+        """The first ``count`` dead letters; fails when there are fewer.
+
+        Each once: a broker that dies before it has noted that one was sent sends it again, under the same
+        forward id.
+        """
+        letters: dict[str, Letter] = {}
         consumer = Consumer(
             {
                 "bootstrap.servers": self.kafka or "",
@@ -299,11 +303,12 @@ class Pool:
             while len(letters) < count and time.monotonic() < deadline:
                 message = consumer.poll(0.2)
                 if message is not None and message.error() is None:
-                    letters.append(_letter(message))
+                    letter = _letter(message)
+                    letters.setdefault(letter.headers["penstock-forward-id"], letter)
         finally:
             consumer.close()
         assert len(letters) >= count, f"{len(letters)} of {count} dead letters within {seconds} s"
-        return letters
+        return list(letters.values())
 
 
 def _letter(message: Message) -> Letter:
