@@ -213,7 +213,7 @@ def _bars(axis: Any, claim: Claim, result: Result, figure: Figure) -> None:
     axis.tick_params(axis="y", labelsize=8)
     if claim.logarithmic:
         axis.set_yscale("log")
-    if len(series) > 1:
+    if len(series) > 1 and axis.get_subplotspec().is_first_col():
         axis.legend(fontsize=7)
 
 
