@@ -107,8 +107,6 @@ class Group:
     committed: dict[int, tuple[int, str]] = field(default_factory=dict)
     rebalances: int = 0
     _last_id: int = 0
-    # Whoever had it.
-    owners: dict[int, set[str]] = field(default_factory=dict)
 
     def owner(self, partition: int) -> str | None:
         return next((name for name, m in self.members.items() if partition in m.assigned), None)
@@ -210,8 +208,6 @@ class Group:
             self.members[name].assigned = frozenset(
                 p for p in wanted[name] if owner_of.get(p) in (None, name)
             )
-            for partition in self.members[name].assigned:
-                self.owners.setdefault(partition, set()).add(name)
 
     def _send(self, member: Member) -> None:
         cluster, generation, id = self.cluster, self.generation, member.id

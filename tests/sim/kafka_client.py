@@ -592,10 +592,20 @@ class Reader(Client):
         self._topic = partitions[0].topic if partitions else ""
         self._ended.clear()
 
+    def incremental_assign(self, partitions: Sequence[TopicPartition]) -> None:
+        for p in partitions:
+            self._topic = p.topic
+            self._positions[p.partition] = p.offset
+            self._ended.discard(p.partition)
+
+    def incremental_unassign(self, partitions: Sequence[TopicPartition]) -> None:
+        for p in partitions:
+            del self._positions[p.partition]
+
     def consume(self, num_messages: int, timeout: float) -> list[Message]:
         """Waits for the whole of ``timeout``, or until there are as many."""
         if not timeout:
-            return self._read(num_messages)
+            return self._read(num_messages) if self.cluster.reachable(self.process) else []
         thread, until = self.thread, self.hub.now + timeout
         messages: list[Message] = []
         while self.hub.now < until and len(messages) < num_messages:

@@ -295,9 +295,8 @@ class Oracle:
             self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
 
     def _is_copy(self, task: Task) -> bool:
-        """A second message with the same id, which a broker may read that never had the first: only
-        within one store is an id known."""
-        return len(task.positions) > 1 and (self.disks_lost > 0 or self.pool.moved(task.positions[0][0]))
+        """A second message with the same id, of which a disk that is lost may have known."""
+        return len(task.positions) > 1 and self.disks_lost > 0
 
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
         if task.final:

@@ -107,10 +107,6 @@ class Pool:
     def faultless(self) -> bool:
         return self.calm or self.quiet
 
-    def moved(self, partition: int) -> bool:
-        """Whether more than one broker has read a partition of the tasks."""
-        return len(self.kafka.group(GROUP, TOPIC).owners.get(partition, ())) > 1
-
     def recorded_at(self, machine: BrokerMachine) -> float | None:
         """When the last record of a broker in the ledger was made."""
         return self.kafka.recorded_at.get(f"penstock-ledger/{GROUP}/{machine.name}")
@@ -160,15 +156,18 @@ class Pool:
             self.application.enter(lambda: self.application.loop.run_main(self._send(task)))
         else:
             partition = self.rng.randrange(len(self.kafka.topics[TOPIC]))
-            self._produce(task, partition)
-            if self.rng.random() < 0.04 and not self.quiet:
-                self.hub.later(self.hub.between(0, 10.0), lambda: self._produce(task, partition))
+            # What may be sent twice has a key, its id.
+            key = task.id if self.rng.random() < 0.1 and not self.quiet else None
+            self._produce(task, partition, key)
+            if key is not None:
+                again = self.hub.between(0, self.rng.choice((1.0, 10.0, 60.0)))
+                self.hub.later(again, lambda: self._produce(task, partition, key))
 
-    def _produce(self, task: Task, partition: int) -> None:
+    def _produce(self, task: Task, partition: int, key: str | None) -> None:
         if not self.kafka.up:
-            self.hub.later(0.5, lambda: self._produce(task, partition))
+            self.hub.later(0.5, lambda: self._produce(task, partition, key))
             return
-        offset = self.kafka.append(TOPIC, partition, None, task.body, [])
+        offset = self.kafka.append(TOPIC, partition, key, task.body, [])
         task.positions.append((partition, offset))
         task.promised = True
         self.hub.tell("app", f"produces {task.id} to {partition} at {offset}")

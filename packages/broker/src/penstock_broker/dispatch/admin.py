@@ -197,7 +197,7 @@ class Admin:
             explanation.held(self._memory.resident.get(row.seq, row))
         elif (letter := await self._store.read(lambda database: database.dead_letter_of(id))) is not None:
             explanation.dead(id, letter.reason, letter.at)
-        elif (last := self._memory.finished.get(hash_id(id))) is not None:
+        elif (last := self._memory.finished.left(hash_id(id))) is not None:
             explanation.finished(hash_id(id), last)
         else:
             explanation.unknown(self._lag())
@@ -232,7 +232,7 @@ class Admin:
     async def _why_absent(self, id: str) -> pb.RetryResult:
         if await self._store.read(lambda database: database.dead_letter_of(id)) is not None:
             return pb.RETRY_RESULT_DEAD_LETTER
-        finished = self._memory.finished.get(hash_id(id)) is not None
+        finished = self._memory.finished.left(hash_id(id)) is not None
         return pb.RETRY_RESULT_FINISHED if finished else pb.RETRY_RESULT_UNKNOWN
 
     async def cancel_tasks(self, request: bytes) -> bytes:
@@ -248,7 +248,7 @@ class Admin:
             elif row is not None and row.status is Status.FORWARDING:
                 results.append(pb.CANCEL_RESULT_FORWARDING)
             else:
-                finished = self._memory.finished.get(hash_id(id)) is not None
+                finished = self._memory.finished.left(hash_id(id)) is not None
                 results.append(pb.CANCEL_RESULT_FINISHED if finished else pb.CANCEL_RESULT_UNKNOWN)
         applied = [i for i, id in enumerate(asked.ids) if answers.get(id) is Answer.APPLIED]
         for i in await self._not_ours(asked.ids, applied):

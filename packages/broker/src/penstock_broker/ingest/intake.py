@@ -24,6 +24,7 @@ from penstock_broker.ingest.ownership import (
     choose_start,
     encode,
     record_owner,
+    unknown_from,
 )
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.partitions import Source
@@ -64,6 +65,16 @@ class Begun(NamedTuple):
     partition: int
     source: int
     offset: int
+
+
+class Tail(NamedTuple):
+    """Offsets of a partition that other brokers have taken, and whose ids are not known here: [first, end)."""
+
+    partition: int
+    # The source that its rows belong to.
+    source: int
+    first: int
+    end: int
 
 
 @dataclass(slots=True)
@@ -238,6 +249,19 @@ class Intake:
         self.store.cover(source, offset)
 
     # -- partitions that come
+
+    async def tails(self, found: Sequence[Found]) -> list[Tail]:
+        """These partitions are assigned: what others have taken of them, to be looked through before they
+        begin."""
+        tails = []
+        for partition in found:
+            source = self.store.source(self.topic, partition.partition)
+            # What another broker reads again is not known here any more.
+            self._say_whose(source, partition, assigned=True)
+            first = unknown_from(partition.owners, partition.committed, source.next, self.me)
+            if first is not None and partition.committed is not None:
+                tails.append(Tail(partition.partition, source.id, first, partition.committed))
+        return tails
 
     async def begin(self, found: Sequence[Found]) -> list[Begun]:
         """These partitions are assigned: say what is ours of them, and where to go on reading.

@@ -105,6 +105,21 @@ def boundary(owners: Sequence[Owner], committed: int | None, me: Me, assigned: b
     return None if assigned else 0
 
 
+def unknown_from(owners: Sequence[Owner], committed: int | None, known_to: int, me: Me) -> int | None:
+    """Where that begins, below ``committed``, which others have taken since this broker last knew the ids
+    of the partition; None: there is no such thing.
+
+    ``known_to``: the end of what this broker took last, and -1 without. All before it is known, for it was
+    looked through then; a broker that is no owner has not looked (its rows may have been restored).
+    """
+    if committed is None or not owners or owners[0].me == me:
+        return None
+    first = min(owner.start for owner in owners)
+    if any(owner.me == me for owner in owners):
+        first = max(first, known_to)
+    return first if first < committed else None
+
+
 class Start(NamedTuple):
     """Where to read. ``offset`` None: nothing is known, the reset policy decides.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -19,9 +19,10 @@ from penstock_broker.config import Settings
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest.admission import Admission
 from penstock_broker.ingest.event_loop import EventLoop
-from penstock_broker.ingest.intake import Begun, Found, Intake, Position
+from penstock_broker.ingest.intake import Begun, Found, Intake, Position, Tail
 from penstock_broker.ingest.kafka import RESTART, consumer_config
 from penstock_broker.ingest.ownership import decode
+from penstock_broker.ingest.tails import Tails
 from penstock_broker.ingest.taking import ReadMessage, Tracks
 from penstock_broker.ingest.topics import ASK_SECONDS_MAX, TopicIdentity
 
@@ -63,7 +64,9 @@ class Poller:
         self.consumed = 0
         self.lags: dict[int, int] = {}
         self.tracks = Tracks(self.topic)
-        # Assigned, and not read yet because Kafka or the store could not say from where.
+        self.tails = Tails(settings, clock, self._remember)
+        # Assigned, and not read yet because Kafka or the store could not say from where, or because what
+        # others have taken is looked through first.
         self._unbegun: set[int] = set()
         # Outside the log: where to go on is to be looked up.
         self._outside: set[int] = set()
@@ -124,6 +127,7 @@ class Poller:
         finally:
             if not self._fenced:
                 self._stopping.set()
+            self.tails.close()
             consumer.close()
             if self._unanswered:
                 self._unanswered = False
@@ -131,6 +135,8 @@ class Poller:
 
     def _turn(self, consumer: Consumer) -> None:
         self._intake.membership.turned()
+        if self.tails and self.tails.turn():
+            self._chores_at = 0
         allowance = self._intake.gate.allowance()
         if allowance <= 0 and not self.paused:
             if self._intake.gate.wait(PAUSE_AFTER_SECONDS):
@@ -140,7 +146,7 @@ class Poller:
             self._pause(consumer, False)
         # poll returns with the first message at once; consume alone would wait for a full batch.
         self._commit(consumer)
-        first = consumer.poll(POLL_BUSY_SECONDS if self._intake.busy else POLL_SECONDS)
+        first = consumer.poll(POLL_BUSY_SECONDS if self._intake.busy or self.tails else POLL_SECONDS)
         if first is not None:
             messages: list[ReadMessage] = [first]
             if allowance > 1:
@@ -195,8 +201,8 @@ class Poller:
         try:
             if self._clock.mono_ms() >= self._look_at:
                 self._look_which(consumer)
-            if self._unbegun:
-                self._read_anew(consumer, self._begin(consumer, sorted(self._unbegun)))
+            if waiting := sorted(partition for partition in self._unbegun if partition not in self.tails):
+                self._begin_later(consumer, waiting)
             if self._outside:
                 self._begin_inside(consumer, sorted(self._outside))
             settled = self._assigned_once or self._clock.mono_ms() >= self._settle_at
@@ -216,7 +222,8 @@ class Poller:
             self._topic_id = id
             return False
         self._topic_id = id
-        found = [Found(p, None, (), *self._watermarks(consumer, p)) for p in sorted(self.tracks)]
+        partitions = sorted({*self.tracks, *self._unbegun})
+        found = [Found(p, None, (), *self._watermarks(consumer, p)) for p in partitions]
         self._read_anew(consumer, self._loop.ask(self._intake.begin_anew(found)))
         return True
 
@@ -230,19 +237,44 @@ class Poller:
         numbers = sorted(p.partition for p in partitions)
         if not numbers:
             return
+        begun: list[Begun] = []
         try:
-            begun = self._begin(consumer, numbers)
+            begun, tails = self._begin(consumer, numbers)
+            log.info("partitions assigned", topic=self.topic, partitions=numbers)
+            if tails:
+                self._chores_at = 0
         except (KafkaException, TimeoutError) as error:
             log.warning("an assignment cannot be started yet", partitions=numbers, error=str(error))
-            self._unbegun.update(numbers)
-            consumer.incremental_assign(partitions)
-            consumer.pause(partitions)
-            return
-        self._read(consumer, begun)
-        log.info("partitions assigned", topic=self.topic, partitions=numbers)
+        at_once = {b.partition for b in begun}
+        if later := [p for p in partitions if p.partition not in at_once]:
+            self._unbegun.update(p.partition for p in later)
+            consumer.incremental_assign(later)
+            consumer.pause(later)
+        if begun:
+            self._read(consumer, begun)
 
-    def _begin(self, consumer: Consumer, partitions: list[int]) -> list[Begun]:
-        return self._loop.ask(self._intake.begin(self._look_up(consumer, partitions)))
+    def _begin(self, consumer: Consumer, partitions: list[int]) -> tuple[list[Begun], list[Tail]]:
+        """Those that begin, and of the others what is to be looked through first."""
+        found = self._look_up(consumer, partitions)
+        tails = [t for t in self._loop.ask(self._intake.tails(found)) if not self.tails.is_done(t)]
+        waiting = {tail.partition for tail in tails}
+        ready = [one for one in found if one.partition not in waiting]
+        return self._loop.ask(self._intake.begin(ready)) if ready else [], tails
+
+    def _begin_later(self, consumer: Consumer, partitions: list[int]) -> None:
+        """These were assigned, and have not begun."""
+        begun, tails = self._begin(consumer, partitions)
+        if begun:
+            self._read_anew(consumer, begun)
+        # Nothing of a topic that was made anew has been taken by anybody.
+        if tails and not self._look_which(consumer, ASK_SECONDS_MAX):
+            for tail in tails:
+                self.tails.add(tail, *self._watermarks(consumer, tail.partition))
+            if ready := [tail.partition for tail in tails if self.tails.is_done(tail)]:
+                self._begin_later(consumer, ready)
+
+    def _remember(self, source: int, ids: Mapping[int, int], forwards: Mapping[int, int]) -> None:
+        self._loop.tell(self._intake.store.remember, source, ids, forwards)
 
     def _read(self, consumer: Consumer, begun: Sequence[Begun]) -> None:
         if self._to_commit is not None:
@@ -251,6 +283,7 @@ class Poller:
             self._to_commit = [p for p in self._to_commit if p.partition not in again]
         for partition, source, offset in begun:
             self.tracks.add(partition, source, offset)
+            self.tails.remove(partition)
             self._unbegun.discard(partition)
             self._outside.discard(partition)
         assigned = [TopicPartition(self.topic, b.partition, b.offset) for b in begun]
@@ -320,6 +353,7 @@ class Poller:
     def _forget(self, partitions: Iterable[int]) -> None:
         for partition in partitions:
             self.tracks.remove(partition)
+            self.tails.remove(partition)
             self._unbegun.discard(partition)
             self._outside.discard(partition)
             self.lags.pop(partition, None)

@@ -1,4 +1,5 @@
-"""What has left, remembered for the de-duplication window: by id, with its last claim and outcome."""
+"""What has left, remembered for the de-duplication window: by id, with its last claim and outcome; and what
+another broker has taken of the partitions that are read here now."""
 
 from __future__ import annotations
 
@@ -34,6 +35,20 @@ def _report(epoch: int, claim: int, outcome: int) -> int:
 def outcome_of(value: int) -> int:
     """The number of the outcome in a packed value; 0 when there was none."""
     return value >> CONTENT_BITS & (1 << _OUTCOME_BITS) - 1
+
+
+# In the place of the outcome: it never was here, another broker has taken it.
+_ELSEWHERE = (1 << _OUTCOME_BITS) - 1
+
+
+def taken_elsewhere(content: int) -> int:
+    """What is remembered of an activation that another broker has taken."""
+    return pack(0, 0, _ELSEWHERE, content)
+
+
+def is_elsewhere(value: int) -> bool:
+    """Whether a packed value is of an activation that another broker has taken."""
+    return outcome_of(value) == _ELSEWHERE
 
 
 def is_report(value: int, epoch: int, claim: int, outcome: int) -> bool:
@@ -92,6 +107,11 @@ class Finished:
             if (value := entries.get(id_hash)) is not None:
                 return value
         return None
+
+    def left(self, id_hash: int) -> int | None:
+        """As ``get``, but only of what left this broker, not of what another one has taken."""
+        value = self.get(id_hash)
+        return None if value is None or is_elsewhere(value) else value
 
     def add(self, now: int, id_hash: int, value: int) -> None:
         self._bucket(now)[id_hash] = value

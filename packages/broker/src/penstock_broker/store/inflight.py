@@ -30,7 +30,14 @@ from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, repeated
 from penstock_broker.store.control import Control
 from penstock_broker.store.database import Database
-from penstock_broker.store.finished import VOID, is_report, last_of, place
+from penstock_broker.store.finished import (
+    VOID,
+    is_elsewhere,
+    is_report,
+    last_of,
+    place,
+    taken_elsewhere,
+)
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.memory import Memory
@@ -186,11 +193,11 @@ class Inflight:
         """Number and count a row; False when there is nothing to store."""
         memory = self.memory
         row.id_hash = hash_id(row.id)
-        known = self._content_of(row.id_hash)
+        known = self._known(row.id_hash, term)
         if known is not None and in_conflict(row, known):
             refuse_conflict(row)
             row.id_hash = hash_id(row.id)
-            known = self._content_of(row.id_hash)
+            known = self._known(row.id_hash, term)
         if self._is_copy(row, now) if row.sent_on else known is not None:
             memory.tally.duplicates += 1
             return False
@@ -222,6 +229,13 @@ class Inflight:
         if row.source != NO_SOURCE:
             memory.partitions.took(row)
         return True
+
+    def _known(self, id_hash: int, term: str) -> int | None:
+        """As ``content_of``; but what another broker has taken is the very thing that is restored of it."""
+        memory = self.memory
+        if term != "accepted" and id_hash not in memory.live and memory.finished.left(id_hash) is None:
+            return None
+        return self._content_of(id_hash)
 
     def _is_copy(self, row: Activation, now: int) -> bool:
         """Whether what a broker sent on is here already.
@@ -291,6 +305,27 @@ class Inflight:
         pair = len(self.memory.counts) + 1
         self.memory.batch.new_pairs.append((pair, application, namespace))
         return self.memory.add_pair(pair, application, namespace)
+
+    def remember(self, source: int, ids: Mapping[int, int], forwards: Mapping[int, int]) -> None:
+        """Other brokers have taken these of a source: what comes again under their ids is absorbed.
+
+        ``ids``: id hash -> content; ``forwards``: hash of a forward id -> offset. Older parts of a log come
+        after newer ones: the oldest counts, but what was here goes before all.
+        """
+        memory, now = self.memory, self.clock.wall_ms()
+        news = []
+        for id_hash, content in ids.items():
+            known = memory.finished.get(id_hash)
+            if id_hash not in memory.live and (known is None or is_elsewhere(known)):
+                news.append((id_hash, taken_elsewhere(content)))
+        for forward, offset in forwards.items():
+            first, here = memory.finished.get(forward), place(source, offset)
+            if first is None or here < first:
+                news.append((forward, here))
+        for pair in news:
+            memory.finished.add(now, *pair)
+            memory.batch.finished.extend(pair)
+        memory.work.set()
 
     # -- claim
 

@@ -1,0 +1,207 @@
+"""What other brokers have taken of a partition that comes: looked through before anything new of it is read.
+
+A message that was sent twice is run once because whoever reads the second knows the id of the first. Both are
+in one partition (what may be sent twice is keyed by its id), but the first may have been read by another broker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+from confluent_kafka import Consumer, KafkaError, TopicPartition
+
+from penstock_broker.clock import Clock
+from penstock_broker.config import Settings
+from penstock_broker.domain.activation import Status, hash_id
+from penstock_broker.ingest.admission import Admission, AdmissionLimits
+from penstock_broker.ingest.intake import Tail
+from penstock_broker.ingest.kafka import reader_config
+from penstock_broker.ingest.taking import ReadMessage
+
+log = structlog.get_logger("ingest")
+
+# Of one partition; what was sent twice was mostly sent twice soon.
+OFFSETS_MAX = 200_000
+# Read at a time, the newest first: what there is no time for is the oldest.
+CHUNK_OFFSETS = 10_000
+# From when Kafka has said where the log begins and ends.
+READ_MS_MAX = 30_000
+# At a turn: other partitions wait for it.
+MESSAGES_MAX = 1_000
+
+
+# Given a source, (id hash -> content), and (hash of a forward id -> offset).
+Remember = Callable[[int, Mapping[int, int], Mapping[int, int]], object]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A tail that is read, [first, end of the tail). Of its chunk, [begin, end), next is read next."""
+
+    tail: Tail
+    first: int
+    begin: int
+    next: int
+    end: int
+    # Monotonic ms.
+    deadline: int
+    # What was sent before this is outside the window; epoch ms, None: not known yet.
+    since: int | None = None
+    # When the newest message of the chunk was sent; epoch ms.
+    newest: int = 0
+    ids: dict[int, int] = field(default_factory=dict)
+    forwards: dict[int, int] = field(default_factory=dict)
+
+
+class Tails:
+    """The tails of one topic's partitions. Used on the consumer's thread, by turns with everything else
+    there; ``remember`` is called on it, too."""
+
+    def __init__(self, settings: Settings, clock: Clock, remember: Remember) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._remember = remember
+        self._topic = settings.kafka_topic
+        self._window_ms = int(settings.dedup_window_seconds * 1000)
+        # Its counts are of no interest: what is refused here was refused before.
+        self._admission = Admission(AdmissionLimits.of(settings))
+        self._consumer: Consumer | None = None
+        self._reading: dict[int, _Reading] = {}
+        # partition -> end of the tail that was looked through.
+        self._done: dict[int, int] = {}
+        # Offsets for which there was no time. Read by the metrics, too.
+        self.unseen = 0
+
+    def __bool__(self) -> bool:
+        """Whether any is being read."""
+        return bool(self._reading)
+
+    def __contains__(self, partition: int) -> bool:
+        return partition in self._reading
+
+    def is_done(self, tail: Tail) -> bool:
+        """Whether it has been looked through, or there was no time for it."""
+        return self._done.get(tail.partition, -1) >= tail.end
+
+    def add(self, tail: Tail, low: int, high: int) -> None:
+        """Read it. ``low``, ``high``: first offset and end of the log."""
+        first = max(tail.first, low, tail.end - OFFSETS_MAX)
+        if tail.end > high or first >= tail.end:
+            # Of another topic of that name, or no longer there.
+            self._done[tail.partition] = tail.end
+            return
+        if self._consumer is None:
+            self._consumer = Consumer(reader_config(self._settings, "earliest", self._topic))
+        deadline = self._clock.mono_ms() + READ_MS_MAX
+        self._reading[tail.partition] = _Reading(tail, first, tail.end, tail.end, tail.end, deadline)
+        self._next_chunk(self._consumer, self._reading[tail.partition])
+
+    def remove(self, partition: int) -> None:
+        """It has begun, or has gone."""
+        self._done.pop(partition, None)
+        if self._reading.pop(partition, None) is not None:
+            self._leave(partition)
+
+    def close(self) -> None:
+        """The client ends."""
+        if self._consumer is not None:
+            self._consumer.close()
+            self._consumer = None
+
+    def turn(self) -> bool:
+        """Take what has arrived. Whether a tail has come to its end."""
+        assert self._consumer is not None
+        before = len(self._reading)
+        passed: set[int] = set()
+        for message in self._consumer.consume(MESSAGES_MAX, 0):
+            partition, offset = message.partition(), message.offset()
+            if partition is None or offset is None or partition in passed:
+                continue
+            reading = self._reading.get(partition)
+            if reading is not None and self._take(reading, message, offset):
+                # What is left of it here lies behind the chunk.
+                passed.add(partition)
+                self._end_chunk(self._consumer, reading)
+        now = self._clock.mono_ms()
+        for reading in [reading for reading in self._reading.values() if now >= reading.deadline]:
+            self._give_up(reading)
+        return len(self._reading) < before
+
+    def _take(self, reading: _Reading, message: ReadMessage, offset: int) -> bool:
+        """Whether the chunk ends with it."""
+        if (error := message.error()) is not None:
+            log.debug("a tail meets an error", partition=reading.tail.partition, error=error.str())
+            return error.code() == KafkaError._PARTITION_EOF
+        reading.next = offset + 1
+        if offset < reading.end:
+            reading.newest = max(reading.newest, message.timestamp()[1])
+            if message.key() is not None:
+                self._note(reading, message, offset)
+        return reading.next >= reading.end
+
+    def _note(self, reading: _Reading, message: ReadMessage, offset: int) -> None:
+        tail = reading.tail
+        now = self._clock.wall_ms()
+        row = self._admission.admit(message.value(), now, tail.source, offset, self._topic, tail.partition)
+        if row.status is Status.FORWARDING:
+            return
+        # The first one has the id.
+        reading.ids.setdefault(hash_id(row.id), row.content)
+        if row.sent_on:
+            reading.forwards.setdefault(row.sent_on, offset)
+
+    def _end_chunk(self, consumer: Consumer, reading: _Reading) -> None:
+        self._tell(reading)
+        if reading.since is None and reading.newest:
+            # It counts from what was taken last: what is read next was sent after that, however long ago.
+            reading.since = min(reading.newest, self._clock.wall_ms()) - self._window_ms
+        too_old = reading.since is not None and 0 < reading.newest < reading.since
+        if too_old or reading.begin <= reading.first:
+            self._finish(reading)
+        else:
+            self._leave(reading.tail.partition)
+            self._next_chunk(consumer, reading)
+
+    def _next_chunk(self, consumer: Consumer, reading: _Reading) -> None:
+        reading.end = reading.begin
+        reading.begin = reading.next = max(reading.first, reading.end - CHUNK_OFFSETS)
+        reading.newest = 0
+        consumer.incremental_assign([TopicPartition(self._topic, reading.tail.partition, reading.begin)])
+
+    def _tell(self, reading: _Reading) -> None:
+        if reading.ids:
+            self._remember(reading.tail.source, reading.ids, reading.forwards)
+            reading.ids, reading.forwards = {}, {}
+
+    def _give_up(self, reading: _Reading) -> None:
+        self._tell(reading)
+        unseen = reading.end - reading.next + reading.begin - reading.first
+        self.unseen += unseen
+        log.error(
+            "what other brokers have taken of a partition could not be looked through in time: a message that"
+            " was sent twice may run twice, if the first is among these offsets",
+            topic=self._topic,
+            partition=reading.tail.partition,
+            first=reading.first,
+            count=unseen,
+        )
+        self._finish(reading)
+
+    def _finish(self, reading: _Reading) -> None:
+        partition = reading.tail.partition
+        del self._reading[partition]
+        self._done[partition] = reading.tail.end
+        self._leave(partition)
+        log.debug(
+            "what other brokers have taken was looked through",
+            topic=self._topic,
+            partition=partition,
+            first=reading.begin,
+            end=reading.tail.end,
+        )
+
+    def _leave(self, partition: int) -> None:
+        if self._consumer is not None:
+            self._consumer.incremental_unassign([TopicPartition(self._topic, partition)])
