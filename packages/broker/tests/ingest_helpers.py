@@ -64,9 +64,11 @@ class MockKafka:
         for topic in topics:
             self._producer.list_topics(topic, timeout=10)
 
-    def produce(self, topic: str, values: Sequence[bytes | None], partition: int = 0) -> None:
+    def produce(
+        self, topic: str, values: Sequence[bytes | None], partition: int = 0, key: str | None = None
+    ) -> None:
         for value in values:
-            self.producer.produce(topic, value, partition=partition)
+            self.producer.produce(topic, value, key, partition=partition)
         assert self.producer.flush(10) == 0
 
     def committed(self, group: str, topic: str, partition: int = 0) -> TopicPartition:

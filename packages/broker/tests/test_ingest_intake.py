@@ -12,7 +12,7 @@ from ingest_helpers import running_store, task_bytes, until
 from store_helpers import ManualClock
 
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
-from penstock_broker.ingest.intake import COMMIT_PAUSE_SECONDS, Found, Intake, Position, keep_orphans
+from penstock_broker.ingest.intake import COMMIT_PAUSE_SECONDS, Found, Intake, Position, Tail, keep_orphans
 from penstock_broker.ingest.membership import STALL_MS
 from penstock_broker.ingest.ownership import Me, Owner, decode
 from penstock_broker.store.batch import Batch, Written
@@ -110,6 +110,29 @@ async def test_a_new_partition_is_owned_before_anything_is_read(store: Inflight)
     (position,) = broker.kafka.asked[-1]
     assert (position.partition, position.offset) == (0, 5)
     assert decode(position.metadata) == (Owner(5, broker.me, store.epoch),)
+
+
+async def test_what_others_have_taken_is_to_be_looked_through_before_a_partition_begins(
+    store: Inflight,
+) -> None:
+    broker = Broker(store)
+    source = store.source("tasks", 0)
+    taken = Found(0, 9, (OTHER,))
+    assert await broker.intake.tails([new(), taken._replace(owners=())]) == []
+    assert await broker.intake.tails([taken]) == [Tail(0, source.id, 0, 9)]
+    assert await broker.begin(taken) == [9]
+    broker.answer()
+    broker.deliver(9, 15)
+    await broker.asked(2)
+    broker.answer()
+    # It takes three more, which are not committed before another one comes, and takes them, too.
+    broker.deliver(15, 18)
+    await broker.stored()
+    await broker.intake.lost([0])
+    mine, theirs = Owner(9, broker.me, 1), Owner(15, OTHER.me, 1)
+    assert await broker.intake.tails([Found(0, 15, (mine,))]) == []
+    assert await broker.intake.tails([Found(0, 40, (theirs, mine))]) == [Tail(0, source.id, 15, 40)]
+    assert await broker.offsets_held() == list(range(9, 15))
 
 
 async def test_latest_begins_at_the_end(store: Inflight) -> None:

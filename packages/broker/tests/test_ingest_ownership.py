@@ -19,6 +19,7 @@ from penstock_broker.ingest.ownership import (
     decode,
     encode,
     record_owner,
+    unknown_from,
 )
 
 A, B, C = (Me(f"broker-{name}", "0" * 8) for name in "abc")
@@ -73,6 +74,30 @@ def test_where_reading_starts(
     listed: tuple[Owner, ...], committed: int | None, taken: tuple[int, int], expected: Start
 ) -> None:
     assert choose_start(listed, committed, taken, A) == expected
+
+
+@pytest.mark.parametrize(
+    ("listed", "committed", "known_to", "expected"),
+    [
+        pytest.param(owners((0, B)), 50, -1, 0, id="a stranger comes: all of it"),
+        pytest.param(owners((70, B), (20, C)), 90, -1, 20, id="from where the first of them began"),
+        pytest.param(owners((70, B), (0, A)), 90, 70, 70, id="one came after me"),
+        pytest.param(owners((0, B), (40, A)), 90, 60, 60, id="my older part has passed to one before"),
+        pytest.param(owners((70, B), (0, A2)), 90, 70, 0, id="my disk was lost: what was restored is not all"),
+        pytest.param(owners((0, A)), 50, 50, None, id="a restart"),
+        pytest.param(owners((0, A)), 50, 20, None, id="my offset was moved ahead: nobody has read that"),
+        pytest.param(owners((0, A), (0, B)), 50, 50, None, id="a restart, after others"),
+        pytest.param(owners(), 50, -1, None, id="a person has set the offset: nobody has read what is before"),
+        pytest.param(owners(), 50, 20, None, id="a person has moved it"),
+        pytest.param(owners(), None, -1, None, id="nothing is known"),
+        pytest.param(owners((50, B)), 50, -1, None, id="the other has read nothing"),
+        pytest.param(owners((50, B), (0, A)), 50, 50, None, id="the other has read nothing more"),
+    ],
+)
+def test_what_others_took_is_unknown(
+    listed: tuple[Owner, ...], committed: int | None, known_to: int, expected: int | None
+) -> None:
+    assert unknown_from(listed, committed, known_to, A) == expected
 
 
 def test_an_owner_is_recorded_once_and_the_boundary_of_the_others_stays() -> None:
@@ -138,6 +163,8 @@ class Broker:
     uncovered: set[int] = field(default_factory=set)
     # Covered: mine for good, and their outcomes acknowledged at some time.
     mine: set[int] = field(default_factory=set)
+    # Offsets whose ids it would recognise.
+    known: set[int] = field(default_factory=set)
     # What it believes; only Kafka knows.
     reading: tuple[Owner, ...] | None = None
     epoch: int = 1
@@ -177,6 +204,7 @@ class Partition(RuleBasedStateMachine):
             broker.cover(self.committed or 0)
             return known
         bound = max(bound, broker.covered)
+        broker.known -= {o for o in broker.uncovered if o >= bound}
         broker.uncovered = {o for o in broker.uncovered if o < bound}
         broker.taken = min(broker.taken, bound) if broker.taken >= 0 else -1
         broker.cover(bound)
@@ -184,6 +212,9 @@ class Partition(RuleBasedStateMachine):
 
     def begin(self, broker: Broker) -> None:
         known = self.resolve(broker, assigned=True)
+        unknown = unknown_from(known, self.committed, broker.taken, broker.me)
+        if unknown is not None:
+            broker.known |= set(range(unknown, self.committed or 0))
         start = choose_start(known, self.committed, (broker.begun, broker.taken), broker.me)
         assert not start.skipped
         offset, since = (start.offset or 0, start.since or 0)
@@ -214,6 +245,7 @@ class Partition(RuleBasedStateMachine):
         if broker.reading is not None:
             upto = min(broker.taken + messages, self.LOG)
             broker.uncovered |= set(range(broker.taken, upto))
+            broker.known |= set(range(broker.taken, upto))
             broker.taken = max(broker.taken, upto)
 
     @rule(who=brokers_, answered=st.booleans())
@@ -256,6 +288,11 @@ class Partition(RuleBasedStateMachine):
     def nothing_behind_the_commit_is_nobodys(self) -> None:
         held = set().union(*(b.mine | b.uncovered for b in self.brokers))
         assert set(range(self.committed or 0)) <= held
+
+    @invariant()
+    def whoever_reads_knows_all_ids_before(self) -> None:
+        if self.member is not None and self.member.reading is not None:
+            assert set(range(self.committed or 0)) <= self.member.known
 
     def teardown(self) -> None:
         """Once everybody knows: each offset behind the commit is exactly one broker's, for good."""

@@ -469,6 +469,87 @@ async def test_the_same_id_is_absorbed_while_it_is_here_and_after_it_left(
     store.database.close()
 
 
+def taken_by_another(store: Inflight, *rows: Activation) -> None:
+    store.remember(1, {hash_id(row.id): row.content for row in rows}, {})
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_what_another_broker_has_taken_is_known_here_when_it_comes_again(
+    tmp_path: Path, clock: ManualClock, restarted: bool
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    taken_by_another(store, activation("a", clock))
+    # What is older in the log is looked through later, and goes before it.
+    taken_by_another(store, activation("b", clock, content=b"newer"))
+    taken_by_another(store, activation("b", clock))
+    await settle_down(store)
+    if restarted:
+        store = reopen(store, clock)
+    await insert(store, activation("a", clock), activation("b", clock))
+    assert (store.memory.rows, store.memory.tally.duplicates) == (0, 2)
+    await insert(store, activation("b", clock, content=b"newer"))
+    (letter,) = await take_outbox(store)
+    assert letter.reason == Reason.CONFLICT
+    store.outbox.give_back(Route.DEAD_LETTER, [letter])
+    # What was sent on goes on, once.
+    for offset in (0, 1):
+        store.insert([read_back("a", clock, store.source("tasks", 0), offset)], {source.id: offset + 1})
+    await settle_down(store)
+    assert store.memory.rows == 2
+    check_store(store)
+    store.database.close()
+
+
+async def test_what_was_sent_on_and_taken_by_another_broker_is_taken_once(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    row = read_back("a", clock, source, 7)
+    # Newer copies are met first.
+    store.remember(source.id, {hash_id("a"): row.content}, {row.sent_on: 5})
+    store.remember(source.id, {hash_id("a"): row.content}, {row.sent_on: 3})
+    await insert(store, row)
+    assert (store.memory.rows, store.memory.tally.duplicates) == (0, 1)
+    # The very one that was taken is restored, or adopted.
+    store.insert([read_back("a", clock, source, 3)], {}, "adopted")
+    await settle_down(store)
+    assert store.memory.rows == 1
+    check_store(store)
+
+
+async def test_what_another_broker_has_taken_is_adopted(store: Inflight, clock: ManualClock) -> None:
+    taken_by_another(store, activation("a", clock), activation("b", clock))
+    await insert(store, activation("a", clock))
+    assert store.memory.rows == 0
+    for _ in range(2):
+        store.insert([activation("a", clock)], {}, "adopted")
+        await settle_down(store)
+    assert (store.memory.rows, store.memory.tally.duplicates) == (1, 2)
+    await settled(store, token_of(store, claim_one(store)), Event.COMPLETE)
+    store.insert([activation("a", clock)], {}, "adopted")
+    await settle_down(store)
+    assert store.memory.rows == 0
+    check_store(store)
+
+
+async def test_what_is_known_here_goes_before_what_another_broker_has_taken(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("done", clock))
+    token = token_of(store, claim_one(store))
+    assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
+    await insert(store, activation("here", clock))
+    others = [activation(id, clock, content=b"something else") for id in ("done", "here")]
+    taken_by_another(store, *others)
+    await settle_down(store)
+    assert await settled(store, token, Event.COMPLETE) is Answer.DUPLICATE
+    await insert(store, activation("done", clock), activation("here", clock))
+    assert (store.memory.rows, store.memory.tally.duplicates) == (1, 2)
+    assert await settled(store, token_of(store, claim_one(store)), Event.COMPLETE) is Answer.APPLIED
+    check_store(store)
+
+
 async def test_the_intake_pauses_at_the_limit_and_opens_with_room(tmp_path: Path, clock: ManualClock) -> None:
     store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(rows_max=10))
     opened: list[bool] = []

@@ -249,6 +249,10 @@ class Metrics:
         self.ledger_age = self._plain_gauge(
             "penstock_ledger_age_seconds", "For how long a change of the store is not in the ledger."
         )
+        self.unseen = self._plain_counter(
+            "penstock_unseen_offsets",
+            "Offsets that other brokers took, in which there was no time to look for ids that come again.",
+        )
         self.unrestorable = self._plain_counter(
             "penstock_unrestorable_tasks", "Unfinished tasks of a lost disk that Kafka no longer held."
         )

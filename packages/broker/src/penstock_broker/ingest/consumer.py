@@ -84,6 +84,11 @@ class KafkaConsumer:
         return self._poller.tracks.replayed
 
     @property
+    def unseen(self) -> int:
+        """Offsets that others took, in which there was no time to look for ids that come again."""
+        return self._poller.tails.unseen
+
+    @property
     def lags(self) -> Mapping[int, int]:
         """Messages not read yet, by partition; a few seconds old."""
         return self._poller.lags

@@ -68,7 +68,7 @@ class Begun(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """Offsets of a partition that other brokers have taken, and whose ids are not known here: [first, end)."""
+    """[first, end) of a partition: taken by other brokers, so that its ids are not known here."""
 
     partition: int
     # The source that its rows belong to.

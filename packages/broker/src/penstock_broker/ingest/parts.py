@@ -202,6 +202,7 @@ class Ingest:
         for consumer in self._consumers():
             refused += consumer.admission.refused
             metrics.duplicates.inc(self._since(f"replayed {consumer.topic}", consumer.replayed))
+            metrics.unseen.inc(self._since(f"unseen {consumer.topic}", consumer.unseen))
         if self.consumer is not None:
             metrics.kafka_up.set(self.consumer.connected)
             metrics.kafka_partitions.set(len(self.consumer.assignment))

@@ -1,7 +1,7 @@
 """What other brokers have taken of a partition that comes: looked through before anything new of it is read.
 
-A message that was sent twice is run once because whoever reads the second knows the id of the first. Both are
-in one partition (what may be sent twice is keyed by its id), but the first may have been read by another broker.
+What was sent twice is run once because whoever reads the second message knows the id of the first. Both are
+in one partition (what may be sent twice is keyed by its id), but another broker may have read the first.
 """
 
 from __future__ import annotations

@@ -1,0 +1,260 @@
+"""A partition comes from another broker: what is sent a second time is not run a second time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
+
+from penstock_broker.config import Settings
+from penstock_broker.domain.activation import Reason
+from penstock_broker.ingest import tails as module
+from penstock_broker.ingest.consumer import KafkaConsumer
+from penstock_broker.ingest.ownership import Me, Owner, encode
+from penstock_broker.ingest.poller import Poller
+from penstock_broker.ingest.tails import Tails
+from penstock_broker.store.database import Database
+from penstock_broker.store.inflight import Inflight
+from penstock_protocol.v1.activation_pb2 import SentOn
+
+GROUP = "penstock-tasks"
+OTHER = encode([Owner(0, Me("another", "0" * 8), 1)])
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture
+def kafka() -> MockKafka:
+    kafka = MockKafka()
+    kafka.make_topic("tasks", "tasks-dlq")
+    return kafka
+
+
+@pytest.fixture
+def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
+    return kafka_settings(kafka, tmp_path / "store.sqlite")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_OFFSETS", 10)
+
+
+@contextlib.asynccontextmanager
+async def consuming(
+    settings: Settings, assigned: Sequence[int] = range(PARTITIONS)
+) -> AsyncIterator[tuple[Inflight, KafkaConsumer]]:
+    """A broker's intake, from when these partitions have begun."""
+    async with running_store(settings.db_path) as store:
+        consumer = KafkaConsumer(store, settings)
+        await consumer.start()
+        try:
+            await until(lambda: list(consumer.assignment) == list(assigned))
+            yield store, consumer
+        finally:
+            await consumer.stop()
+
+
+async def ids_of(store: Inflight) -> dict[str, str | None]:
+    """Of the rows: id -> why it leaves."""
+
+    def load(database: Database) -> dict[str, str | None]:
+        rows = database.load([key[0] for key in database.positions()])
+        return {row.id: row.reason for row in rows}
+
+    return await store.read(load)
+
+
+def produce(kafka: MockKafka, *ids: str, **fields: object) -> None:
+    """With a key, as what may be sent twice has one."""
+    for id in ids:
+        kafka.produce("tasks", [task_bytes(id, **fields)], key=id)
+
+
+def taken(store: Inflight, offset: int, partition: int = 0) -> bool:
+    return store.source("tasks", partition).next == offset
+
+
+async def test_what_another_broker_took_is_not_run_again(
+    kafka: MockKafka, settings: Settings, small_chunks: None
+) -> None:
+    ids = [f"id-{n}" for n in range(35)]
+    produce(kafka, *ids)
+    kafka.produce("tasks", [b"{}", None], key="poison")
+    kafka.produce("tasks", [task_bytes("without a key")])
+    produce(kafka, "id-3", parameters_bytes=b"another task")
+    kafka.commit(GROUP, "tasks", 39, OTHER)
+    produce(kafka, *ids, "new")
+    produce(kafka, "id-3", parameters_bytes=b"another task")
+    async with consuming(settings) as (store, _):
+        await until(lambda: taken(store, 76))
+        left = await ids_of(store)
+        assert left.pop("new") is None
+        assert list(left.values()) == [Reason.CONFLICT]
+        assert store.memory.tally.duplicates == 35
+        assert store.content_of("without a key") is None
+    # A restart knows it, and has nothing to look through.
+    produce(kafka, "id-0", "newer")
+    async with consuming(settings) as (store, consumer):
+        await until(lambda: taken(store, 78))
+        assert set(await ids_of(store)) == {*left, "new", "newer"}
+        assert consumer._poller.tails._consumer is None
+
+
+async def test_what_was_handed_over_goes_on_once(
+    kafka: MockKafka, settings: Settings, small_chunks: None
+) -> None:
+    """By a broker that had it; what it sent on twice may be there twice, too."""
+    produce(kafka, "a", "b")
+    produce(kafka, "b", sent_on=SentOn(forward_id="of b", received_at_ms=1, due_at_ms=1))
+    kafka.commit(GROUP, "tasks", 3, OTHER)
+    produce(kafka, "a", sent_on=SentOn(forward_id="of a", received_at_ms=1, due_at_ms=1))
+    produce(kafka, "a", sent_on=SentOn(forward_id="of a", received_at_ms=1, due_at_ms=1))
+    produce(kafka, "b", sent_on=SentOn(forward_id="of b", received_at_ms=1, due_at_ms=1))
+    async with consuming(settings) as (store, _):
+        await until(lambda: taken(store, 6))
+        assert set(await ids_of(store)) == {"a"}
+        assert store.memory.tally.duplicates == 2
+
+
+@pytest.fixture
+def held_tails(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """No tail is read before this is set."""
+    turn, go_on = Tails.turn, threading.Event()
+    monkeypatch.setattr(Tails, "turn", lambda self: go_on.is_set() and turn(self))
+    return go_on
+
+
+async def test_nothing_is_taken_before_the_tail_is_known_and_others_go_on(
+    kafka: MockKafka, settings: Settings, held_tails: threading.Event
+) -> None:
+    produce(kafka, "a", "b")
+    kafka.commit(GROUP, "tasks", 2, OTHER)
+    produce(kafka, "a", "c")
+    async with consuming(settings, assigned=(1, 2, 3)) as (store, consumer):
+        kafka.produce("tasks", [task_bytes("other")], partition=1)
+        await until(lambda: taken(store, 1, partition=1))
+        assert await ids_of(store) == {"other": None}
+        assert kafka.committed(GROUP, "tasks").metadata == OTHER
+        held_tails.set()
+        await until(lambda: taken(store, 4))
+        assert set(await ids_of(store)) == {"other", "c"}
+        assert list(consumer.assignment) == [0, 1, 2, 3]
+
+
+async def test_a_partition_that_goes_while_its_tail_is_read_is_left_alone(
+    kafka: MockKafka, settings: Settings, tmp_path: Path, held_tails: threading.Event
+) -> None:
+    for partition in range(PARTITIONS):
+        for id in (f"{partition}-a", f"{partition}-b"):
+            kafka.produce("tasks", [task_bytes(id)], partition, key=id)
+        kafka.commit(GROUP, "tasks", 2, OTHER, partition)
+    second = kafka_settings(kafka, tmp_path / "second.sqlite", broker_id="broker-2")
+    async with consuming(settings, ()) as (one, first_consumer):
+        first = first_consumer._poller
+        await until(lambda: all(partition in first.tails for partition in range(PARTITIONS)))
+        async with consuming(second, ()) as (two, second_consumer):
+            await until(lambda: sum(partition in first.tails for partition in range(PARTITIONS)) == 2)
+            held_tails.set()
+            await until(lambda: len(first_consumer.assignment) == len(second_consumer.assignment) == 2)
+            assert {*first_consumer.assignment, *second_consumer.assignment} == set(range(PARTITIONS))
+            for partition in range(PARTITIONS):
+                for id in (f"{partition}-a", f"{partition}-c"):
+                    kafka.produce("tasks", [task_bytes(id)], partition, key=id)
+            for store, consumer in ((one, first_consumer), (two, second_consumer)):
+                for partition in consumer.assignment:
+                    await until(lambda s=store, p=partition: taken(s, 4, p))  # type: ignore[misc]
+                assert set(await ids_of(store)) == {f"{partition}-c" for partition in consumer.assignment}
+
+
+async def test_no_more_time_is_spent_than_there_is(
+    kafka: MockKafka, settings: Settings, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"id-{n}" for n in range(35)]
+    produce(kafka, *ids)
+    kafka.commit(GROUP, "tasks", 35, OTHER)
+    produce(kafka, "id-0", "id-34")
+    end_chunk = Tails._end_chunk
+
+    def too_late(self: Tails, consumer: object, reading: module._Reading) -> None:
+        end_chunk(self, consumer, reading)  # type: ignore[arg-type]
+        reading.deadline = 0
+
+    monkeypatch.setattr(Tails, "_end_chunk", too_late)
+    async with consuming(settings) as (store, consumer):
+        await until(lambda: taken(store, 37))
+        # The newest were looked at first.
+        assert set(await ids_of(store)) == {"id-0"}
+        assert consumer.unseen == 25
+
+
+@pytest.mark.parametrize(
+    ("sent_ms_ago", "known"),
+    [
+        pytest.param([0] * 40, range(40), id="within the window"),
+        pytest.param([3 * HOUR_MS] * 40, range(40), id="a backlog: it counts from what was taken last"),
+        pytest.param([2 * HOUR_MS] * 25 + [0] * 15, range(10, 40), id="older ones are left, in whole chunks"),
+        pytest.param([2 * HOUR_MS] * 39 + [-9 * HOUR_MS], range(20, 40), id="a clock that is ahead"),
+        pytest.param([0] * 20 + [9 * HOUR_MS] + [0] * 19, range(40), id="a clock that is behind"),
+    ],
+)
+async def test_what_is_outside_the_window_is_not_read(
+    kafka: MockKafka, settings: Settings, small_chunks: None, sent_ms_ago: Sequence[int], known: range
+) -> None:
+    async with running_store(settings.db_path) as store:
+        now = store.clock.wall_ms()
+        for n, ago in enumerate(sent_ms_ago):
+            id = f"id-{n}"
+            kafka.producer.produce("tasks", task_bytes(id), id, partition=0, timestamp=now - ago)
+        kafka.producer.flush(10)
+    kafka.commit(GROUP, "tasks", 40, OTHER)
+    async with consuming(settings) as (store, _):
+        assert [n for n in range(40) if store.content_of(f"id-{n}") is not None] == list(known)
+
+
+async def test_no_more_is_read_than_the_bound(
+    kafka: MockKafka, settings: Settings, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OFFSETS_MAX", 15)
+    produce(kafka, *(f"id-{n}" for n in range(40)))
+    kafka.commit(GROUP, "tasks", 40, OTHER)
+    async with consuming(settings) as (store, consumer):
+        known = [n for n in range(40) if store.content_of(f"id-{n}") is not None]
+        assert known == list(range(25, 40))
+        assert consumer.unseen == 0
+
+
+async def test_tasks_of_a_topic_that_was_made_anew_are_not_taken_for_old_ones(
+    kafka: MockKafka, settings: Settings
+) -> None:
+    """Its log ends before what the group has passed of the old one."""
+    produce(kafka, "a", "b")
+    kafka.commit(GROUP, "tasks", 1000, OTHER)
+    async with consuming(settings) as (store, _):
+        await until(lambda: taken(store, 2))
+        assert set(await ids_of(store)) == {"a", "b"}
+
+
+async def test_kafka_that_cannot_be_read_yet_is_asked_again(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    produce(kafka, "a")
+    kafka.commit(GROUP, "tasks", 1, OTHER)
+    produce(kafka, "a", "b")
+    watermarks = Poller._watermarks
+    failures = iter([KafkaError._TIMED_OUT])
+
+    def fail_once(self: Poller, consumer: object, partition: int) -> tuple[int, int]:
+        if partition == 0 and (code := next(failures, None)) is not None:
+            raise KafkaException(KafkaError(code))
+        return watermarks(self, consumer, partition)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Poller, "_watermarks", fail_once)
+    async with consuming(settings) as (store, _):
+        await until(lambda: taken(store, 3))
+        assert set(await ids_of(store)) == {"b"}
+        assert next(failures, None) is None
