@@ -6,9 +6,11 @@ import random
 import time
 
 import pytest
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, Producer
 
-from tests.e2e.harness import Pool, eventually
+from penstock_protocol.v1.activation_pb2 import TaskActivation
+from tests.e2e.harness import Broker, Pool, eventually
+from tests.e2e.raw_worker import Acknowledgements, RawWorker
 from tests.faults.conftest import Figure
 from tests.faults.load import HELD_MAX, Load
 from tests.kafka_server import JavaKafka
@@ -98,6 +100,70 @@ def test_brokers_join_and_leave_again_and_again(
             broker.start()
     figure(f"{moves}; {load.finish()}")
     assert load.twice <= sum(moves.values()) * 2 * HELD_MAX
+
+
+@pytest.mark.timeout(600)
+def test_what_is_sent_again_after_a_move_is_not_run_again(
+    kafka_pool: Pool, request: pytest.FixtureRequest, figure: Figure
+) -> None:
+    """A broker joins, the other is killed; each time all is sent once more, to whoever reads it now."""
+    partitions, count = 4, 5_000 if request.config.getoption("--short") else 50_000
+    kafka_pool.create_topic(partitions)
+    one, two = (kafka_pool.broker(f"broker-{n}", start=n == 0) for n in range(2))
+    books = Acknowledgements()
+    workers = [RawWorker(broker.address, books, batch=200) for broker in (one, two)]
+    for worker in workers:
+        worker.start()
+    producer = Producer({"bootstrap.servers": kafka_pool.kafka or "", "linger.ms": 20})
+    ids = {f"id-{n}" for n in range(count)}
+
+    def send_all(last: str) -> None:
+        """And wait until somebody has read it to its end."""
+        for id in sorted(ids):
+            _send(producer, kafka_pool.topic, id, id)
+        ends = {f"{last}-{partition}" for partition in range(partitions)}
+        producer.flush()
+        for partition, id in enumerate(sorted(ends)):
+            _send(producer, kafka_pool.topic, id, None, partition)
+        producer.flush()
+        eventually("all is read", lambda: ends | ids <= books.acknowledged, 180)
+
+    send_all("first")
+    two.start()
+    eventually("both read", lambda: _reads(one) == _reads(two) == partitions // 2)
+    send_all("second")
+    one.kill()
+    eventually("it is assigned all", lambda: two.text().count("partitions assigned") == 2)
+    begun = time.monotonic()
+    eventually("it reads all", lambda: _reads(two) == partitions)
+    seconds = time.monotonic() - begun
+    send_all("third")
+    for worker in workers:
+        worker.stop()
+    twice = sum(n - 1 for n in books.handed_out.values())
+    figure(
+        f"{count} ids sent three times, with a move after each: {twice} ran twice; {count:,} keyed messages of"
+        f" two partitions looked through in {seconds:.1f} s"
+    )
+    assert books.violations == [], "acknowledged, and handed out again"
+    # What was killed in the middle of a claim would be.
+    assert twice == 0
+    assert two.metrics()["penstock_unseen_offsets_total"] == 0
+
+
+def _send(producer: Producer, topic: str, id: str, key: str | None, partition: int = -1) -> None:
+    task = TaskActivation(id=id, application="e2e", namespace="raw", taskname="raw.noop")
+    while True:
+        try:
+            producer.produce(topic, task.SerializeToString(), key, partition)
+        except BufferError:
+            producer.poll(0.1)
+        else:
+            return
+
+
+def _reads(broker: Broker) -> float:
+    return broker.metrics()["penstock_kafka_partitions"]
 
 
 @pytest.mark.timeout(180)
