@@ -15,8 +15,8 @@ from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Reason
 from penstock_broker.ingest import tails as module
 from penstock_broker.ingest.consumer import KafkaConsumer
+from penstock_broker.ingest.intake import Tail
 from penstock_broker.ingest.ownership import Me, Owner, encode
-from penstock_broker.ingest.poller import Poller
 from penstock_broker.ingest.tails import Tails
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
@@ -245,15 +245,15 @@ async def test_kafka_that_cannot_be_read_yet_is_asked_again(
     produce(kafka, "a")
     kafka.commit(GROUP, "tasks", 1, OTHER)
     produce(kafka, "a", "b")
-    watermarks = Poller._watermarks
+    add = Tails.add
     failures = iter([KafkaError._TIMED_OUT])
 
-    def fail_once(self: Poller, consumer: object, partition: int) -> tuple[int, int]:
-        if partition == 0 and (code := next(failures, None)) is not None:
+    def fail_once(self: Tails, tail: Tail) -> None:
+        if (code := next(failures, None)) is not None:
             raise KafkaException(KafkaError(code))
-        return watermarks(self, consumer, partition)  # type: ignore[arg-type]
+        add(self, tail)
 
-    monkeypatch.setattr(Poller, "_watermarks", fail_once)
+    monkeypatch.setattr(Tails, "add", fail_once)
     async with consuming(settings) as (store, _):
         await until(lambda: taken(store, 3))
         assert set(await ids_of(store)) == {"b"}

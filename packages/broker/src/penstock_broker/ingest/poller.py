@@ -269,7 +269,7 @@ class Poller:
         # Nothing of a topic that was made anew has been taken by anybody.
         if tails and not self._look_which(consumer, ASK_SECONDS_MAX):
             for tail in tails:
-                self.tails.add(tail, *self._watermarks(consumer, tail.partition))
+                self.tails.add(tail)
             if ready := [tail.partition for tail in tails if self.tails.is_done(tail)]:
                 self._begin_later(consumer, ready)
 

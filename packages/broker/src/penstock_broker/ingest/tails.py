@@ -28,6 +28,7 @@ OFFSETS_MAX = 200_000
 CHUNK_OFFSETS = 10_000
 # From when Kafka has said where the log begins and ends.
 READ_MS_MAX = 30_000
+LOOKUP_SECONDS_MAX = 5.0
 # At a turn: other partitions wait for it.
 MESSAGES_MAX = 1_000
 
@@ -85,15 +86,18 @@ class Tails:
         """Whether it has been looked through, or there was no time for it."""
         return self._done.get(tail.partition, -1) >= tail.end
 
-    def add(self, tail: Tail, low: int, high: int) -> None:
-        """Read it. ``low``, ``high``: first offset and end of the log."""
+    def add(self, tail: Tail) -> None:
+        """Read it, from now on. Raises KafkaException."""
+        if self._consumer is None:
+            self._consumer = Consumer(reader_config(self._settings, "earliest", self._topic))
+        # Asked over the consumer's connection it would wait for a fetch that waits for messages.
+        asked = TopicPartition(self._topic, tail.partition)
+        low, high = self._consumer.get_watermark_offsets(asked, timeout=LOOKUP_SECONDS_MAX)
         first = max(tail.first, low, tail.end - OFFSETS_MAX)
         if tail.end > high or first >= tail.end:
             # Of another topic of that name, or no longer there.
             self._done[tail.partition] = tail.end
             return
-        if self._consumer is None:
-            self._consumer = Consumer(reader_config(self._settings, "earliest", self._topic))
         deadline = self._clock.mono_ms() + READ_MS_MAX
         self._reading[tail.partition] = _Reading(tail, first, tail.end, tail.end, tail.end, deadline)
         self._next_chunk(self._consumer, self._reading[tail.partition])
@@ -127,6 +131,8 @@ class Tails:
         now = self._clock.mono_ms()
         for reading in [reading for reading in self._reading.values() if now >= reading.deadline]:
             self._give_up(reading)
+        if not self._reading:
+            self.close()
         return len(self._reading) < before
 
     def _take(self, reading: _Reading, message: ReadMessage, offset: int) -> bool:
