@@ -135,7 +135,15 @@ def release_not_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Memory, "_stayed", missed)
 
 
+def tails_not_read(patch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: Intake, found: Any) -> list[Any]:
+        return []
+
+    patch.setattr(Intake, "tails", nothing)
+
+
 PLANTED = (
+    tails_not_read,
     answer_before_commit,
     answer_before_cover,
     token_not_checked,

@@ -83,11 +83,15 @@ def test_where_reading_starts(
         pytest.param(owners((70, B), (20, C)), 90, -1, 20, id="from where the first of them began"),
         pytest.param(owners((70, B), (0, A)), 90, 70, 70, id="one came after me"),
         pytest.param(owners((0, B), (40, A)), 90, 60, 60, id="my older part has passed to one before"),
-        pytest.param(owners((70, B), (0, A2)), 90, 70, 0, id="my disk was lost: what was restored is not all"),
+        pytest.param(
+            owners((70, B), (0, A2)), 90, 70, 0, id="my disk was lost: what was restored is not all"
+        ),
         pytest.param(owners((0, A)), 50, 50, None, id="a restart"),
         pytest.param(owners((0, A)), 50, 20, None, id="my offset was moved ahead: nobody has read that"),
         pytest.param(owners((0, A), (0, B)), 50, 50, None, id="a restart, after others"),
-        pytest.param(owners(), 50, -1, None, id="a person has set the offset: nobody has read what is before"),
+        pytest.param(
+            owners(), 50, -1, None, id="a person has set the offset: nobody has read what is before"
+        ),
         pytest.param(owners(), 50, 20, None, id="a person has moved it"),
         pytest.param(owners(), None, -1, None, id="nothing is known"),
         pytest.param(owners((50, B)), 50, -1, None, id="the other has read nothing"),

@@ -9,6 +9,7 @@ FORWARDER = BROKER + "test_ingest_forwarder.py::"
 OWNERSHIP = BROKER + "test_ingest_ownership.py::"
 DIRECT = BROKER + "test_ingest_direct.py::"
 UPKEEP = BROKER + "test_chores.py::"
+TAILS = BROKER + "test_ingest_tails.py::"
 
 BUGS = (
     # -- offsets
@@ -68,6 +69,50 @@ BUGS = (
         ),
         tests=(INTAKE + "test_a_commit_covers_its_own_partition_only",),
     ),
+    # -- what others have taken
+    Bug(
+        "the tail is not read",
+        "the same message again is not run again",
+        "broker/ingest/ownership.py",
+        old="    return first if first < committed else None\n",
+        new="    return None\n",
+        tests=(TAILS + "test_what_another_broker_took_is_not_run_again",),
+    ),
+    Bug(
+        "a partition begins before its tail is known",
+        "the same message again is not run again",
+        "broker/ingest/poller.py",
+        old="        ready = [one for one in found if one.partition not in waiting]\n",
+        new="        ready = found\n",
+        tests=(TAILS + "test_nothing_is_taken_before_the_tail_is_known_and_others_go_on",),
+        hangs=True,
+    ),
+    Bug(
+        "only the newest part of a tail is read",
+        "the same message again is not run again",
+        "broker/ingest/tails.py",
+        old="        if too_old or reading.begin <= reading.first:\n",
+        new="        if reading.begin <= reading.tail.end:\n",
+        tests=(TAILS + "test_what_another_broker_took_is_not_run_again",),
+    ),
+    Bug(
+        "what was dropped counts as known",
+        "the same message again is not run again",
+        "broker/ingest/intake.py",
+        old="            self._say_whose(source, partition, assigned=True)\n",
+        new="",
+        tests=(INTAKE + "test_what_others_have_taken_is_to_be_looked_through_before_a_partition_begins",),
+    ),
+    Bug(
+        "a new topic's tasks are taken for those of the old one",
+        "new tasks are never taken for old ones",
+        "broker/ingest/tails.py",
+        old="        if tail.end > high or first >= tail.end:\n",
+        new="        if first >= tail.end:\n",
+        tests=(TAILS + "test_tasks_of_a_topic_that_was_made_anew_are_not_taken_for_old_ones",),
+        hangs=True,
+    ),
+    # -- membership
     Bug(
         "a broker that stood still starts what others have run",
         "one accepted outcome per attempt",

@@ -9,6 +9,23 @@ LIFECYCLE = BROKER + "test_lifecycle.py::"
 DATABASE = BROKER + "test_database.py::"
 
 BUGS = (
+    # -- what another broker has taken
+    Bug(
+        "what another broker took is forgotten by a restart",
+        "the same message again is not run again",
+        "broker/store/inflight.py",
+        old="            memory.batch.finished.extend(pair)\n",
+        new="",
+        tests=(STORE + "test_what_another_broker_has_taken_is_known_here_when_it_comes_again",),
+    ),
+    Bug(
+        "what another broker took cannot be adopted of it",
+        "losing a broker loses nothing",
+        "broker/store/inflight.py",
+        old='        if term != "accepted" and id_hash',
+        new="        if not id_hash and id_hash",
+        tests=(STORE + "test_what_another_broker_has_taken_is_adopted",),
+    ),
     # -- durability
     Bug(
         "lying fsync",
