@@ -144,8 +144,8 @@ def test_what_is_sent_again_after_a_move_is_not_run_again(
         worker.stop()
     twice = sum(n - 1 for n in books.handed_out.values())
     figure(
-        f"{count} ids sent three times, with a move after each: {twice} ran twice; {count:,} keyed messages of"
-        f" two partitions looked through in {seconds:.1f} s"
+        f"{count:,} ids sent three times, with moves in between: {twice} ran twice; {count:,} keyed messages"
+        f" of two partitions looked through in {seconds:.1f} s"
     )
     assert books.violations == [], "acknowledged, and handed out again"
     # What was killed in the middle of a claim would be.

@@ -22,8 +22,8 @@ BUGS = (
         "what another broker took cannot be adopted of it",
         "losing a broker loses nothing",
         "broker/store/inflight.py",
-        old='        if term != "accepted" and id_hash',
-        new="        if not id_hash and id_hash",
+        old="            known = None\n",
+        new="            pass\n",
         tests=(STORE + "test_what_another_broker_has_taken_is_adopted",),
     ),
     # -- durability
@@ -103,8 +103,8 @@ BUGS = (
         "duplicates absorbed by the task's name",
         "only the same id is a duplicate",
         "broker/store/inflight.py",
-        old="        row.id_hash = hash_id(row.id)\n        known = self._content_of(row.id_hash)\n        if known is not None and",
-        new="        row.id_hash = hash_id(row.taskname)\n        known = self._content_of(row.id_hash)\n        if known is not None and",
+        old="        row.id_hash = hash_id(row.id)\n        known = self._content_of(row.id_hash)\n        if known is not None and term",
+        new="        row.id_hash = hash_id(row.taskname)\n        known = self._content_of(row.id_hash)\n        if known is not None and term",
         tests=(STORE + "test_turns_go_round_applications_then_namespaces",),
     ),
     Bug(

@@ -193,11 +193,14 @@ class Inflight:
         """Number and count a row; False when there is nothing to store."""
         memory = self.memory
         row.id_hash = hash_id(row.id)
-        known = self._known(row.id_hash, term)
+        known = self._content_of(row.id_hash)
+        if known is not None and term != "accepted" and self._was_elsewhere(row.id_hash):
+            # This very one is restored, or adopted.
+            known = None
         if known is not None and in_conflict(row, known):
             refuse_conflict(row)
             row.id_hash = hash_id(row.id)
-            known = self._known(row.id_hash, term)
+            known = self._content_of(row.id_hash)
         if self._is_copy(row, now) if row.sent_on else known is not None:
             memory.tally.duplicates += 1
             return False
@@ -230,12 +233,9 @@ class Inflight:
             memory.partitions.took(row)
         return True
 
-    def _known(self, id_hash: int, term: str) -> int | None:
-        """As ``content_of``; but what another broker has taken is the very thing that is restored of it."""
-        memory = self.memory
-        if term != "accepted" and id_hash not in memory.live and memory.finished.left(id_hash) is None:
-            return None
-        return self._content_of(id_hash)
+    def _was_elsewhere(self, id_hash: int) -> bool:
+        """Whether an id that is known is so only because another broker has taken it."""
+        return id_hash not in self.memory.live and self.memory.finished.left(id_hash) is None
 
     def _is_copy(self, row: Activation, now: int) -> bool:
         """Whether what a broker sent on is here already.
