@@ -327,7 +327,7 @@ class Oracle:
                 broker == machine.name
                 and attempt == handed.attempt
                 and latest < due
-                and not task.positions[1:]
+                and not self._is_copy(task)
             ):
                 if any(t[1] == attempt and t[2] <= latest for t in task.retry_at.values()):
                     continue
@@ -338,7 +338,7 @@ class Oracle:
                 self.fail("never after expiry", f"{task.id} was handed out {late} ms after its expiry")
 
     def _check_exclusive(self, machine: BrokerMachine, task: Task) -> None:
-        if len(task.positions) > 1:
+        if self._is_copy(task):
             return
         mono = machine.clock.mono_ms()
         for claim in task.claims.values():
@@ -402,7 +402,7 @@ class Oracle:
         if status == consumer_pb2.TASK_OUTCOME_STATUS_WORKER_DIED:
             return
         other = task.acknowledged.get(claim.attempt)
-        if other is not None and other != claim.token and not task.positions[1:] and not task.v1:
+        if other is not None and other != claim.token and not self._is_copy(task) and not task.v1:
             self.fail(
                 "one accepted outcome per attempt",
                 f"{task.id}: two outcomes of attempt {claim.attempt} were accepted, now by {machine.name}",
@@ -527,7 +527,7 @@ class Oracle:
         task.letters += 1
         self.counts[f"dead: {reason}"] += 1
         self.hub.tell("oracle", f"dead letter {task.id}: {reason}")
-        if task.final in ("COMPLETE", "IGNORED") and not task.positions[1:]:
+        if task.final in ("COMPLETE", "IGNORED") and not self._is_copy(task):
             self.fail(
                 "each ends in one way", f"{task.id} was acknowledged as {task.final}, and is a dead letter"
             )
