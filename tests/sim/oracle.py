@@ -295,8 +295,9 @@ class Oracle:
             self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
 
     def _is_copy(self, task: Task) -> bool:
-        """A second message with the same id, of which a disk that is lost may have known."""
-        return len(task.positions) > 1 and self.disks_lost > 0
+        """There is a second message with the same id, of a producer or of a broker that has sent it on: a
+        disk that is lost may have known of it, and its ledger not yet."""
+        return len(task.positions) + task.passed_on > 1 and self.disks_lost > 0
 
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
         if task.final:

@@ -171,9 +171,11 @@ async def test_a_partition_that_goes_while_its_tail_is_read_is_left_alone(
                 assert set(await ids_of(store)) == {f"{partition}-c" for partition in consumer.assignment}
 
 
+@pytest.mark.parametrize("away", [False, True])
 async def test_no_more_time_is_spent_than_there_is(
-    kafka: MockKafka, settings: Settings, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+    kafka: MockKafka, settings: Settings, small_chunks: None, monkeypatch: pytest.MonkeyPatch, away: bool
 ) -> None:
+    """Unless Kafka is away: then it is waited for."""
     ids = [f"id-{n}" for n in range(35)]
     produce(kafka, *ids)
     kafka.commit(GROUP, "tasks", 35, OTHER)
@@ -185,11 +187,12 @@ async def test_no_more_time_is_spent_than_there_is(
         reading.deadline = 0
 
     monkeypatch.setattr(Tails, "_end_chunk", too_late)
+    monkeypatch.setattr(Tails, "_is_away", lambda *arguments: away)
     async with consuming(settings) as (store, consumer):
         await until(lambda: taken(store, 37))
         # The newest were looked at first.
-        assert set(await ids_of(store)) == {"id-0"}
-        assert consumer.unseen == 25
+        assert set(await ids_of(store)) == (set() if away else {"id-0"})
+        assert consumer.unseen == (0 if away else 25)
 
 
 @pytest.mark.parametrize(

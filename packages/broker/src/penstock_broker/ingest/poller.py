@@ -188,7 +188,7 @@ class Poller:
             self._on_message_error(message)
 
     def _pause(self, consumer: Consumer, pause: bool) -> None:
-        partitions = consumer.assignment()
+        partitions = [p for p in consumer.assignment() if p.partition not in self._unbegun]
         (consumer.pause if pause else consumer.resume)(partitions)
         self.paused = pause
         # At a limit the store says so; without one it is only slower than Kafka.

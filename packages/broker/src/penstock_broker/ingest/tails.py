@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import structlog
-from confluent_kafka import Consumer, KafkaError, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from penstock_broker.clock import Clock
 from penstock_broker.config import Settings
@@ -35,6 +36,13 @@ MESSAGES_MAX = 1_000
 
 # Given a source, (id hash -> content), and (hash of a forward id -> offset).
 Remember = Callable[[int, Mapping[int, int], Mapping[int, int]], object]
+
+
+class KeyedMessage(ReadMessage, Protocol):
+    """What is used of a message besides."""
+
+    def key(self) -> bytes | None: ...
+    def timestamp(self) -> tuple[int, int]: ...
 
 
 @dataclass(slots=True)
@@ -90,9 +98,7 @@ class Tails:
         """Read it, from now on. Raises KafkaException."""
         if self._consumer is None:
             self._consumer = Consumer(reader_config(self._settings, "earliest", self._topic))
-        # Asked over the consumer's connection it would wait for a fetch that waits for messages.
-        asked = TopicPartition(self._topic, tail.partition)
-        low, high = self._consumer.get_watermark_offsets(asked, timeout=LOOKUP_SECONDS_MAX)
+        low, high = self._watermarks(self._consumer, tail.partition)
         first = max(tail.first, low, tail.end - OFFSETS_MAX)
         if tail.end > high or first >= tail.end:
             # Of another topic of that name, or no longer there.
@@ -105,8 +111,8 @@ class Tails:
     def remove(self, partition: int) -> None:
         """It has begun, or has gone."""
         self._done.pop(partition, None)
-        if self._reading.pop(partition, None) is not None:
-            self._leave(partition)
+        if partition in self._reading:
+            self._drop(partition)
 
     def close(self) -> None:
         """The client ends."""
@@ -129,17 +135,37 @@ class Tails:
                 passed.add(partition)
                 self._end_chunk(self._consumer, reading)
         now = self._clock.mono_ms()
-        for reading in [reading for reading in self._reading.values() if now >= reading.deadline]:
-            self._give_up(reading)
-        if not self._reading:
-            self.close()
+        overdue = [reading for reading in self._reading.values() if now >= reading.deadline]
+        away = bool(overdue) and self._is_away(self._consumer, overdue[0].tail.partition)
+        for reading in overdue:
+            if away:
+                # What comes next cannot be read either.
+                reading.deadline = now + READ_MS_MAX
+            else:
+                self._give_up(reading)
         return len(self._reading) < before
 
-    def _take(self, reading: _Reading, message: ReadMessage, offset: int) -> bool:
+    def _watermarks(self, consumer: Consumer, partition: int) -> tuple[int, int]:
+        """First offset and end of the log. Asked over the connection of the topic's consumer it would wait
+        for a fetch that waits for messages."""
+        asked = TopicPartition(self._topic, partition)
+        low, high = consumer.get_watermark_offsets(asked, timeout=LOOKUP_SECONDS_MAX)
+        return low, high
+
+    def _is_away(self, consumer: Consumer, partition: int) -> bool:
+        try:
+            self._watermarks(consumer, partition)
+        except KafkaException:
+            return True
+        return False
+
+    def _take(self, reading: _Reading, message: KeyedMessage, offset: int) -> bool:
         """Whether the chunk ends with it."""
         if (error := message.error()) is not None:
-            log.debug("a tail meets an error", partition=reading.tail.partition, error=error.str())
-            return error.code() == KafkaError._PARTITION_EOF
+            ended = error.code() == KafkaError._PARTITION_EOF
+            if not ended:
+                log.debug("a tail meets an error", partition=reading.tail.partition, error=error.str())
+            return ended
         reading.next = offset + 1
         if offset < reading.end:
             reading.newest = max(reading.newest, message.timestamp()[1])
@@ -147,7 +173,7 @@ class Tails:
                 self._note(reading, message, offset)
         return reading.next >= reading.end
 
-    def _note(self, reading: _Reading, message: ReadMessage, offset: int) -> None:
+    def _note(self, reading: _Reading, message: KeyedMessage, offset: int) -> None:
         tail = reading.tail
         now = self._clock.wall_ms()
         row = self._admission.admit(message.value(), now, tail.source, offset, self._topic, tail.partition)
@@ -165,6 +191,13 @@ class Tails:
             reading.since = min(reading.newest, self._clock.wall_ms()) - self._window_ms
         too_old = reading.since is not None and 0 < reading.newest < reading.since
         if too_old or reading.begin <= reading.first:
+            log.debug(
+                "what other brokers have taken was looked through",
+                topic=self._topic,
+                partition=reading.tail.partition,
+                first=reading.begin,
+                end=reading.tail.end,
+            )
             self._finish(reading)
         else:
             self._leave(reading.tail.partition)
@@ -196,17 +229,14 @@ class Tails:
         self._finish(reading)
 
     def _finish(self, reading: _Reading) -> None:
-        partition = reading.tail.partition
+        self._done[reading.tail.partition] = reading.tail.end
+        self._drop(reading.tail.partition)
+
+    def _drop(self, partition: int) -> None:
         del self._reading[partition]
-        self._done[partition] = reading.tail.end
         self._leave(partition)
-        log.debug(
-            "what other brokers have taken was looked through",
-            topic=self._topic,
-            partition=partition,
-            first=reading.begin,
-            end=reading.tail.end,
-        )
+        if not self._reading:
+            self.close()
 
     def _leave(self, partition: int) -> None:
         if self._consumer is not None:
