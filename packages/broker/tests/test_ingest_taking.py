@@ -85,7 +85,7 @@ def test_an_error_among_messages_holds_up_none_of_them() -> None:
 
 
 def test_what_is_on_its_way_counts_as_taken() -> None:
-    gate = Gate()
+    gate = Gate(1000, 1_000_000)
     gate.open(100)
     assert gate.allowance() == 100
     gate.take(60, 6_000)
@@ -95,7 +95,7 @@ def test_what_is_on_its_way_counts_as_taken() -> None:
 
 
 def test_what_is_stored_makes_room_for_more() -> None:
-    gate = Gate()
+    gate = Gate(1000, 1_000_000)
     gate.open(100)
     for _ in range(5):
         gate.take(1, IN_FLIGHT_BYTES_MAX)

@@ -123,7 +123,7 @@ class Intake:
         # Given offsets to commit, one call at a time, each answered by ``commit_done``.
         self.commit: Callable[[Sequence[Position]], None] = lambda positions: None
         self.me = Me(broker_id, store.store_id)
-        self.gate = Gate()
+        self.gate = Gate(*store.memory.index.share())
         self.membership = Membership(store.clock, session_ms)
         # Assigned partitions; the metrics read it too.
         self.readings: dict[int, Reading] = {}
@@ -141,6 +141,7 @@ class Intake:
         self._stopped = False
         self.open()
         store.on_room(self.open)
+        store.writer.on_committed.append(lambda: self.gate.lead(*store.memory.lead()))
         store.before_claim.append(self._doubt)
         self._find_unresolved()
 

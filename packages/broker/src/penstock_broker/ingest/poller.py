@@ -34,6 +34,8 @@ POLL_SECONDS = 0.2
 POLL_BUSY_SECONDS = 0.002
 # A store without room is waited for this long before the partitions are paused.
 PAUSE_AFTER_SECONDS = 0.2
+# While it waits for room in memory, commits and their answers wait at most this long.
+PACE_SECONDS = 0.005
 LOOKUP_SECONDS_MAX = 10.0
 CHORES_EVERY_MS = 1000
 LOOK_WHICH_EVERY_MS = 5000
@@ -144,17 +146,26 @@ class Poller:
             self._pause(consumer, True)
         elif allowance > 0 and self.paused:
             self._pause(consumer, False)
-        # poll returns with the first message at once; consume alone would wait for a full batch.
         self._commit(consumer)
-        first = consumer.poll(POLL_BUSY_SECONDS if self._intake.busy or self.tails else POLL_SECONDS)
-        if first is not None:
-            messages: list[ReadMessage] = [first]
-            if allowance > 1:
-                messages += consumer.consume(min(allowance, BATCH_MESSAGES_MAX) - 1, 0)
-            self._take(messages)
+        wanted = self._intake.gate.pace(min(allowance, BATCH_MESSAGES_MAX), self._clock.mono_ms())
+        waits = allowance > 0 and wanted == 0
+        if waits:
+            self._intake.gate.wait_for_lead(PACE_SECONDS)
+        if not waits or self._unanswered:
+            self._receive(consumer, wanted)
         if self._clock.mono_ms() >= self._chores_at:
             self._chores(consumer)
             self._chores_at = self._clock.mono_ms() + CHORES_EVERY_MS
+
+    def _receive(self, consumer: Consumer, wanted: int) -> None:
+        # poll returns with the first message at once; consume alone would wait for a full batch. The answer
+        # to a commit comes before any message.
+        first = consumer.poll(POLL_BUSY_SECONDS if self._intake.busy or self.tails else POLL_SECONDS)
+        if first is not None:
+            messages: list[ReadMessage] = [first]
+            if wanted > 1:
+                messages += consumer.consume(wanted - 1, 0)
+            self._take(messages)
 
     def _commit(self, consumer: Consumer) -> None:
         """Start the commit that the intake has asked for, of what has not been taken away since."""

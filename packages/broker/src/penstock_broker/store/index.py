@@ -124,6 +124,18 @@ class ReadyIndex:
             return rows, size
         return None if queue.rows else (1, 1)
 
+    def share(self) -> tuple[int, int]:
+        """How many rows and bytes a pair may have in memory when there is no other."""
+        return self.rows_max // 2, self.bytes_max // 2
+
+    def lead(self, queue: PairQueue) -> tuple[int, int]:
+        """How many more rows and bytes of a pair would enter memory; less than 0: so many are spilled."""
+        if queue.spilled:
+            return -queue.spilled, 0
+        # Each that comes takes of what is left, and of what the pair may have of it.
+        rows = self.rows_max - self.rows - queue.rows
+        return rows // 2, (self.bytes_max - self.bytes - queue.bytes) // 2
+
     def enter(self, queue: PairQueue, row: Activation, ready: bool = True) -> None:
         """A stored row, its room reserved, takes its place at the end; one not ``ready`` only passes it."""
         if (row.ready_at, row.seq) > (queue.tail_ready_at, queue.tail_seq):

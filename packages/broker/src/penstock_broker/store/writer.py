@@ -267,6 +267,8 @@ class Writer:
             if row.sent_on:
                 batch.finished.extend((row.sent_on, place(row.source, row.offset)))
         batch.rows += arrival.rows
+        if arrival.rows:
+            memory.latest_pair = arrival.rows[-1].pair
         if arrival.term != "accepted":
             # What it has become is not in its message: without it the next loss of a disk forgets it.
             states = ((place(row.source, row.offset), state_of(row)) for row in arrival.rows if row.source)
