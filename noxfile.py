@@ -235,9 +235,13 @@ def bench(session: nox.Session) -> None:
     install_locked(session, "bench")
     for name in RIVALS:
         apart(session, name)
-    if shutil.which("redis-server") is None:
+    missing = [] if shutil.which("redis-server") else ["redis-server"]
+    if shutil.which("go") or Path("/usr/local/go/bin/go").exists():
+        found = shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+        missing += [] if found else ["postgresql"]
+    if missing:
         # Where this is Debian, and we may.
-        install = ("apt-get", "install", "-y", "--no-install-recommends", "redis-server")
+        install = ("apt-get", "install", "-y", "--no-install-recommends", *missing)
         session.run(*install, external=True, silent=True, success_codes=range(256))
     session.run("python", "-m", "benchmarks", *session.posargs)
 

@@ -130,6 +130,8 @@ class Claim:
     targets: Sequence[Target] = ()
     elsewhere: Sequence[Elsewhere] = ()
     pitfalls: Sequence[str] = ()
+    # What must be said of this run, such as the version of another system, or why it was left out.
+    notes: Callable[[Bench], Sequence[str]] = lambda bench: ()
     seconds: tuple[int, int] = (30, 300)
     repeat: tuple[int, int] = (2, 5)
     warm_up: bool = True
@@ -156,6 +158,7 @@ def measure(claim: Claim, bench: Bench) -> dict[str, Any]:
         "taken": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started),
         "machine": machine(),
+        "notes": list(claim.notes(bench)),
         "cases": {case.name: _case(case, runs[case.name]) for case in cases},
     }
 

@@ -49,6 +49,9 @@ It needs Java 17 and Maven (Kafka is downloaded once), and for P3 and P12 `redis
 `apt-get install redis-server`; elsewhere Redis 7 with `/etc/redis/redis.conf` in its place. The other systems
 come from the locked files `requirements/celery.txt`, `dramatiq.txt` and `taskiq.txt`, each into an
 environment of its own.
+For River, P1 needs Go 1.26, which fetches the modules that `benchmarks/river/go.sum` names, and PostgreSQL:
+`apt-get install postgresql`, or `postgres` on the path. It starts a server of its own. Without them P1 leaves
+River out and says so.
 No figure decides whether a test passes.
 """
 
@@ -103,8 +106,10 @@ def slower(claim: Claim, result: Result) -> Iterator[str]:
             if better and figure.compared:
                 others = ", ".join(f"{name} {value:,.{figure.digits}f}" for value, name in sorted(better))
                 where = f", {case['group']}" if case["group"] else ""
+                # Without what it is measured with: "Penstock + Kafka".
+                name = case["series"].partition(" + ")[0]
                 yield (
-                    f"{claim.name}{where}: {figure.title}: Penstock {ours['median']:,.{figure.digits}f};"
+                    f"{claim.name}{where}: {figure.title}: {name} {ours['median']:,.{figure.digits}f};"
                     f" {others}"
                 )
 
@@ -151,7 +156,7 @@ def section(claim: Claim, result: Result) -> list[str]:
         where = f", {other.group}" if other.group else ""
         lines.append(f"| *{other.series}{where} (measured elsewhere)* | " + " | ".join(values) + " |")
     lines += ["", f"![{claim.title}](performance/{claim.name.lower()}.svg)", ""]
-    lines += [f"- {pitfall}" for pitfall in claim.pitfalls]
+    lines += [f"- {line}" for line in (*result.get("notes", ()), *claim.pitfalls)]
     machine, seconds = result["machine"], claim.seconds
     lines += [
         "",

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import psutil
@@ -39,13 +39,17 @@ def wait_until(what: str, condition: Callable[[], object], seconds: float = STAL
 
 @contextlib.contextmanager
 def process(
-    command: Sequence[str], environment: Mapping[str, str] | None = None, log: Path | None = None
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    **options: Any,
 ) -> Iterator[psutil.Popen]:
     """A process that ends with the block: SIGTERM, and SIGKILL if that does not help."""
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("ab")) if log else None
+        options = {"cwd": ROOT, **options}
         started = psutil.Popen(
-            list(command), env={**os.environ, **(environment or {})}, cwd=ROOT, stdout=output, stderr=output
+            list(command), env={**os.environ, **(environment or {})}, stdout=output, stderr=output, **options
         )
         try:
             yield started
@@ -157,36 +161,40 @@ def worker(address: str, children: int, marks: Path) -> Iterator[psutil.Popen]:
         yield running
 
 
-class Script:
+class Program:
     """A part of a benchmark in a process of its own: prints one JSON line when it is done.
 
     It says ``ready`` first, and starts when it is told to ``go``.
     """
 
-    def __init__(
-        self, module: str, *arguments: object, python: str = sys.executable,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [python, "-m", module, *map(str, arguments)],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            command, cwd=ROOT, env={**os.environ, **environment},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.name = module
+        self.name = name
         self.pid = self._process.pid
 
-    def ready(self) -> Script:
+    def ready(self) -> Self:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line != "ready\n":
             raise SystemExit(f"{self.name} did not get ready: {line}{self._process.stdout.read()}")
         return self
 
-    def go(self) -> Script:
+    def go(self) -> Self:
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         return self
+
+    def line(self) -> dict[str, Any]:
+        """What it prints when it is done, if it stays afterwards."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended before it was done")
+        return dict(json.loads(line))
 
     def result(self) -> dict[str, Any]:
         output, _ = self._process.communicate()
@@ -197,6 +205,17 @@ class Script:
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+class Script(Program):
+    """A module that is run by an interpreter."""
+
+    def __init__(
+        self, module: str, *arguments: object, python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        command = [python, "-m", module, *map(str, arguments)]
+        super().__init__(module, command, {"PYTHONPATH": str(ROOT), **(environment or {})})
 
 
 class Meter:
