@@ -68,7 +68,7 @@ BUGS = (
         "request id answered with released claims",
         "a repeated request returns what is still held",
         "broker/store/inflight.py",
-        old="            if row is not None and row.status is Status.PROCESSING and (row.seq, row.claim) in claims:\n",
+        old="            if row is not None and row.status is PROCESSING and (row.seq, row.claim) in claims:\n",
         new="            if row is not None:\n",
         tests=(SERVICE + "test_a_repeated_request_gives_what_is_still_held_of_its_first_answer",),
     ),

@@ -12,7 +12,12 @@ from google.protobuf.message import DecodeError, Message
 
 from penstock_broker.dispatch.roster import Roster
 from penstock_broker.dispatch.waiting import Waiting, Wanted
-from penstock_broker.domain.activation import NO_SOURCE, Activation, Status, hash_id
+from penstock_broker.domain.activation import (
+    NO_SOURCE,
+    PROCESSING,
+    Activation,
+    hash_id,
+)
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import decode_token, encode_parts
 from penstock_broker.store.batch import Answer, Report
@@ -310,7 +315,7 @@ def parse(kind: type[M], request: bytes) -> M:
 def _still_claimed(rows: list[Activation]) -> list[Activation]:
     """Without those that were cancelled, became another broker's, or lost their lease, before they could be
     handed out."""
-    return [row for row in rows if row.status is Status.PROCESSING]
+    return [row for row in rows if row.status is PROCESSING]
 
 
 def _body(row: Activation) -> bytes:

@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status, route_of
+from penstock_broker.domain.activation import (
+    DELAYED,
+    FORWARDING,
+    GONE,
+    PENDING,
+    PROCESSING,
+    Activation,
+    OnExceeded,
+    Reason,
+    Route,
+    Status,
+    route_of,
+)
 
 
 class Event(StrEnum):
@@ -46,7 +58,7 @@ class Transition(NamedTuple):
     why: str
 
 
-_P, _D, _R, _F, _G = Status.PENDING, Status.DELAYED, Status.PROCESSING, Status.FORWARDING, Status.GONE
+_P, _D, _R, _F, _G = PENDING, DELAYED, PROCESSING, FORWARDING, GONE
 
 
 def _t(why: str, *to: Status) -> Transition:
@@ -192,11 +204,11 @@ def _keep(  # noqa: PLR0913 - one for each field that may change
 
 
 def _claim(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, Status.PROCESSING, row.ready_at)
+    return _keep(row, PROCESSING, row.ready_at)
 
 
 def _done(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, Status.GONE, row.ready_at, term="done" if event is Event.COMPLETE else "done:ignored")
+    return _keep(row, GONE, row.ready_at, term="done" if event is Event.COMPLETE else "done:ignored")
 
 
 def _give_up(
@@ -205,7 +217,7 @@ def _give_up(
     """Dead letter or discard, as the task's policy says; unspecified means discard (taskbroker v1)."""
     if row.on_exceeded is OnExceeded.DEADLETTER:
         return _dead(row, reason, now, attempts=attempts, ends_claim=ends_claim)
-    return _keep(row, Status.GONE, now, attempts=attempts, reason=reason, term=f"discarded:{reason}")
+    return _keep(row, GONE, now, attempts=attempts, reason=reason, term=f"discarded:{reason}")
 
 
 def _dead(
@@ -217,7 +229,7 @@ def _dead(
     ends_claim: bool = True,
 ) -> Change:
     claim = row.claim + ends_claim
-    return _keep(row, Status.FORWARDING, now, claim=claim, attempts=attempts, lost=lost, reason=reason)
+    return _keep(row, FORWARDING, now, claim=claim, attempts=attempts, lost=lost, reason=reason)
 
 
 def _fail(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
@@ -238,7 +250,7 @@ def _leave(
     row: Activation, ready_at: int, reason: Reason, claim: int | None = None, attempts: int | None = None
 ) -> Change:
     """It goes on elsewhere, not before ``ready_at``."""
-    return _keep(row, Status.FORWARDING, ready_at, claim=claim, attempts=attempts, reason=reason)
+    return _keep(row, FORWARDING, ready_at, claim=claim, attempts=attempts, reason=reason)
 
 
 def _later(
@@ -251,7 +263,7 @@ def _later(
 ) -> Change:
     return _keep(
         row,
-        Status.DELAYED if delay_ms > 0 else Status.PENDING,
+        DELAYED if delay_ms > 0 else PENDING,
         now + delay_ms,
         claim=row.claim + 1,
         attempts=attempts,
@@ -284,7 +296,7 @@ def _give_back(row: Activation, event: Event, now: int, limits: Limits, delay: i
 
 
 def _due(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, Status.PENDING, now)
+    return _keep(row, PENDING, now)
 
 
 def _expire(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
@@ -296,13 +308,13 @@ def _unclaimed(row: Activation, event: Event, now: int, limits: Limits, delay: i
 
 
 def _cancel(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, Status.GONE, now, reason=Reason.CANCELLED, term="cancelled")
+    return _keep(row, GONE, now, reason=Reason.CANCELLED, term="cancelled")
 
 
 def _hand_over(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    if row.at_most_once and row.status is Status.PROCESSING:
+    if row.at_most_once and row.status is PROCESSING:
         return _dead(row, Reason.START_UNKNOWN, now)
-    return _leave(row, row.ready_at, Reason.HANDED_OVER, row.claim + (row.status is Status.PROCESSING))
+    return _leave(row, row.ready_at, Reason.HANDED_OVER, row.claim + (row.status is PROCESSING))
 
 
 def _overflow(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
@@ -310,12 +322,12 @@ def _overflow(row: Activation, event: Event, now: int, limits: Limits, delay: in
 
 
 def _refused(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, Status.DELAYED if row.ready_at > now else Status.PENDING, row.ready_at)
+    return _keep(row, DELAYED if row.ready_at > now else PENDING, row.ready_at)
 
 
 def _forwarded(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
     dead = route_of(row.reason) is Route.DEAD_LETTER
-    return _keep(row, Status.GONE, now, term=f"dead:{row.reason}" if dead else str(row.reason))
+    return _keep(row, GONE, now, term=f"dead:{row.reason}" if dead else str(row.reason))
 
 
 _DECISIONS = {

@@ -162,7 +162,8 @@ class Admission:
         if not message.HasField("retry_state"):
             row = Activation(
                 id, application, namespace, taskname, value, received_at, ready_at, expires_at, deadline_ms,
-                source=source, offset=offset, status=status, content=content, size=len(value),
+                source=source, offset=offset, status=status, content=content, id_hash=hash_id(id),
+                size=len(value),
             )  # fmt: skip
             if message.HasField("sent_on"):
                 _go_on(row, message.sent_on, now)
@@ -176,7 +177,7 @@ class Admission:
             retry.at_most_once,
             _ms(retry.delay_on_retry),
             source, offset, status,
-            attempts=retry.attempts, content=content, size=len(value),
+            attempts=retry.attempts, content=content, id_hash=hash_id(id), size=len(value),
         )  # fmt: skip
         if message.HasField("sent_on"):
             _go_on(row, message.sent_on, now)

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.activation import (
+    DELAYED,
+    PENDING,
+    Activation,
+    Status,
+)
 from penstock_broker.domain.lifecycle import Change, Event
 from penstock_broker.store.ledger import State
 
@@ -48,9 +53,9 @@ class Move(NamedTuple):
 
 def wake_at(status: int, ready_at: int, expires_at: int | None) -> int | None:
     """When time alone changes a row in its state; None when it does not."""
-    if status == Status.DELAYED:
+    if status == DELAYED:
         return ready_at if expires_at is None else min(ready_at, expires_at)
-    return expires_at if status == Status.PENDING else None
+    return expires_at if status == PENDING else None
 
 
 def move(row: Activation, change: Change, last_outcome: int, ready_at: int, error: str | None) -> Move:
@@ -62,7 +67,7 @@ def move(row: Activation, change: Change, last_outcome: int, ready_at: int, erro
         int(change.status),
         ready_at,
         wake_at(change.status, ready_at, row.expires_at),
-        int(change.status is Status.PENDING),
+        int(change.status is PENDING),
         change.claim,
         change.attempts,
         change.lost,

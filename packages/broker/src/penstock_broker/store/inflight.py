@@ -18,10 +18,14 @@ from penstock_broker.clock import Clock
 from penstock_broker.domain.activation import (
     CONTENT_BITS,
     CONTENT_MASK,
+    DELAYED,
+    FORWARDING,
+    GONE,
     NO_SOURCE,
+    PENDING,
+    PROCESSING,
     Activation,
     Reason,
-    Status,
     hash_id,
 )
 from penstock_broker.domain.conflict import in_conflict, refuse_conflict
@@ -79,6 +83,8 @@ class Inflight:
         self.unclaimable = Unclaimable(self.memory, limits.unclaimable_ms)
         self.control = Control(self.memory, self.writer)
         self._next_seq = self.epoch << SEQ_BITS
+        # That of the row that came last: mostly the next one's, too.
+        self._latest: PairQueue | None = None
         self._paused = ""
         self._on_room: list[Callable[[], None]] = []
         # Pairs that hold their share.
@@ -187,39 +193,40 @@ class Inflight:
             raise StoreStopped
         now = self.clock.wall_ms()
         rows = [row for row in activations if self._accept(row, now, term)]
+        if rows:
+            self.memory.latest_pair = rows[-1].pair
         return self.writer.add(rows, taken or {}, term)
 
     def _accept(self, row: Activation, now: int, term: str) -> bool:
         """Number and count a row; False when there is nothing to store."""
         memory = self.memory
-        row.id_hash = hash_id(row.id)
-        known = self._content_of(row.id_hash)
-        if known is not None and term != "accepted" and self._was_elsewhere(row.id_hash):
-            # This very one is restored, or adopted.
-            known = None
-        if known is not None and in_conflict(row, known):
-            refuse_conflict(row)
+        if not row.id_hash:
             row.id_hash = hash_id(row.id)
-            known = self._content_of(row.id_hash)
-        if self._is_copy(row, now) if row.sent_on else known is not None:
+        known = self._content_of(row.id_hash)
+        if (known is not None or row.sent_on) and self._is_known(row, known, now, term):
             memory.tally.duplicates += 1
             return False
-        row.pair = self._pair_of(row).pair
+        queue = self._latest
+        if queue is None or queue.namespace != row.namespace or queue.application != row.application:
+            queue = self._latest = self._pair_of(row)
+        row.pair = queue.pair
         row.seq = self._next_seq
         self._next_seq += 1
         expired = row.expires_at is not None and row.expires_at <= now
-        if expired and row.status is not Status.FORWARDING:
+        if expired and row.status is not FORWARDING:
             change = decide(row, Event.EXPIRE, now, self.limits.lifecycle)
             row.status, row.reason = change.status, change.reason
-            if change.status is Status.GONE:
+            if change.status is GONE:
                 memory.batch.count(row.pair, term)
                 memory.batch.count(row.pair, change.term)
                 last = last_of(row, 0)
                 memory.finished.add(now, row.id_hash, last)
                 memory.batch.finished.extend((row.id_hash, last))
                 return False
-        if row.status is not Status.FORWARDING:
-            if row.source != NO_SOURCE and memory.share_room(row.pair) <= 0:
+        if row.status is not FORWARDING:
+            # None can hold more than its share while all together do not.
+            crowded = memory.rows >= memory.share_rows_max or memory.bytes >= memory.share_bytes_max
+            if crowded and row.source != NO_SOURCE and memory.share_room(row.pair) <= 0:
                 change = decide(row, Event.OVERFLOW, now, self.limits.lifecycle)
                 row.status, row.reason = change.status, change.reason
                 self._overflows(row.pair)
@@ -232,6 +239,18 @@ class Inflight:
         if row.source != NO_SOURCE:
             memory.partitions.took(row)
         return True
+
+    def _is_known(self, row: Activation, known: int | None, now: int, term: str) -> bool:
+        """Whether a row is absorbed: its id is ``known`` (the content that was seen under it), or a broker
+        has sent it on. One in conflict becomes a dead letter."""
+        if known is not None and term != "accepted" and self._was_elsewhere(row.id_hash):
+            # This very one is restored, or adopted.
+            known = None
+        if known is not None and in_conflict(row, known):
+            refuse_conflict(row)
+            row.id_hash = hash_id(row.id)
+            known = self._content_of(row.id_hash)
+        return self._is_copy(row, now) if row.sent_on else known is not None
 
     def _was_elsewhere(self, id_hash: int) -> bool:
         """Whether an id that is known is so only because another broker has taken it."""
@@ -265,7 +284,7 @@ class Inflight:
             " in the overflow topic, other namespaces go on",
             application=queue.application,
             namespace=queue.namespace,
-            rows=sum(self.memory.counts[pair][Status.PENDING : Status.FORWARDING]),
+            rows=sum(self.memory.counts[pair][PENDING:FORWARDING]),
             bytes=self.memory.held_bytes[pair],
         )
 
@@ -288,7 +307,7 @@ class Inflight:
     def _pair_of(self, row: Activation) -> PairQueue:
         queue = self.pair(row.application, row.namespace)
         if queue is None:
-            row.status, row.reason = Status.FORWARDING, Reason.INVALID
+            row.status, row.reason = FORWARDING, Reason.INVALID
             row.error = f'{{"type":"invalid","message":"more than {PAIRS_MAX} namespaces on this broker"}}'
             row.application = row.namespace = ""
             queue = self.memory.index.pair("", "") or self._new_pair("", "")
@@ -389,7 +408,7 @@ class Inflight:
     def release(self, rows: Iterable[Activation]) -> None:
         """Claims that were not handed out after all go back."""
         for row in rows:
-            if row.status is Status.PROCESSING:
+            if row.status is PROCESSING:
                 self.memory.change(row, Event.RELEASE, self.clock.wall_ms())
 
     async def claimed_again(self, claims: Sequence[tuple[int, int]]) -> list[Activation]:
@@ -398,7 +417,7 @@ class Inflight:
         rows = []
         for loaded in bodies:
             row = self.memory.resident.get(loaded.seq)
-            if row is not None and row.status is Status.PROCESSING and (row.seq, row.claim) in claims:
+            if row is not None and row.status is PROCESSING and (row.seq, row.claim) in claims:
                 row.body = loaded.body
                 rows.append(row)
         return rows
@@ -434,7 +453,7 @@ class Inflight:
     def _is_holder(self, row: Activation, token: ClaimToken) -> bool:
         """Whether a token with the row's claim number is that of its claim, or of one that a restart
         forgot while nobody else has claimed the row since."""
-        if row.status is Status.PROCESSING:
+        if row.status is PROCESSING:
             return row.claim_epoch == token.epoch
         return token.epoch < self.epoch
 
@@ -452,7 +471,7 @@ class Inflight:
                     token.epoch,
                     outcome,
                     # Unclaimed since the start, or it would be in memory.
-                    frozenset((Status.PENDING,)) if token.epoch < self.epoch else frozenset(),
+                    frozenset((PENDING,)) if token.epoch < self.epoch else frozenset(),
                     retry_delay_ms,
                     error=error,
                 )
@@ -483,12 +502,12 @@ class Inflight:
         if row is None:
             if event is not Event.COMPLETE and not forgotten:
                 return Answer.STALE
-            only = frozenset((Status.PENDING,))
+            only = frozenset((PENDING,))
             outcome = OUTCOMES[event]
             return self._report(Report(event, now, seq, None, 0, outcome, only, retry_delay_ms, max_attempts))
         if event is not Event.COMPLETE:
-            restored = row.status is Status.PROCESSING and row.claim_epoch < self.epoch
-            if not (row.tokenless or restored or (row.status is Status.PENDING and forgotten)):
+            restored = row.status is PROCESSING and row.claim_epoch < self.epoch
+            if not (row.tokenless or restored or (row.status is PENDING and forgotten)):
                 return Answer.STALE
         if max_attempts is not None:
             row.max_attempts = max_attempts
@@ -522,7 +541,7 @@ class Inflight:
         if row is None or row.claim != token.claim or not self._is_holder(row, token):
             return Answer.STALE
         mono = self.clock.mono_ms()
-        if row.status is Status.PENDING:
+        if row.status is PENDING:
             row = self._reclaim(row, token.epoch)
         row.worker = worker
         if started and not row.started:
@@ -557,7 +576,7 @@ class Inflight:
     def postpone_leases(self, gap_ms: int) -> None:
         """The broker itself stood still: no claim is judged for that time."""
         for row in self.memory.resident.values():
-            if row.status is Status.PROCESSING:
+            if row.status is PROCESSING:
                 row.lease_until += gap_ms
 
     def forget_finished(self) -> None:
@@ -681,7 +700,7 @@ class Inflight:
             for row in rows:
                 memory.forget(row)
                 memory.batch.count(row.pair, "dropped")
-                if row.status is Status.PENDING and row.seq not in in_memory:
+                if row.status is PENDING and row.seq not in in_memory:
                     memory.index.pairs[row.pair].spilled -= 1
             memory.tally.dropped += len(rows) + queued
             if not result.done():
@@ -696,13 +715,13 @@ class Inflight:
         not start twice. How many; durable."""
         memory, refused = self.memory, self.outbox.refused
         found = await self.read(lambda database: database.may_leave(running, rows_max + len(refused)))
-        now, states = self.clock.wall_ms(), frozenset((Status.PENDING, Status.DELAYED, Status.PROCESSING))
+        now, states = self.clock.wall_ms(), frozenset((PENDING, DELAYED, PROCESSING))
         seqs = [seq for seq in found if seq not in refused]
         for seq in seqs:
             row = memory.resident.get(seq)
             if row is None:
                 memory.batch.reports.append(Report(Event.HAND_OVER, now, seq, only=states))
-            elif row.status is Status.PENDING or (running and not row.at_most_once):
+            elif row.status is PENDING or (running and not row.at_most_once):
                 memory.change(row, Event.HAND_OVER, now)
         memory.work.set()
         await self.committed()
@@ -739,9 +758,9 @@ class Inflight:
         """(application, namespace, pending rows) of every pair that has any to hand out."""
         counts = self.memory.counts
         return [
-            (queue.application, queue.namespace, counts[queue.pair][Status.PENDING])
+            (queue.application, queue.namespace, counts[queue.pair][PENDING])
             for queue in self.memory.index.pairs.values()
-            if queue.paused_at is None and counts[queue.pair][Status.PENDING]
+            if queue.paused_at is None and counts[queue.pair][PENDING]
         ]
 
     def imbalance(self) -> int:

@@ -14,10 +14,14 @@ from dataclasses import dataclass, field
 from penstock_broker.clock import Clock
 from penstock_broker.domain.activation import (
     CONTENT_BITS,
+    DELAYED,
+    FORWARDING,
+    GONE,
     NO_SOURCE,
+    PENDING,
+    PROCESSING,
     Activation,
     Route,
-    Status,
     hash_id,
     route_of,
 )
@@ -123,9 +127,9 @@ class Memory:
             self.counts[pair][status] = rows
             self.rows += rows
             self.bytes += size
-            if status != Status.FORWARDING:
+            if status != FORWARDING:
                 self.held_bytes[pair] += size
-            if status == Status.PENDING:
+            if status == PENDING:
                 self.index.pairs[pair].spilled = rows
                 self.low.add(pair)
         self._load_rows()
@@ -143,7 +147,7 @@ class Memory:
     def _load_rows(self) -> None:
         for seq, status, id, content, source_id, offset, size, reason in self.database.positions():
             id_hash, entry = hash_id(id), seq << CONTENT_BITS | content
-            if status == Status.FORWARDING:
+            if status == FORWARDING:
                 self.live.setdefault(id_hash, entry)
                 self._depart(seq, size, reason, source_id, offset)
             else:
@@ -198,7 +202,7 @@ class Memory:
         change = decide(row, event, now, self.limits.lifecycle, retry_delay_ms)
         batch = self.batch
         self._account(row, change, outcome)
-        if change.status is Status.GONE:
+        if change.status is GONE:
             batch.gone.append(row.seq)
             if row.size > INLINE_BODY_BYTES_MAX:
                 batch.gone_payloads.append(row.seq)
@@ -211,7 +215,7 @@ class Memory:
             batch.count(row.pair, change.term)
             self._left(row, last, now)
         else:
-            back = change.status is Status.PENDING
+            back = change.status is PENDING
             ready_at = self.stamp() + 1 if back else change.ready_at
             batch.moves.append(move(row, change, outcome, ready_at, error))
             if row.source != NO_SOURCE:
@@ -223,7 +227,7 @@ class Memory:
     def claimed(self, row: Activation, now: int) -> None:
         """A row of the index is handed out: the one event after which memory keeps it."""
         self._count(row, decide(row, Event.CLAIM, now, self.limits.lifecycle))
-        row.status = Status.PROCESSING
+        row.status = PROCESSING
         if row.at_most_once and row.source != NO_SOURCE:
             self.batch.kept.append((place(row.source, row.offset), state_of(row)))
 
@@ -234,10 +238,10 @@ class Memory:
             return
         row.id_hash = hash_id(row.id)
         self._account(row, change, report.outcome)
-        if row.status is Status.PENDING:
+        if row.status is PENDING:
             self.index.pairs[row.pair].spilled -= 1
         at = place(row.source, row.offset)
-        if change.status is Status.GONE:
+        if change.status is GONE:
             self._left(row, last_of(row, report.outcome), report.now)
             self.add_to_books({(row.pair, change.term): 1})
             if row.source != NO_SOURCE:
@@ -256,13 +260,13 @@ class Memory:
     def _count(self, row: Activation, change: Change) -> None:
         counts = self.counts[row.pair]
         counts[row.status] -= 1
-        if change.status is not Status.GONE:
+        if change.status is not GONE:
             counts[change.status] += 1
-        if row.status is Status.FORWARDING:
+        if row.status is FORWARDING:
             self.forwarding.discard(row.seq)
-            if change.status is not Status.GONE:
+            if change.status is not GONE:
                 self.held_bytes[row.pair] += row.size
-        elif change.status is Status.GONE or change.status is Status.FORWARDING:
+        elif change.status is GONE or change.status is FORWARDING:
             self.held_bytes[row.pair] -= row.size
 
     def _left(self, row: Activation, last: int, now: int) -> None:
@@ -274,9 +278,9 @@ class Memory:
 
     def _stayed(self, row: Activation, change: Change) -> None:
         """The row is only in the store now: whoever is to see it next must know."""
-        if change.status is Status.FORWARDING:
+        if change.status is FORWARDING:
             self._depart(row.seq, row.size, change.reason, row.source, row.offset)
-        elif change.status is Status.DELAYED:
+        elif change.status is DELAYED:
             self.wake_earlier(change.ready_at)
         else:
             self.index.pairs[row.pair].spilled += 1
@@ -313,7 +317,7 @@ class Memory:
         if row.reserved:
             self.index.void(self.index.pairs[row.pair], row)
             self.low.add(row.pair)
-        row.status = Status.GONE
+        row.status = GONE
         row.body = None
 
     def set_aside(self, damaged: Iterable[Damaged]) -> None:
@@ -323,11 +327,11 @@ class Memory:
             self.counts[pair][status] -= 1
             self.rows -= 1
             self.bytes -= size
-            if status == Status.FORWARDING:
+            if status == FORWARDING:
                 self.forwarding.discard(seq)
             else:
                 self.held_bytes[pair] -= size
-            if status == Status.PENDING:
+            if status == PENDING:
                 self.index.pairs[pair].spilled -= 1
             # By what it was called when it was whole.
             for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS == seq]:
@@ -340,7 +344,7 @@ class Memory:
         self.counts[row.pair][row.status] -= 1
         self.rows -= 1
         self.bytes -= row.size
-        if row.status is not Status.FORWARDING:
+        if row.status is not FORWARDING:
             self.held_bytes[row.pair] -= row.size
 
     # -- a namespace's share
@@ -433,7 +437,7 @@ class Memory:
         for seq in seqs:
             row = self.resident.get(seq)
             if row is None:
-                only = frozenset((Status.PENDING, Status.DELAYED))
+                only = frozenset((PENDING, DELAYED))
                 self.batch.reports.append(Report(Event.EXPIRE, now, seq, only=only))
-            elif row.status is Status.PENDING:
+            elif row.status is PENDING:
                 self.change(row, Event.EXPIRE, now)

@@ -99,7 +99,8 @@ class Partitions:
 
     def took(self, row: Activation) -> None:
         """A row from the log was accepted; it is uncovered until a commit passes it."""
-        self._dropped.pop(row.id_hash, None)
+        if self._dropped:
+            self._dropped.pop(row.id_hash, None)
         source = self._sources[row.source]
         # One that is restored was covered before.
         if not source.is_covered(row.offset):
@@ -155,8 +156,11 @@ class Partitions:
     def cover(self, source: Source, offset: int) -> list[Activation]:
         """An acknowledged commit passed everything below ``offset``. Rows that may start now."""
         source.covered = max(source.covered, offset)
-        while source.uncovered and source.uncovered[0][0] < offset:
-            self._held.pop(source.uncovered.popleft()[2], None)
+        uncovered, held = source.uncovered, self._held
+        while uncovered and uncovered[0][0] < offset:
+            _, _, id_hash = uncovered.popleft()
+            if held:
+                held.pop(id_hash, None)
         while source.waiting and source.waiting[0][0] < offset:
             _resolve(heapq.heappop(source.waiting)[2], covered=True)
         return self.released(source)

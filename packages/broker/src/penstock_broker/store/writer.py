@@ -4,13 +4,18 @@ is let out."""
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
 
-from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.domain.activation import (
+    DELAYED,
+    FORWARDING,
+    PENDING,
+    Activation,
+)
 from penstock_broker.store.batch import (
     TICK_BYTES_MAX,
     Answer,
@@ -225,8 +230,7 @@ class Writer:
             not arrivals or (len(batch.rows) < memory.limits.batch_rows_max and size < TICK_BYTES_MAX)
         ):
             arrivals.append(self.arrivals.popleft())
-            self._prepare(arrivals[-1], batch)
-            size += sum(row.size for row in arrivals[-1].rows)
+            size += self._prepare(arrivals[-1], batch)
         if not self.stopping:
             self._page(batch)
         memory.add_to_books(batch.books)
@@ -255,20 +259,20 @@ class Writer:
                 )
                 report.answer = Answer.APPLIED
 
-    def _prepare(self, arrival: Arrival, batch: Batch) -> None:
-        """New rows get their place in the order, and in memory if there is room."""
-        memory = self._memory
+    def _prepare(self, arrival: Arrival, batch: Batch) -> int:
+        """New rows get their place in the order, and in memory if there is room. Their bytes."""
+        memory, size = self._memory, 0
+        for pair, rows in Counter([row.pair for row in arrival.rows]).items():
+            batch.count(pair, arrival.term, rows)
         for row in arrival.rows:
-            batch.count(row.pair, arrival.term)
-            if row.status is Status.PENDING:
+            size += row.size
+            if row.status is PENDING:
                 row.ready_at = batch.stamp
                 if not memory.index.reserve(memory.index.pairs[row.pair], row):
                     memory.low.add(row.pair)
             if row.sent_on:
                 batch.finished.extend((row.sent_on, place(row.source, row.offset)))
         batch.rows += arrival.rows
-        if arrival.rows:
-            memory.latest_pair = arrival.rows[-1].pair
         if arrival.term != "accepted":
             # What it has become is not in its message: without it the next loss of a disk forgets it.
             states = ((place(row.source, row.offset), state_of(row)) for row in arrival.rows if row.source)
@@ -277,6 +281,7 @@ class Writer:
             source = memory.partitions[source_id]
             source.next = max(source.next, next_)
             batch.sources[source_id] = source.record()
+        return size
 
     def _page(self, batch: Batch) -> None:
         memory = self._memory
@@ -305,12 +310,17 @@ class Writer:
         memory.disk_low = written.disk_low
         memory.set_aside(written.damaged)
         for row in batch.rows:
-            self._stored(row)
+            if row.status is PENDING and not row.spilled:
+                memory.enter(row)
+            elif row.status is FORWARDING:
+                memory.depart(row)
+            if row.expires_at is not None or row.status is DELAYED:
+                memory.wake_earlier(wake_at(row.status, row.ready_at, row.expires_at))
         for report in batch.reports:
             memory.reported(report)
         for pair, rows in written.due.items():
-            memory.counts[pair][Status.DELAYED] -= rows
-            memory.counts[pair][Status.PENDING] += rows
+            memory.counts[pair][DELAYED] -= rows
+            memory.counts[pair][PENDING] += rows
             memory.index.pairs[pair].spilled += rows
             memory.low.add(pair)
         if batch.due_at is not None:
@@ -321,14 +331,6 @@ class Writer:
             then()
         for pair, paged in written.pages.items():
             memory.paged(memory.index.pairs[pair], paged, bool(written.damaged))
-
-    def _stored(self, row: Activation) -> None:
-        memory = self._memory
-        if row.status is Status.PENDING and not row.spilled:
-            memory.enter(row)
-        elif row.status is Status.FORWARDING:
-            memory.depart(row)
-        memory.wake_earlier(wake_at(row.status, row.ready_at, row.expires_at))
 
     def refuse(self) -> None:
         """Another broker has these rows: what is done here from now on is written, and told to nobody."""
