@@ -3,89 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import apsw
-from crash_disk import HOWS, Call, CrashDisk, abandon
+from crash_disk import abandon
 
 from penstock_broker.config import Settings
 from penstock_broker.errors import FatalError
 from penstock_broker.server import Broker
+from tests.sim.disk import Disk
 from tests.sim.hub import Hub, Process, SimClock
 from tests.sim.network import Network
-
-
-class Disk:
-    """Where the database is: what is not synced may be lost, in part or torn. Writing takes time."""
-
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
-        self.files = CrashDisk()
-        self.slow = 1.0
-        # Told of what was carried out.
-        self.on_done: Callable[[Callable[..., Any], tuple[Any, ...]], None] = lambda func, args: None
-        # The machine is to crash in the middle of a write, after so many I/O calls more.
-        self._calls_left = 0
-        self._crash: Callable[[], None] = lambda: None
-        # It has: whoever still runs there is gone too.
-        self.is_dark = False
-
-    def carry_out(self, func: Callable[..., Any], *args: Any) -> Any:
-        """On a thread: what the disk is needed for."""
-        thread = self.hub.thread
-        assert thread is not None
-        thread.wait(self.hub.between(0.0001, 0.002) * self.slow)
-        try:
-            result = func(*args)
-        except Exception:
-            if not self.is_dark:
-                raise
-        if self.is_dark:
-            self.go_down()
-            thread.wait(None)
-        self.on_done(func, args)
-        thread.wait(self.hub.between(0.0, 0.001) * self.slow)
-        return result
-
-    def go_down(self) -> None:
-        """Bring the machine down with it."""
-        self.reset()
-        self.hub.later(0, self._crash)
-
-    def reset(self) -> None:
-        self.is_dark = False
-        self.files.before = lambda call: None
-
-    def crash_within(self, calls: int, crash: Callable[[], None]) -> None:
-        """Lose power in the middle of a write; ``crash`` is to bring the machine down with it."""
-        self._calls_left, self._crash = calls, crash
-        self.files.before = self._count
-
-    def spare(self) -> None:
-        """It does not lose power after all, if it has not yet."""
-        self.files.before = lambda call: None
-
-    def _count(self, call: Call) -> None:
-        if call.kind in ("write", "sync", "truncate"):
-            self._calls_left -= 1
-            if self._calls_left == 0:
-                self.is_dark = True
-                self.power_cut()
-
-    def power_cut(self) -> None:
-        self.files.power_cut(self.hub.random, self.hub.random.choice(HOWS))
-
-    def ids(self, path: Path) -> set[str]:
-        """Of the rows on the disk of a broker that is down: of a copy, as a broker would find them."""
-        copy = CrashDisk(self.files.contents.files())
-        with contextlib.closing(apsw.Connection(str(path), vfs=copy.name)) as connection:
-            connection.pragma("locking_mode", "exclusive")
-            if not connection.execute("SELECT count(*) FROM sqlite_schema").get:
-                return set()
-            return {id for (id,) in connection.execute("SELECT id FROM activation")}
 
 
 class BrokerMachine:
@@ -97,8 +26,8 @@ class BrokerMachine:
         self.hub = hub
         self.network = network
         self.name = name
-        self.disk = Disk(hub)
         self.path = directory / f"{name}.sqlite"
+        self.disk = Disk(hub, self.path)
         self.clock = SimClock(hub)
         self.settings = settings
         self.boots = 0
@@ -106,6 +35,8 @@ class BrokerMachine:
         self.back_in = 0.0
         # Its clock jumped so far that what is early cannot be said.
         self.clock_doubtful = False
+        # Its database could be opened.
+        self.opened = False
         # Ticks since the store was last compared with the rows.
         self.dirty = 0
         self.process: Process | None = None
@@ -128,7 +59,11 @@ class BrokerMachine:
         """Of the rows that are durable."""
         if self.broker is None:
             return self.left
-        return {id for (id,) in self.broker.database.connection.execute("SELECT id FROM activation")}
+        with self.disk.looked_at():
+            return {id for (id,) in self.broker.database.connection.execute("SELECT id FROM activation")}
+
+    def _ids_left(self) -> set[str]:
+        return {id for (id,) in self.disk.query("SELECT id FROM activation")}
 
     def start(self) -> None:
         assert not self.alive
@@ -141,11 +76,13 @@ class BrokerMachine:
     async def _main(self, process: Process) -> None:
         """As ``penstock_broker.server`` runs it, without the signals."""
         self._stopping = asyncio.Event()
+        self.opened = False
         error: BaseException | None = None
         try:
             values: dict[str, Any] = self.settings | {"db_path": self.path}
             with self.disk.files.mounted():
                 broker = self.broker = Broker(Settings(**values), self.clock)
+            self.opened = True
             self.network.servers[self.name] = broker.server  # type: ignore[assignment]
             self.on_made(self, broker)
             try:
@@ -162,7 +99,7 @@ class BrokerMachine:
             self.disk.go_down()
         elif process.alive:
             self.broker = None
-            self.left = self.disk.ids(self.path)
+            self.left = self._ids_left()
             self.hub.tell(self.name, f"has ended: {error!r}" if error else "has ended")
             self.hub.later(0, process.kill)
             self.on_end(self, error)
@@ -194,7 +131,7 @@ class BrokerMachine:
         self._down("LOSES ITS DISK")
         self.lost |= self.left
         self.left = set()
-        self.disk.files = CrashDisk()
+        self.disk.renew()
 
     def _down(self, how: str) -> None:
         assert self.process is not None
@@ -204,7 +141,7 @@ class BrokerMachine:
         if self.broker is not None:
             abandon(self.broker.database)
         self.broker = None
-        self.left = self.disk.ids(self.path)
+        self.left = self._ids_left()
 
     def stop(self) -> None:
         """SIGTERM."""

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 # A clock that jumps by more corrects what producers say, and then what is early is nobody's to say.
 CLOCK_AHEAD_MS = 50_000
+# Kinds of I/O calls that fail together.
+FAILING_CALLS = (
+    ("read",),
+    ("write",),
+    ("write", "truncate", "size"),
+    ("open", "read", "write", "truncate", "size", "delete"),
+)
 
 
 class Faults:
@@ -40,6 +47,9 @@ class Faults:
             "Kafka slow": self.kafka_slow,
             "dead letters refused": self.letters_refused,
             "disk slow": self.disk_slow,
+            "disk fails": self.disk_fails,
+            "disk sync fails": self.disk_sync_fails,
+            "disk full": self.disk_full,
             "clock jump": self.clock_jump,
             "worker crash": self.worker_crash,
             "worker stopped": self.worker_stopped,
@@ -169,6 +179,32 @@ class Faults:
         disk.slow = self.rng.choice((20.0, 200.0, 1000.0))
         self._tell("disk slow", f"{name} {disk.slow} times")
         self.hub.later(self._seconds(20), lambda: setattr(disk, "slow", 1.0))
+
+    def disk_fails(self) -> None:
+        """For a while: what was asked for is refused or waits."""
+        name, machine = self.rng.choice(sorted(self.pool.brokers.items()))
+        disk, seconds = machine.disk, self._seconds(20)
+        disk.failing = frozenset(self.rng.choice(FAILING_CALLS))
+        disk.failing_share = self.rng.choice((0.05, 0.5, 1.0))
+        self._tell("disk fails", f"{name} {sorted(disk.failing)} {disk.failing_share} for {seconds:.2f} s")
+        self.hub.later(seconds, lambda: setattr(disk, "failing", frozenset()))
+
+    def disk_sync_fails(self) -> None:
+        """Once: what it should have written is lost, and the broker cannot go on."""
+        if machine := self._broker():
+            self._tell("disk sync fails", machine.name)
+            machine.disk.sync_fails = True
+
+    def disk_full(self) -> None:
+        """Others fill it; some of them also what the broker had reserved."""
+        name, machine = self.rng.choice(sorted(self.pool.brokers.items()))
+        disk, seconds, leave = machine.disk, self._seconds(20), self.rng.choice((0, 5_000, 50_000, 10_000_000))
+        again = self.rng.random() < 0.5
+        self._tell("disk full", f"{name} {leave} bytes are left{', again' if again else ''}, {seconds:.2f} s")
+        disk.fill(leave)
+        if again:
+            self.hub.later(seconds * self.rng.random(), lambda: disk.fill(leave))
+        self.hub.later(seconds, lambda: setattr(disk, "filled", 0))
 
     def clock_jump(self) -> None:
         machine = self.rng.choice(sorted(self.pool.brokers.items()))[1]

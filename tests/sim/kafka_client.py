@@ -113,6 +113,8 @@ class Consumer(Client):
         # A rebalance is being carried out by poll.
         self._busy = False
         self._joining = False
+        # It has given up what is to move, and the group has not heard of it yet.
+        self._rejoins = False
         # The group has heard of us, as far as we know.
         self._member = False
         self._heard_at = self.hub.now
@@ -302,6 +304,7 @@ class Consumer(Client):
             if self.cluster.up and self.process.alive and not self._closed:
                 self._heard_at = hub.now
                 self._member = True
+                self._rejoins = False
                 group.join(self, owned)
 
         # After what was sent before it.
@@ -345,7 +348,7 @@ class Consumer(Client):
                 self._join()
         else:
             self._heard_at = self.hub.now
-            if answer == "rebalance" and not self._busy:
+            if (answer == "rebalance" or self._rejoins) and not self._busy:
                 self._join()
             elif answer == "sync" and not self._busy:
                 self._group.sync(self)
@@ -389,6 +392,7 @@ class Consumer(Client):
             self._callbacks["on_assign"](self, self._named(added))
         self._busy = False
         if revoked:
+            self._rejoins = True
             self._join()
 
     def _tell_statistics(self) -> None:

@@ -114,7 +114,9 @@ class Oracle:
         """The rows of a disk that a broker starts on. Its last tick may have been durable untold."""
         before, rows = self._rows.get(machine.name, {}), {}
         sql = "SELECT seq, coalesce(body, (SELECT body FROM payload p WHERE p.seq = a.seq)) FROM activation a"
-        for seq, body in broker.database.connection.execute(sql):
+        with machine.disk.looked_at():
+            found = list(broker.database.connection.execute(sql))
+        for seq, body in found:
             if (task := self.task_in(body)) is None:
                 self.fail("stored as it came", f"{machine.name} finds a row with bytes that nobody sent")
             else:
@@ -174,7 +176,7 @@ class Oracle:
 
     def _compare(self, machine: BrokerMachine, broker: Broker) -> None:
         try:
-            with machine.clock.at_latest():
+            with machine.clock.at_latest(), machine.disk.looked_at():
                 if broker.store.writer.work_waits() or not _rests(broker):
                     return
                 self.counts["store checked"] += 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from store_helpers import check_store
 
+from penstock_broker.errors import FatalError
 from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
 from tests.sim.broker import BrokerMachine
 from tests.sim.faults import Faults
@@ -123,10 +124,21 @@ class Pool:
             machine.start()
 
     def _on_end(self, machine: BrokerMachine, error: BaseException | None) -> None:
+        seconds = machine.back_in
         if error is not None:
-            self.oracle.fail("a broker does not fail by itself", f"{machine.name}: {error!r}")
-        seconds = 0.1 if self.calm else machine.back_in
-        self.hub.later(seconds, lambda: self.start(machine))
+            if not self._may_end(machine, error):
+                self.oracle.fail("a broker does not fail by itself", f"{machine.name}: {error!r}")
+            # Whoever watches over it starts it again.
+            seconds = self.hub.between(0.5, 3.0)
+        self.hub.later(0.1 if self.calm else seconds, lambda: self.start(machine))
+
+    def _may_end(self, machine: BrokerMachine, error: BaseException) -> bool:
+        """Whether a broker is right to stop."""
+        if not isinstance(error, FatalError):
+            return False
+        disk = machine.disk
+        # It cannot go on after a sync that failed, nor begin on a disk that it cannot read or write.
+        return "sync" in disk.failed or (not machine.opened and bool(disk.failed or disk.filled))
 
     # -- workers
 
@@ -215,8 +227,7 @@ class Pool:
         self.kafka.up, self.kafka.slow = True, 1.0
         self.kafka.refuses.clear()
         for machine in self.brokers.values():
-            machine.disk.slow = 1.0
-            machine.disk.spare()
+            machine.disk.recover()
             machine.clock.jump(0)
             self.start(machine)
         for worker in list(self.workers):
