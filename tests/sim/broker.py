@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crash_disk import abandon
+from crash_disk import CrashDisk, abandon
 
 from penstock_broker.config import Settings
 from penstock_broker.errors import FatalError
@@ -37,6 +37,16 @@ class BrokerMachine:
         self.clock_doubtful = False
         # Its database could be opened.
         self.opened = False
+        # It was drained or adopted, and does not come back.
+        self.gone = False
+        # Its disk has never been used.
+        self.is_new = True
+        # Another broker takes over what it has, or has; and what it has is an old copy, which was refused.
+        self.fenced = False
+        self.old_copy = False
+        self.refused = False
+        # Outcomes that it acknowledged before need not be missed when its disk is lost, since it was last up.
+        self.recorded_before = 0.0
         # Ticks since the store was last compared with the rows.
         self.dirty = 0
         self.process: Process | None = None
@@ -44,6 +54,8 @@ class BrokerMachine:
         # Told of a broker that is made, before it starts.
         self.on_made: Callable[[BrokerMachine, Broker], None] = lambda machine, broker: None
         self.on_end: Callable[[BrokerMachine, BaseException | None], None] = lambda machine, error: None
+        # Told of one that goes down, however it does.
+        self.on_down: Callable[[BrokerMachine], None] = lambda machine: None
         self._stopping: asyncio.Event | None = None
         # Ids on the disk of a broker that is down; and those of disks that it has lost.
         self.left: set[str] = set()
@@ -54,6 +66,15 @@ class BrokerMachine:
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.alive
+
+    @property
+    def astray(self) -> bool:
+        """Whether what it has is not what counts: another broker has it, or it is an old copy."""
+        return self.fenced or self.old_copy
+
+    def is_up(self, boot: int) -> bool:
+        """Whether it has been since that start."""
+        return self.alive and self.boots == boot
 
     def ids(self) -> set[str]:
         """Of the rows that are durable."""
@@ -68,6 +89,7 @@ class BrokerMachine:
     def start(self) -> None:
         assert not self.alive
         self.boots += 1
+        self.is_new = self.refused = False
         process = self.process = Process(self.hub, self.name)
         process.disk = self.disk  # type: ignore[attr-defined]
         self.hub.tell(self.name, f"starts, boot {self.boots}")
@@ -91,6 +113,7 @@ class BrokerMachine:
             finally:
                 if process.alive:
                     await broker.stop()
+                    self.broker, self.left = None, self._ids_left()
         except FatalError as fatal:
             error = fatal
         except Exception as failure:  # noqa: BLE001 - told below
@@ -101,6 +124,7 @@ class BrokerMachine:
             self.broker = None
             self.left = self._ids_left()
             self.hub.tell(self.name, f"has ended: {error!r}" if error else "has ended")
+            self.on_down(self)
             self.hub.later(0, process.kill)
             self.on_end(self, error)
 
@@ -129,12 +153,25 @@ class BrokerMachine:
         """The machine vanishes, and comes back with an empty disk."""
         self.disk.files.kill()
         self._down("LOSES ITS DISK")
+        self.renew()
+
+    def renew(self) -> CrashDisk:
+        """Of a broker that is down: its disk is empty. What was on it."""
+        self.is_new = True
+        return self.use(CrashDisk())
+
+    def use(self, files: CrashDisk) -> CrashDisk:
+        """Of a broker that is down: these are on its disk. What was on it."""
+        before = self.disk.files
         self.lost |= self.left
-        self.left = set()
-        self.disk.renew()
+        self.disk.use(files)
+        self.left = self._ids_left()
+        self.fenced = self.old_copy = self.refused = False
+        return before
 
     def _down(self, how: str) -> None:
         assert self.process is not None
+        self.on_down(self)
         self.hub.tell(self.name, how)
         self._graves += (self.process, self.broker)
         self.process.kill()

@@ -52,13 +52,7 @@ class Disk:
         """These are what is on it from now on."""
         self.files = files
         files.before = self._before
-
-    def renew(self) -> CrashDisk:
-        """An empty one; what was on it."""
-        files = self.files
-        self.use(CrashDisk())
         reserve_of(self.path).unlink(missing_ok=True)
-        return files
 
     def carry_out(self, func: Callable[..., Any], *args: Any) -> Any:
         """On a thread: what the disk is needed for."""

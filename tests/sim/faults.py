@@ -37,6 +37,9 @@ class Faults:
             "power cut in a write": self.power_cut_in_a_write,
             "disk lost": self.disk_lost,
             "broker restart": self.broker_restart,
+            "broker drained": self.broker_drained,
+            "broker adopted": self.broker_adopted,
+            "old copy put back": self.old_copy_put_back,
             "broker stopped": self.broker_stopped,
             "event loop blocked": self.loop_blocked,
             "broker cut off Kafka": self.cut_kafka,
@@ -66,6 +69,7 @@ class Faults:
             return
         kind = self.rng.choice(self.enabled)
         self.kinds[kind]()
+        self.pool.oracle.lag.look()
         self.start()
 
     def _tell(self, kind: str, what: str) -> None:
@@ -114,6 +118,53 @@ class Faults:
             self._tell("broker restart", machine.name)
             machine.back_in = self._seconds(20)
             machine.stop()
+
+    def _expendable(self) -> BrokerMachine | None:
+        """One that is up and that nothing is done to, if there is another one to go on with its tasks."""
+        free = self.pool.operator.free()
+        alive = [machine for machine in free if machine.alive]
+        return self.rng.choice(alive) if alive and len(free) > 1 else None
+
+    def broker_drained(self) -> None:
+        """And gone, for good or for a while, with its disk."""
+        if machine := self._expendable():
+            grace, back_in = self.rng.choice((0.0, 1.0, 10.0)), self.rng.choice((None, self._seconds(20)))
+            self._tell("broker drained", f"{machine.name}, grace {grace:.0f} s")
+            self.pool.operator.start(machine, self.pool.operator.drain(machine, grace, back_in))
+
+    def broker_adopted(self) -> None:
+        """Of those that keep a ledger: one that vanished, or that comes back, or has only stood still."""
+        machine = self._expendable()
+        if machine is None or self.pool.recorded_at(machine) is None:
+            return
+        how = self.rng.choice(("gone", "back with an empty disk", "back with its disk", "standing still"))
+        seconds, force = self._seconds(40), how != "gone" or self.rng.random() < 0.7
+        self._tell("broker adopted", f"{machine.name}, {how}, for {seconds:.2f} s")
+        if how == "standing still":
+            machine.pause(seconds)
+        elif how == "back with its disk":
+            machine.crash()
+        else:
+            machine.lose_disk()
+            self.pool.oracle.on_disk_lost(machine)
+        if how == "gone":
+            machine.gone = True
+        else:
+            self.hub.later(seconds, lambda: self.pool.start(machine))
+        self.pool.operator.start(machine, self.pool.operator.adopt(machine, force))
+
+    def old_copy_put_back(self) -> None:
+        """Some time after it was made, in place of the database of a broker that keeps a ledger."""
+        operator, machine = self.pool.operator, self._expendable()
+        if machine is None or self.pool.recorded_at(machine) is None:
+            return
+        seconds, reconcile = self._seconds(30), self.rng.random() < 0.5
+
+        def tell() -> None:
+            self._tell("old copy put back", f"{machine.name}, {seconds:.2f} s old")
+
+        copy = operator.copy(machine)
+        operator.start(machine, operator.put_back(machine, copy, seconds, reconcile, tell))
 
     def broker_stopped(self) -> None:
         if machine := self._broker():

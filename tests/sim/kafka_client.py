@@ -644,3 +644,17 @@ class AdminClient(Client):
     def list_topics(self, timeout: float) -> SimpleNamespace:
         self.request(timeout)
         return SimpleNamespace(topics=dict.fromkeys(self.cluster.topics))
+
+    def describe_consumer_groups(
+        self, groups: Sequence[str], request_timeout: float
+    ) -> dict[str, SimpleNamespace]:
+        self.request(request_timeout)
+        return {name: SimpleNamespace(result=partial(self._described, name)) for name in groups}
+
+    def _described(self, name: str) -> SimpleNamespace:
+        group = self.cluster.groups.get(name)
+        if group is None:
+            raise _error(KafkaError.GROUP_ID_NOT_FOUND)
+        return SimpleNamespace(
+            members=[SimpleNamespace(group_instance_id=instance) for instance in sorted(group.members)]
+        )

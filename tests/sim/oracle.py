@@ -7,6 +7,7 @@ asks the broker's memory, except whether it equals the rows.
 from __future__ import annotations
 
 import contextlib
+import json
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from penstock_broker.ingest.admission import position_id
 from penstock_broker.store.batch import Batch
 from penstock_protocol.v1 import activation_pb2, consumer_pb2, producer_pb2
 from tests.sim.broker import BrokerMachine
+from tests.sim.lag import Lag
 from tests.sim.tasks import Claim, Task
 
 if TYPE_CHECKING:
@@ -72,8 +74,11 @@ class Oracle:
         self.violation: Violated | None = None
         self.counts: Counter[str] = Counter()
         # broker -> seq -> task, of what its ticks have written.
-        self._rows: dict[str, dict[int, Task]] = {}
+        self.rows: dict[str, dict[int, Task]] = {}
         self.disks_lost = 0
+        self.lag = Lag(pool)
+        # broker -> store and sequence of its last record in the ledger.
+        self.heads: dict[str, tuple[str, int]] = {}
 
     def fail(self, promise: str, text: str) -> None:
         """The first is told; what follows from it would only confuse."""
@@ -112,7 +117,7 @@ class Oracle:
 
     def _found(self, machine: BrokerMachine, broker: Broker) -> dict[int, Task]:
         """The rows of a disk that a broker starts on. Its last tick may have been durable untold."""
-        before, rows = self._rows.get(machine.name, {}), {}
+        before, rows = self.rows.get(machine.name, {}), {}
         sql = "SELECT seq, coalesce(body, (SELECT body FROM payload p WHERE p.seq = a.seq)) FROM activation a"
         with machine.disk.looked_at():
             found = list(broker.database.connection.execute(sql))
@@ -125,7 +130,7 @@ class Oracle:
             # Any other row may have become another broker's; were it lost, the end would show it.
             if seq not in rows and self._may_leave(machine, task):
                 task.left += 1
-        self._rows[machine.name] = rows
+        self.rows[machine.name] = rows
         return rows
 
     def _on_written(self, machine: BrokerMachine, rows: dict[int, Task], batch: Batch) -> None:
@@ -265,7 +270,8 @@ class Oracle:
         self._check_at_most_once(machine, task)
         self._check_exclusive(machine, task)
         self._check_due(machine, task, handed)
-        self._check_final(machine, task, handed.attempt)
+        if not self._is_astray(machine, task):
+            self._check_final(machine, task, handed.attempt)
         task.unreleased += 1
         self.counts["handed out"] += 1
         self.hub.tell("oracle", f"{machine.name} hands out {task.id} attempt {handed.attempt}")
@@ -278,6 +284,7 @@ class Oracle:
             request=request_id,
             touched_ms=machine.clock.mono_ms(),
             rebalances=self.pool.kafka.rebalances(),
+            forgotten=machine.astray,
         )
         self.claims[claim.token] = task.claims[claim.token] = claim
 
@@ -292,14 +299,25 @@ class Oracle:
             self.fail("starts are bounded", f"{task.id}: attempt {attempt} of {task.max_attempts}")
         return task
 
+    def _is_astray(self, machine: BrokerMachine, task: Task) -> bool:
+        """One that does not know yet that it was adopted, or is an old copy: what it hands out may run, or
+        have run, elsewhere. But for what was sent to it over gRPC, that starts nothing again that must not."""
+        if machine.astray:
+            self.counts["handed out by one astray"] += 1
+            task.at_most_once = task.at_most_once and not task.sent_to
+        return machine.astray
+
     def _check_at_most_once(self, machine: BrokerMachine, task: Task) -> None:
         if task.at_most_once and task.unreleased and not self._is_copy(task):
             self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
 
     def _is_copy(self, task: Task) -> bool:
-        """A second message with the same id, which a broker may read that never had the first: only
-        within one store is an id known."""
-        return len(task.positions) > 1 and (self.disks_lost > 0 or self.pool.moved(task.positions[0][0]))
+        """A second message with the same id, or passed on a second time, which a broker may read that never
+        had the first: only within one store is an id known."""
+        copied = set(task.sent_twice)
+        if len(task.positions) > 1:
+            copied.add((self.pool.topic, task.positions[0][0]))
+        return any(self.disks_lost > 0 or self.pool.moved(*where) for where in copied)
 
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
         if task.final:
@@ -360,7 +378,7 @@ class Oracle:
             return
         self._check_at_most_once(machine, task)
         self._check_exclusive(machine, task)
-        if task.final:
+        if task.final and not self._is_astray(machine, task):
             self._check_final(machine, task, 0)
         task.unreleased += 1
         task.v1 = True
@@ -386,7 +404,7 @@ class Oracle:
         self.hub.tell(
             "oracle", f"{machine.name} answers {said} to {name} of {task.id} attempt {claim.attempt}"
         )
-        if claim.forgotten:
+        if claim.forgotten or machine.astray:
             return
         if said == "UNKNOWN":
             self.fail("answers are right", f"{machine.name} does not know a token of its own, of {task.id}")
@@ -424,6 +442,7 @@ class Oracle:
             and claim.rebalances == self.pool.kafka.rebalances()
             and not claim.task.v1
             and claim.task.sent_to == machine.name
+            and machine.name not in self.pool.operator.busy
         )
         if held:
             self.fail("answers are right", f"{machine.name} says STALE to the holder of {claim.task.id}")
@@ -447,7 +466,7 @@ class Oracle:
         ids = machine.ids()
         for activation, answer in zip(sent, answers, strict=True):
             task = self.tasks[activation.id]
-            task.promised = True
+            task.promised = not machine.astray
             if answer.result == producer_pb2.SEND_RESULT_REJECTED:
                 self.fail("at least once", f"{task.id} was rejected: {answer.reason}")
             if task.id not in ids and not task.left and not self._has_expired_by_now(task):
@@ -458,20 +477,62 @@ class Oracle:
     def on_disk_lost(self, machine: BrokerMachine) -> None:
         """What came from Kafka is restored; outcomes newer than the last record may run again."""
         self.disks_lost += 1
-        self._rows.pop(machine.name, None)
-        recorded_at = self.pool.recorded_at(machine) or 0.0
+        self.rows.pop(machine.name, None)
+        self._forget_all(machine, machine.recorded_before)
+
+    def on_put_back(self, machine: BrokerMachine) -> dict[int, Task]:
+        """Another database of a broker is there in place of the one with these rows."""
+        return self.rows.pop(machine.name, {})
+
+    def on_drained(self, machine: BrokerMachine) -> None:
+        """All that it had is elsewhere, as it stood: nothing is lost or runs again when its disk is gone."""
+        if left := machine.ids():
+            self.fail("a drained broker is empty", f"{machine.name} has {sorted(left)}")
+        self.rows.pop(machine.name, None)
+        for claim in self.claims.values():
+            if claim.broker == machine.name:
+                claim.forgotten = claim.ended = True
+
+    def _on_ledger(self, record: Record) -> None:
+        """Somebody has recorded who a broker is, or who has taken over from it."""
+        kind, _, name, *_ = json.loads(record.key)  # type: ignore[arg-type]
+        if kind != "broker" or record.value is None:
+            return
+        head, machine = json.loads(record.value), self.pool.brokers[name]
+        successor = head["successor"]
+        self.heads[name] = (head["store_id"], head["sequence"])
+        if successor is None and machine.old_copy:
+            self.fail("an old copy is refused", f"{name} goes on with one")
+        if successor is None or successor[0] == name:
+            machine.fenced = False
+        elif not head["handed"]:
+            self._on_adopted(machine)
+
+    def _on_adopted(self, machine: BrokerMachine) -> None:
+        """Another broker runs what it had from now on; should it live, it learns that soon."""
+        self.disks_lost += 1
+        self.hub.tell("oracle", f"{machine.name} is being adopted")
+        machine.fenced = not machine.is_new
+        up = machine.alive
+        machine.lost |= machine.ids()
+        self._forget_all(machine, self.lag.recorded_before(machine) if up else machine.recorded_before)
+
+    def _forget_all(self, machine: BrokerMachine, recorded_before: float) -> None:
+        """Claims of a broker whose store is gone; of their outcomes, those it acknowledged too late may run
+        again."""
+        recorded_at = (self.pool.recorded_at(machine) or 0.0) - LEDGER_SLACK_SECONDS
         for task in self.tasks.values():
-            if task.sent_to == machine.name and task.id in machine.lost:
+            if task.sent_to == machine.name and task.id in machine.lost and not task.passed_on:
                 task.promised = False
                 self.counts["lost with a disk: sent over gRPC"] += 1
             task.retry_at.clear()
             for claim in task.claims.values():
-                if claim.broker == machine.name:
-                    self._forget(claim, recorded_at)
+                if claim.broker == machine.name and not claim.forgotten:
+                    self._forget(claim, max(recorded_at, recorded_before))
 
-    def _forget(self, claim: Claim, recorded_at: float) -> None:
+    def _forget(self, claim: Claim, newer_than: float) -> None:
         claim.forgotten = claim.ended = True
-        if claim.applied and claim.applied_at >= recorded_at - LEDGER_SLACK_SECONDS:
+        if claim.applied and claim.applied_at >= newer_than:
             self.counts["outcomes newer than the ledger"] += 1
             claim.task.final = ""
             for attempt in [a for a in claim.task.acknowledged if a >= claim.attempt]:
@@ -482,6 +543,7 @@ class Oracle:
     def on_append(self, topic: str, partition: int, offset: int, record: Record) -> None:
         """Something is in the log: of the application, or of a broker that passes it on."""
         if topic.endswith("-ledger"):
+            self._on_ledger(record)
             return
         task = self.task_in(record.value)
         if topic == self.pool.dead_letters:
@@ -490,9 +552,17 @@ class Oracle:
             self.fail("what is passed on is what came", f"a record in {topic} has bytes that nobody sent")
         else:
             self.positions[topic, partition, offset] = task
-            if topic != self.pool.topic:
-                task.passed_on += 1
-                self.counts["overflowed"] += 1
+            if record.value != task.body:
+                self._on_passed_on(task, topic, partition, record)
+
+    def _on_passed_on(self, task: Task, topic: str, partition: int, record: Record) -> None:
+        task.passed_on += 1
+        self.counts["handed over" if topic == self.pool.topic else "overflowed"] += 1
+        assert record.value is not None
+        forward_id = activation_pb2.TaskActivation.FromString(record.value).sent_on.forward_id
+        if (forward_id, topic, partition) in task.hops:
+            task.sent_twice.add((topic, partition))
+        task.hops.add((forward_id, topic, partition))
 
     def task_in(self, value: bytes | None) -> Task | None:
         """The task of these bytes: its own, and what brokers appended."""
@@ -530,7 +600,8 @@ class Oracle:
         task.letters += 1
         self.counts[f"dead: {reason}"] += 1
         self.hub.tell("oracle", f"dead letter {task.id}: {reason}")
-        if task.final in ("COMPLETE", "IGNORED") and not task.positions[1:]:
+        astray = any(machine.astray for machine in self.pool.brokers.values())
+        if task.final in ("COMPLETE", "IGNORED") and not (task.positions[1:] or task.sent_twice or astray):
             self.fail(
                 "each ends in one way", f"{task.id} was acknowledged as {task.final}, and is a dead letter"
             )
@@ -548,11 +619,13 @@ class Oracle:
             for group in self.pool.kafka.groups.values()
             for partition, log in enumerate(self.pool.kafka.topics[group.topic])
         )
-        return committed and all(self._has_finished(machine) for machine in self.pool.brokers.values())
+        present = [machine for machine in self.pool.brokers.values() if not machine.gone]
+        finished = committed and all(self._has_finished(machine) for machine in present)
+        return finished and not self.pool.operator.busy
 
     def _has_finished(self, machine: BrokerMachine) -> bool:
         broker = machine.broker
-        if not machine.alive or broker is None or broker.store.memory.rows or broker.ingest.ledger is None:
+        if not machine.alive or machine.astray or broker is None or broker.store.memory.rows or broker.ingest.ledger is None:
             return False
         # A new disk holds nothing before it is restored.
         return broker.ingest.ledger._opened.is_set()
@@ -563,7 +636,9 @@ class Oracle:
         for name, machine in self.pool.brokers.items():
             store = machine.broker.store if machine.broker else None
             counts = {p: c for p, c in store.memory.counts.items() if any(c)} if store else "down"
-            parts.append(f"{name}: {sorted(machine.ids())} {counts}")
+            astray = "fenced" if machine.fenced else "an old copy" if machine.old_copy else ""
+            parts.append(f"{name}: {sorted(machine.ids())} {counts} {astray}")
+        parts.append(f"operator: {sorted(self.pool.operator.busy)}")
         for group in self.pool.kafka.groups.values():
             committed = {p: c[0] for p, c in sorted(group.committed.items())}
             ends = [len(log) for log in self.pool.kafka.topics[group.topic]]
@@ -576,6 +651,8 @@ class Oracle:
             if task.promised and not task.left and not self._has_expired_by_now(task):
                 self.fail("at least once", f"{task.id} was never taken, at {task.positions or task.sent_to}")
         for machine in self.pool.brokers.values():
+            if machine.gone:
+                continue
             assert machine.broker is not None
             if difference := machine.broker.store.imbalance():
                 self.fail("the books balance", f"{machine.name}: {difference}")

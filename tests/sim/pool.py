@@ -14,13 +14,14 @@ from pathlib import Path
 
 from store_helpers import check_store
 
-from penstock_broker.errors import FatalError
+from penstock_broker.errors import FatalError, OldDatabase, Replaced
 from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
 from tests.sim.broker import BrokerMachine
 from tests.sim.faults import Faults
 from tests.sim.hub import EPOCH_MS, Hub, Process
 from tests.sim.kafka import Cluster
 from tests.sim.network import CallFailed, Network
+from tests.sim.operator import Operator
 from tests.sim.oracle import Oracle, Violated
 from tests.sim.tasks import Task, make_task
 from tests.sim.threads import replaced
@@ -31,6 +32,8 @@ GROUP = f"penstock-{TOPIC}"
 # Within that long after the last fault everything is done; what was delayed by a clock that was ahead, and
 # is not any more, waits longest.
 DRAIN_SECONDS_MAX = 2000.0
+# What a broker says that comes back while another one adopts what it had.
+ADOPTION = "has begun to adopt"
 SEND = "/penstock.v1.ProducerService/SendTasks"
 
 
@@ -85,9 +88,11 @@ class Pool:
         for machine in self.brokers.values():
             machine.on_made = self.oracle.watch
             machine.on_end = self._on_end
+            machine.on_down = self.oracle.lag.down
         self.workers: list[Worker | V1Worker] = []
         self._worker_number = 0
         self.application = Process(hub, "app")
+        self.operator = Operator(self)
         self.load_seconds = rng.choice((10.0, 30.0, 60.0))
         self.planned = rng.choice((20, 60, 150))
 
@@ -108,9 +113,9 @@ class Pool:
     def faultless(self) -> bool:
         return self.calm or self.quiet
 
-    def moved(self, partition: int) -> bool:
-        """Whether more than one broker has read a partition of the tasks."""
-        return len(self.kafka.group(GROUP, TOPIC).owners.get(partition, ())) > 1
+    def moved(self, topic: str, partition: int) -> bool:
+        """Whether more than one broker has read a partition."""
+        return any(len(g.owners.get(partition, ())) > 1 for g in self.kafka.groups.values() if g.topic == topic)
 
     def recorded_at(self, machine: BrokerMachine) -> float | None:
         """When the last record of a broker in the ledger was made."""
@@ -119,7 +124,7 @@ class Pool:
     # -- brokers
 
     def start(self, machine: BrokerMachine) -> None:
-        if not machine.alive:
+        if not (machine.alive or machine.gone):
             machine.disk.reset()
             machine.start()
 
@@ -130,12 +135,25 @@ class Pool:
                 self.oracle.fail("a broker does not fail by itself", f"{machine.name}: {error!r}")
             # Whoever watches over it starts it again.
             seconds = self.hub.between(0.5, 3.0)
+            if isinstance(error, Replaced):
+                # Its database is set aside.
+                machine.renew()
+            elif isinstance(error, OldDatabase):
+                # Its operator says how it goes on.
+                machine.refused = True
+                return
         self.hub.later(0.1 if self.calm else seconds, lambda: self.start(machine))
 
     def _may_end(self, machine: BrokerMachine, error: BaseException) -> bool:
         """Whether a broker is right to stop."""
         if not isinstance(error, FatalError):
             return False
+        if isinstance(error, Replaced):
+            return machine.fenced
+        if isinstance(error, OldDatabase):
+            return machine.old_copy
+        if ADOPTION in str(error) and machine.name in self.operator.busy:
+            return True
         disk = machine.disk
         # It cannot go on after a sync that failed, nor begin on a disk that it cannot read or write.
         return "sync" in disk.failed or (not machine.opened and bool(disk.failed or disk.filled))
@@ -208,6 +226,7 @@ class Pool:
         for _ in range(self.rng.randint(1, 4)):
             self.add_worker()
         self._load()
+        self.oracle.lag.start()
         if not self.quiet:
             Faults(self).start()
         hub.run(until=self.load_seconds + 20.0)

@@ -82,6 +82,9 @@ class Task:
     letters: int = 0
     # How often a broker sent it to where another one goes on with it.
     passed_on: int = 0
+    # Forward ids, and where they went; and where one went twice.
+    hops: set[tuple[str, str, int]] = field(default_factory=set)
+    sent_twice: set[tuple[str, int]] = field(default_factory=set)
     # How often a row of it is gone from a store.
     left: int = 0
     # Handed out to a client without tokens.

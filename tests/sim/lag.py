@@ -1,0 +1,63 @@
+"""How far the ledger may lag behind what a broker acknowledges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.sim.kafka import NAME as KAFKA
+
+if TYPE_CHECKING:
+    from tests.sim.broker import BrokerMachine
+    from tests.sim.pool import Pool
+
+LAG_SECONDS = 0.5
+LOOK_SECONDS = 0.1
+# After what kept it from being written is over: requests that were lost time out, and are repeated.
+RECOVERY_SECONDS = 20.0
+
+
+class Lag:
+    """Since when each broker may have been unable to write to the ledger."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        # broker -> the beginning and the end of the last time.
+        self._since: dict[str, float] = {}
+        self._until: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Look again and again: what hinders ends unseen."""
+        self.look()
+        self._pool.hub.later(LOOK_SECONDS, self.start)
+
+    def look(self) -> None:
+        """What hinders a broker has begun, or may have ended."""
+        now = self._pool.hub.now
+        for name, machine in self._pool.brokers.items():
+            if not machine.gone and self._is_hindered(machine):
+                if name not in self._until or now - self._until[name] > RECOVERY_SECONDS:
+                    self._since[name] = now
+                self._until[name] = now
+
+    def _is_hindered(self, machine: BrokerMachine) -> bool:
+        kafka, network, process = self._pool.kafka, self._pool.network, machine.process
+        if not kafka.up or kafka.slow > 1.0 or network.loss or not network.reaches(machine.name, KAFKA):
+            return True
+        if process is None or not process.alive or not machine.disk.is_sound:
+            return True
+        if max(process.stopped_until, process.blocked_until) > self._pool.hub.now:
+            return True
+        ledger = machine.broker.ingest.ledger if machine.broker is not None else None
+        return ledger is None or not ledger._opened.is_set()
+
+    def down(self, machine: BrokerMachine) -> None:
+        """It ends, now."""
+        machine.recorded_before = self.recorded_before(machine)
+        self.look()
+
+    def recorded_before(self, machine: BrokerMachine) -> float:
+        """All that it has acknowledged before is to be in the ledger, if it is up."""
+        now = self._pool.hub.now
+        if now - self._until.get(machine.name, now) > RECOVERY_SECONDS:
+            return now - LAG_SECONDS
+        return self._since.get(machine.name, now) - LAG_SECONDS
