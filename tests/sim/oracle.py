@@ -326,7 +326,7 @@ class Oracle:
             self._runs_again(machine, task, f"attempt {attempt} was acknowledged")
 
     def _runs_again(self, machine: BrokerMachine, task: Task, why: str) -> None:
-        if self._is_copy(task):
+        if task.doubled or self._is_copy(task):
             self.counts["copies run twice"] += 1
             return
         self.fail(
@@ -423,7 +423,8 @@ class Oracle:
         if status == consumer_pb2.TASK_OUTCOME_STATUS_WORKER_DIED:
             return
         other = task.acknowledged.get(claim.attempt)
-        if other is not None and other != claim.token and not task.positions[1:] and not task.v1:
+        copied = task.positions[1:] or task.doubled or task.sent_twice
+        if other is not None and other != claim.token and not copied and not task.v1:
             self.fail(
                 "one accepted outcome per attempt",
                 f"{task.id}: two outcomes of attempt {claim.attempt} were accepted, now by {machine.name}",
@@ -526,9 +527,13 @@ class Oracle:
                 task.promised = False
                 self.counts["lost with a disk: sent over gRPC"] += 1
             task.retry_at.clear()
+            newer_than = max(recorded_at, recorded_before)
+            if any(broker == machine.name and at >= newer_than for broker, at in task.hops.values()):
+                # It is restored, too.
+                task.doubled = True
             for claim in task.claims.values():
                 if claim.broker == machine.name and not claim.forgotten:
-                    self._forget(claim, max(recorded_at, recorded_before))
+                    self._forget(claim, newer_than)
 
     def _forget(self, claim: Claim, newer_than: float) -> None:
         claim.forgotten = claim.ended = True
@@ -559,10 +564,11 @@ class Oracle:
         task.passed_on += 1
         self.counts["handed over" if topic == self.pool.topic else "overflowed"] += 1
         assert record.value is not None
-        forward_id = activation_pb2.TaskActivation.FromString(record.value).sent_on.forward_id
-        if (forward_id, topic, partition) in task.hops:
+        hop = activation_pb2.TaskActivation.FromString(record.value).sent_on
+        self.hub.tell("oracle", f"{hop.broker} passes {task.id} on to {topic} {partition}")
+        if hop.forward_id in task.hops:
             task.sent_twice.add((topic, partition))
-        task.hops.add((forward_id, topic, partition))
+        task.hops[hop.forward_id] = (hop.broker, self.hub.now)
 
     def task_in(self, value: bytes | None) -> Task | None:
         """The task of these bytes: its own, and what brokers appended."""
@@ -601,7 +607,7 @@ class Oracle:
         self.counts[f"dead: {reason}"] += 1
         self.hub.tell("oracle", f"dead letter {task.id}: {reason}")
         astray = any(machine.astray for machine in self.pool.brokers.values())
-        if task.final in ("COMPLETE", "IGNORED") and not (task.positions[1:] or task.sent_twice or astray):
+        if task.final in ("COMPLETE", "IGNORED") and not (task.positions[1:] or task.sent_twice or task.doubled or astray):
             self.fail(
                 "each ends in one way", f"{task.id} was acknowledged as {task.final}, and is a dead letter"
             )

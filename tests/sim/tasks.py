@@ -82,9 +82,11 @@ class Task:
     letters: int = 0
     # How often a broker sent it to where another one goes on with it.
     passed_on: int = 0
-    # Forward ids, and where they went; and where one went twice.
-    hops: set[tuple[str, str, int]] = field(default_factory=set)
+    # forward id -> who sent it on, and when; and where one was sent twice.
+    hops: dict[str, tuple[str, float]] = field(default_factory=dict)
     sent_twice: set[tuple[str, int]] = field(default_factory=set)
+    # It was sent on, and that was newer than the ledger when the disk of its broker was lost.
+    doubled: bool = False
     # How often a row of it is gone from a store.
     left: int = 0
     # Handed out to a client without tokens.

@@ -191,8 +191,8 @@ def check_ledger(store: Inflight, rows: Iterable[Activation]) -> None:
     assert len(known) <= len(stored) + damaged, "the unfinished offsets are not those of the rows"
     for at, row in stored.items():
         # A state that follows from the message need not be kept, and a back-off that is over is none.
-        follows = row.claim == 0 and row.status is not Status.PROCESSING
-        follows = follows and (row.attempts, row.lost) in ((0, 0), _as_sent(row))
+        marked = row.at_most_once and row.status is Status.PROCESSING
+        follows = row.claim == 0 and not marked and (row.attempts, row.lost) == _as_sent(row)
         assert _not_due(known[at], store) == _not_due(state_of(row), store) or (follows and not known[at])
     sources = {record[0]: record[1:] for record in store.database.sources()}
     assert unfinished.ranges == sources, "the ranges are not those of the rows"
