@@ -381,6 +381,22 @@ async def test_what_comes_back_while_a_page_is_read_need_not_be_in_it(
     store.database.close()
 
 
+async def test_what_is_dropped_is_in_the_books_when_its_rows_are_gone(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Whatever happens after that tick."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    dropped = store.drop_uncovered(source, 0)
+    await store.writer.tick()
+    assert await dropped == 1
+    store.database.close()
+    store = open_store(tmp_path / "store.sqlite", clock)
+    assert store.memory.rows == store.imbalance() == 0
+    store.database.close()
+
+
 # -- the outbox
 
 
