@@ -524,6 +524,8 @@ class TransactionalProducer(Client):
     def init_transactions(self, timeout: float) -> None:
         self.request(timeout)
         self._epoch = self.cluster.epochs[self._id] = self.cluster.epochs.get(self._id, 0) + 1
+        self.cluster.openers[self._id] = self.process.name
+        self.cluster.on_opened()
 
     def begin_transaction(self) -> None:
         self._begun_at = self.hub.now
@@ -550,7 +552,8 @@ class TransactionalProducer(Client):
                 return
             fenced = cluster.epochs[self._id] != epoch
             if not fenced:
-                cluster.recorded_at[self._id] = begun_at
+                if self._id.endswith(f"/{self.process.name}"):
+                    cluster.recorded_at[self._id] = begun_at
                 for topic, key, value in messages:
                     cluster.append(topic, sum(key) % len(cluster.topics[topic]), key, value, [])
             if cluster.reachable(self.process):

@@ -43,6 +43,8 @@ class Lag:
         kafka, network, process = self._pool.kafka, self._pool.network, machine.process
         if not kafka.up or kafka.slow > 1.0 or network.loss or not network.reaches(machine.name, KAFKA):
             return True
+        if kafka.openers.get(self._pool.ledger_id(machine)) not in (None, machine.name):
+            return True  # fenced
         if process is None or not process.alive or not machine.disk.is_sound:
             return True
         if max(process.stopped_until, process.blocked_until) > self._pool.hub.now:

@@ -348,7 +348,7 @@ class Oracle:
                 broker == machine.name
                 and attempt == handed.attempt
                 and latest < due
-                and not task.positions[1:]
+                and not (task.positions[1:] or task.v1)
             ):
                 if any(t[1] == attempt and t[2] <= latest for t in task.retry_at.values()):
                     continue
@@ -489,6 +489,8 @@ class Oracle:
         """All that it had is elsewhere, as it stood: nothing is lost or runs again when its disk is gone."""
         if left := machine.ids():
             self.fail("a drained broker is empty", f"{machine.name} has {sorted(left)}")
+        # The ids that it knew go with it.
+        self.disks_lost += 1
         self.rows.pop(machine.name, None)
         for claim in self.claims.values():
             if claim.broker == machine.name:
@@ -562,13 +564,20 @@ class Oracle:
 
     def _on_passed_on(self, task: Task, topic: str, partition: int, record: Record) -> None:
         task.passed_on += 1
-        self.counts["handed over" if topic == self.pool.topic else "overflowed"] += 1
         assert record.value is not None
-        hop = activation_pb2.TaskActivation.FromString(record.value).sent_on
+        message = activation_pb2.TaskActivation.FromString(record.value)
+        hop = message.sent_on
+        how = "overflowed"
+        if topic == self.pool.topic:
+            retried = self.pool.retries_leave and message.retry_state.attempts
+            how = "retried through the topic" if retried else "handed over"
+        self.counts[how] += 1
         self.hub.tell("oracle", f"{hop.broker} passes {task.id} on to {topic} {partition}")
         if hop.forward_id in task.hops:
             task.sent_twice.add((topic, partition))
         task.hops[hop.forward_id] = (hop.broker, self.hub.now)
+        if hop.broker in self.pool.brokers and self.pool.brokers[hop.broker].astray:
+            task.doubled = True
 
     def task_in(self, value: bytes | None) -> Task | None:
         """The task of these bytes: its own, and what brokers appended."""

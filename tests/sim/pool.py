@@ -78,7 +78,9 @@ class Pool:
         self.kafka.on_commit = self.oracle.on_commit
         self.kafka.on_foreign_commit = self.oracle.on_foreign_commit
         self.kafka.on_append = self.oracle.on_append
+        self.kafka.on_opened = self.oracle.lag.look
         settings = self._settings()
+        self.retries_leave = settings["kafka_retry_topic"] is not None
         self.brokers = {
             f"broker{n}": BrokerMachine(
                 hub, self.network, f"broker{n}", directory, settings | {"broker_id": f"broker{n}"}
@@ -107,6 +109,8 @@ class Pool:
             "batch_rows_max": rng.choice((2, 16, 1000)),
             "max_pending_count": rng.choice((15, 100_000)),
             "max_deliveries": rng.choice((2, 5, 20)),
+            # Retries go through the topic that they came from, back to whoever reads it.
+            "kafka_retry_topic": TOPIC if rng.random() < 0.2 else None,
         }
 
     @property
@@ -119,7 +123,12 @@ class Pool:
 
     def recorded_at(self, machine: BrokerMachine) -> float | None:
         """When the last record of a broker in the ledger was made."""
-        return self.kafka.recorded_at.get(f"penstock-ledger/{GROUP}/{machine.name}")
+        return self.kafka.recorded_at.get(self.ledger_id(machine))
+
+    @staticmethod
+    def ledger_id(machine: BrokerMachine) -> str:
+        """Under which it writes to the ledger."""
+        return f"penstock-ledger/{GROUP}/{machine.name}"
 
     # -- brokers
 
@@ -245,6 +254,8 @@ class Pool:
         self.network.heal_all()
         self.kafka.up, self.kafka.slow = True, 1.0
         self.kafka.refuses.clear()
+        for group in self.kafka.groups.values():
+            group.rebalance_if_unread()
         for machine in self.brokers.values():
             machine.disk.recover()
             machine.clock.jump(0)
