@@ -59,6 +59,8 @@ class Faults:
         }
         self.enabled = [kind for kind in self.kinds if self.rng.random() < 0.5]
         self.mean_seconds = self.rng.choice((1.0, 3.0, 8.0))
+        if pool.kinds:
+            self.enabled = [kind for kind in self.kinds if kind in pool.kinds]
 
     def start(self) -> None:
         if self.enabled:

@@ -7,7 +7,7 @@ import gc
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,13 +55,15 @@ class Result:
 class Pool:
     """Made of a seed, lives once."""
 
-    def __init__(self, hub: Hub, directory: Path) -> None:
+    def __init__(self, hub: Hub, directory: Path, kinds: Sequence[str] = ()) -> None:
         self.hub = hub
+        # Faults to have, if it is not the seed that says.
+        self.kinds = kinds
         rng = self.rng = hub.random
         # No more faults: from here on everything has to end well.
         self.calm = False
         # Without any from the start.
-        self.quiet = rng.random() < 0.1
+        self.quiet = rng.random() < 0.1 and not kinds
         self.topic = TOPIC
         self.dead_letters = f"{TOPIC}-dlq"
         self.check_store: Callable[..., None] = check_store
@@ -266,15 +268,16 @@ class Pool:
         self.add_worker()
 
 
-def run_seed(seed: int, *, always_tell: bool = False) -> Result:
-    """One history, whatever comes of it. Its last lines when a promise was not kept, or always."""
+def run_seed(seed: int, *, always_tell: bool = False, kinds: Sequence[str] = ()) -> Result:
+    """One history, whatever comes of it. Its last lines when a promise was not kept, or always. ``kinds``:
+    of its faults; else the seed says which."""
     directory = Path(tempfile.mkdtemp(prefix="penstock-sim-", dir=_shared_memory()))
     hub = Hub(seed)
     collecting = gc.isenabled()
     gc.disable()
     violation = ""
     try:
-        pool = Pool(hub, directory)
+        pool = Pool(hub, directory, kinds)
         with replaced(hub, pool.kafka):
             try:
                 pool.run()

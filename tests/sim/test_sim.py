@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,31 @@ def test_a_history_does_not_depend_on_the_hashes_of_a_process(hash_seed: str) ->
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert printed.stdout.strip() == run_seed(SAME).digest
+
+
+# Of the histories below.
+FEW_SEEDS = 6
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("disk fails", "disk full", "disk sync fails"),
+        ("disk lost",),
+        ("broker drained", "broker crash"),
+        ("broker adopted",),
+        ("old copy put back", "Kafka down"),
+    ],
+    ids=lambda kinds: kinds[0].replace(" ", "-"),
+)
+def test_a_few_kinds_of_faults_again_and_again(kinds: tuple[str, ...]) -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(1, FEW_SEEDS + 1):
+        result = run_seed(seed, kinds=kinds)
+        assert not result.violation, f"seed {seed}"
+        seen += result.faults
+    assert seen.keys() == set(kinds)
 
 
 # -- bugs, planted one at a time
