@@ -130,7 +130,8 @@ class Faults:
     def broker_drained(self) -> None:
         """And gone, for good or for a while, with its disk."""
         if machine := self._expendable():
-            grace, back_in = self.rng.choice((0.0, 1.0, 10.0)), self.rng.choice((None, self._seconds(20)))
+            grace, seconds = self.rng.choice((0.0, 1.0, 10.0)), self._seconds(20)
+            back_in = self.rng.choice((None, seconds, seconds, seconds))
             self._tell("broker drained", f"{machine.name}, grace {grace:.0f} s")
             self.pool.operator.start(machine, self.pool.operator.drain(machine, grace, back_in))
 

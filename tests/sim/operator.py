@@ -81,7 +81,7 @@ class Operator:
         self.hub.tell("operator", f"{machine.name} is drained and goes")
         self.pool.oracle.on_drained(machine)
         machine.gone = True
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.3:
             machine.stop()
         else:
             machine.crash()

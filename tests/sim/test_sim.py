@@ -49,7 +49,7 @@ def test_a_history_does_not_depend_on_the_hashes_of_a_process(hash_seed: str) ->
 
 
 # Of the histories below.
-FEW_SEEDS = 6
+FEW_SEEDS = 10
 
 
 @pytest.mark.timeout(300)
