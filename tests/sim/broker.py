@@ -41,8 +41,9 @@ class BrokerMachine:
         self.gone = False
         # Its disk has never been used.
         self.is_new = True
-        # Another broker takes over what it has, or has; and what it has is an old copy, which was refused.
-        self.fenced = False
+        # The ledger says that another broker takes over from it, and from what it has. What it has is an old
+        # copy, which was refused.
+        self.adopted = self.fenced = False
         self.old_copy = False
         self.refused = False
         # Outcomes that it acknowledged before need not be missed when its disk is lost, since it was last up.

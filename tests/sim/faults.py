@@ -252,8 +252,8 @@ class Faults:
     def disk_full(self) -> None:
         """Others fill it; some of them also what the broker had reserved."""
         name, machine = self.rng.choice(sorted(self.pool.brokers.items()))
-        disk, seconds, leave = machine.disk, self._seconds(20), self.rng.choice((0, 5_000, 50_000, 10_000_000))
-        again = self.rng.random() < 0.5
+        disk, seconds = machine.disk, self._seconds(20)
+        leave, again = self.rng.choice((0, 5_000, 50_000, 10_000_000)), self.rng.random() < 0.5
         self._tell("disk full", f"{name} {leave} bytes are left{', again' if again else ''}, {seconds:.2f} s")
         disk.fill(leave)
         if again:

@@ -53,6 +53,10 @@ class Operator:
     async def _call(self, broker: str, method: str, request: bytes) -> bytes:
         return await self.pool.network.call(self.process, broker, ADMIN + method, request, CALL_SECONDS)
 
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():  # noqa: ASYNC110 - time is virtual
+            await asyncio.sleep(0.1)
+
     # -- draining
 
     async def drain(self, machine: BrokerMachine, grace_seconds: float, back_in: float | None) -> None:
@@ -85,8 +89,7 @@ class Operator:
             machine.stop()
         else:
             machine.crash()
-        while machine.alive:
-            await asyncio.sleep(0.1)
+        await self._until(lambda: not machine.alive)
         machine.renew()
         if back_in is not None:
             await asyncio.sleep(back_in)
@@ -134,7 +137,12 @@ class Operator:
         return int(meta.get("ledger_sequence", 0)) < recorded[1]
 
     async def put_back(
-        self, machine: BrokerMachine, copy: CrashDisk, seconds: float, reconcile: bool, tell: Callable[[], None]
+        self,
+        machine: BrokerMachine,
+        copy: CrashDisk,
+        seconds: float,
+        reconcile: bool,
+        tell: Callable[[], None],
     ) -> None:
         """An old copy, some time after it was made; it is refused, and then gives way to the right database,
         or to what the ledger has."""
@@ -148,8 +156,7 @@ class Operator:
         machine.old_copy = True
         rows = self.pool.oracle.on_put_back(machine)
         self.hub.later(self.hub.between(0, 5.0), lambda: self.pool.start(machine))
-        while machine.old_copy and not machine.refused:
-            await asyncio.sleep(0.1)
+        await self._until(lambda: machine.refused or not machine.old_copy)
         if not machine.old_copy:
             return  # its disk is lost
         if machine.alive:

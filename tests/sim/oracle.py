@@ -204,6 +204,9 @@ class Oracle:
                 claim = self.claims[released.claim_token]
                 claim.task.unreleased -= not claim.ended
                 claim.ended = True
+        elif method == "SendTasks":
+            for activation in producer_pb2.SendTasksRequest.FromString(request).activations:
+                self.tasks[activation.id].sends += 1
         elif method == "SetTaskStatus":
             report = consumer_pb2.SetTaskStatusRequest.FromString(request)
             self.tasks[report.id].ended = True
@@ -301,7 +304,7 @@ class Oracle:
 
     def _is_astray(self, machine: BrokerMachine, task: Task) -> bool:
         """One that does not know yet that it was adopted, or is an old copy: what it hands out may run, or
-        have run, elsewhere. But for what was sent to it over gRPC, that starts nothing again that must not."""
+        have run, elsewhere. It starts nothing again that must not, but what was sent to it over gRPC."""
         if machine.astray:
             self.counts["handed out by one astray"] += 1
             task.at_most_once = task.at_most_once and not task.sent_to
@@ -317,6 +320,8 @@ class Oracle:
         copied = set(task.sent_twice)
         if len(task.positions) > 1:
             copied.add((self.pool.topic, task.positions[0][0]))
+        if task.sends > 1 and self.disks_lost > 0:
+            return True
         return any(self.disks_lost > 0 or self.pool.moved(*where) for where in copied)
 
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
@@ -337,7 +342,9 @@ class Oracle:
 
     def _check_due(self, machine: BrokerMachine, task: Task, handed: consumer_pb2.ClaimedTask) -> None:
         wall = machine.clock.wall_ms()
-        if machine.clock_doubtful:
+        # Whoever sends a task on, or leaves it to another one, says when it is due by its own clock.
+        handled = bool(task.hops or self.disks_lost)
+        if any(m.clock_doubtful for m in self.pool.brokers.values() if m is machine or handled):
             return
         latest = machine.clock.latest_ms()
         early = task.received_ms + task.delay_ms - latest
@@ -507,7 +514,7 @@ class Oracle:
         if successor is None and machine.old_copy:
             self.fail("an old copy is refused", f"{name} goes on with one")
         if successor is None or successor[0] == name:
-            machine.fenced = False
+            machine.fenced = machine.adopted = False
         elif not head["handed"]:
             self._on_adopted(machine)
 
@@ -515,7 +522,7 @@ class Oracle:
         """Another broker runs what it had from now on; should it live, it learns that soon."""
         self.disks_lost += 1
         self.hub.tell("oracle", f"{machine.name} is being adopted")
-        machine.fenced = not machine.is_new
+        machine.fenced, machine.adopted = not machine.is_new, True
         up = machine.alive
         machine.lost |= machine.ids()
         self._forget_all(machine, self.lag.recorded_before(machine) if up else machine.recorded_before)
@@ -576,7 +583,7 @@ class Oracle:
         if hop.forward_id in task.hops:
             task.sent_twice.add((topic, partition))
         task.hops[hop.forward_id] = (hop.broker, self.hub.now)
-        if hop.broker in self.pool.brokers and self.pool.brokers[hop.broker].astray:
+        if self.pool.brokers[hop.broker].astray:
             task.doubled = True
 
     def task_in(self, value: bytes | None) -> Task | None:
@@ -615,8 +622,9 @@ class Oracle:
         task.letters += 1
         self.counts[f"dead: {reason}"] += 1
         self.hub.tell("oracle", f"dead letter {task.id}: {reason}")
+        twice = task.positions[1:] or task.sent_twice or task.doubled
         astray = any(machine.astray for machine in self.pool.brokers.values())
-        if task.final in ("COMPLETE", "IGNORED") and not (task.positions[1:] or task.sent_twice or task.doubled or astray):
+        if task.final in ("COMPLETE", "IGNORED") and not (twice or astray):
             self.fail(
                 "each ends in one way", f"{task.id} was acknowledged as {task.final}, and is a dead letter"
             )
@@ -640,7 +648,9 @@ class Oracle:
 
     def _has_finished(self, machine: BrokerMachine) -> bool:
         broker = machine.broker
-        if not machine.alive or machine.astray or broker is None or broker.store.memory.rows or broker.ingest.ledger is None:
+        if not machine.alive or machine.astray or broker is None:
+            return False
+        if broker.store.memory.rows or broker.ingest.ledger is None:
             return False
         # A new disk holds nothing before it is restored.
         return broker.ingest.ledger._opened.is_set()

@@ -121,7 +121,8 @@ class Pool:
 
     def moved(self, topic: str, partition: int) -> bool:
         """Whether more than one broker has read a partition."""
-        return any(len(g.owners.get(partition, ())) > 1 for g in self.kafka.groups.values() if g.topic == topic)
+        groups = [group for group in self.kafka.groups.values() if group.topic == topic]
+        return any(len(group.owners.get(partition, ())) > 1 for group in groups)
 
     def recorded_at(self, machine: BrokerMachine) -> float | None:
         """When the last record of a broker in the ledger was made."""
@@ -163,7 +164,7 @@ class Pool:
             return machine.fenced
         if isinstance(error, OldDatabase):
             return machine.old_copy
-        if ADOPTION in str(error) and machine.name in self.operator.busy:
+        if ADOPTION in str(error) and machine.adopted:
             return True
         disk = machine.disk
         # It cannot go on after a sync that failed, nor begin on a disk that it cannot read or write.

@@ -65,6 +65,8 @@ class Task:
     # (partition, offset) of its copies in the log; the broker it was sent to otherwise.
     positions: list[tuple[int, int]] = field(default_factory=list)
     sent_to: str = ""
+    # How often it has reached one.
+    sends: int = 0
     claims: dict[bytes, Claim] = field(default_factory=dict)
     # Hand-outs that were not given back.
     unreleased: int = 0

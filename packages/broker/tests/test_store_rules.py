@@ -365,8 +365,8 @@ async def test_what_comes_back_while_a_page_is_read_need_not_be_in_it(
     await asyncio.sleep(0)
     write = store.writer._handoff
 
-    async def meanwhile(*tick: object) -> Written:
-        written = await write(*tick)
+    async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = await write(tick, batch)
         store.release(claimed)
         return written
 
