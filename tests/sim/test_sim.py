@@ -174,14 +174,21 @@ PLANTED = (
 )
 
 
+# What shows one of them, where it is rare among all kinds of faults.
+SHOWN_BY: dict[Plant, tuple[str, ...]] = {
+    answer_before_cover: ("broker cut off Kafka", "Kafka slow", "broker stopped"),
+}
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
+    kinds = SHOWN_BY.get(plant, ())
     for seed in range(1, SEEDS + 1):
-        if found := run_seed(seed).violation:
+        if found := run_seed(seed, kinds=kinds).violation:
             print(f"seed {seed}: {found}")
             monkeypatch.undo()
-            assert not run_seed(seed).violation, "without the bug too"
+            assert not run_seed(seed, kinds=kinds).violation, "without the bug too"
             return
     pytest.fail(f"{plant.__name__} went unnoticed in {SEEDS} histories")
