@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 
@@ -64,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     total = _Total()
     with multiprocessing.Pool(options.jobs) as pool:
         # Bounded by hand: the pool takes all that an iterator gives.
-        for result in pool.imap_unordered(run_seed, _paced(_seeds(options), total, 8 * options.jobs)):
+        for result in pool.imap_unordered(_run_seed, _paced(_seeds(options), total, 8 * options.jobs)):
             total.add(result)
             if result.violation:
                 _tell(result)
@@ -73,6 +74,14 @@ def _run(options: argparse.Namespace) -> int:
                 print(f"{told - begun:6.0f} s: {total.line()}", flush=True)
     print(total.summary(time.monotonic() - begun))
     return 1 if total.failed else 0
+
+
+def _run_seed(seed: int) -> Result:
+    """One history; a defect of the simulation itself is told as one, and the others go on."""
+    try:
+        return run_seed(seed)
+    except Exception:  # noqa: BLE001 - told with its seed
+        return Result(seed, "", 0.0, 0, 0, Counter(), Counter(), violation=traceback.format_exc())
 
 
 def _paced(seeds: Iterator[int], total: _Total, ahead: int) -> Iterator[int]:

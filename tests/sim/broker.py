@@ -3,89 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import apsw
-from crash_disk import HOWS, Call, CrashDisk, abandon
+from crash_disk import CrashDisk, abandon
 
 from penstock_broker.config import Settings
 from penstock_broker.errors import FatalError
 from penstock_broker.server import Broker
+from tests.sim.disk import Disk
 from tests.sim.hub import Hub, Process, SimClock
 from tests.sim.network import Network
-
-
-class Disk:
-    """Where the database is: what is not synced may be lost, in part or torn. Writing takes time."""
-
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
-        self.files = CrashDisk()
-        self.slow = 1.0
-        # Told of what was carried out.
-        self.on_done: Callable[[Callable[..., Any], tuple[Any, ...]], None] = lambda func, args: None
-        # The machine is to crash in the middle of a write, after so many I/O calls more.
-        self._calls_left = 0
-        self._crash: Callable[[], None] = lambda: None
-        # It has: whoever still runs there is gone too.
-        self.is_dark = False
-
-    def carry_out(self, func: Callable[..., Any], *args: Any) -> Any:
-        """On a thread: what the disk is needed for."""
-        thread = self.hub.thread
-        assert thread is not None
-        thread.wait(self.hub.between(0.0001, 0.002) * self.slow)
-        try:
-            result = func(*args)
-        except Exception:
-            if not self.is_dark:
-                raise
-        if self.is_dark:
-            self.go_down()
-            thread.wait(None)
-        self.on_done(func, args)
-        thread.wait(self.hub.between(0.0, 0.001) * self.slow)
-        return result
-
-    def go_down(self) -> None:
-        """Bring the machine down with it."""
-        self.reset()
-        self.hub.later(0, self._crash)
-
-    def reset(self) -> None:
-        self.is_dark = False
-        self.files.before = lambda call: None
-
-    def crash_within(self, calls: int, crash: Callable[[], None]) -> None:
-        """Lose power in the middle of a write; ``crash`` is to bring the machine down with it."""
-        self._calls_left, self._crash = calls, crash
-        self.files.before = self._count
-
-    def spare(self) -> None:
-        """It does not lose power after all, if it has not yet."""
-        self.files.before = lambda call: None
-
-    def _count(self, call: Call) -> None:
-        if call.kind in ("write", "sync", "truncate"):
-            self._calls_left -= 1
-            if self._calls_left == 0:
-                self.is_dark = True
-                self.power_cut()
-
-    def power_cut(self) -> None:
-        self.files.power_cut(self.hub.random, self.hub.random.choice(HOWS))
-
-    def ids(self, path: Path) -> set[str]:
-        """Of the rows on the disk of a broker that is down: of a copy, as a broker would find them."""
-        copy = CrashDisk(self.files.contents.files())
-        with contextlib.closing(apsw.Connection(str(path), vfs=copy.name)) as connection:
-            connection.pragma("locking_mode", "exclusive")
-            if not connection.execute("SELECT count(*) FROM sqlite_schema").get:
-                return set()
-            return {id for (id,) in connection.execute("SELECT id FROM activation")}
 
 
 class BrokerMachine:
@@ -97,8 +26,8 @@ class BrokerMachine:
         self.hub = hub
         self.network = network
         self.name = name
-        self.disk = Disk(hub)
         self.path = directory / f"{name}.sqlite"
+        self.disk = Disk(hub, self.path)
         self.clock = SimClock(hub)
         self.settings = settings
         self.boots = 0
@@ -106,6 +35,19 @@ class BrokerMachine:
         self.back_in = 0.0
         # Its clock jumped so far that what is early cannot be said.
         self.clock_doubtful = False
+        # Its database could be opened.
+        self.opened = False
+        # It was drained or adopted, and does not come back.
+        self.gone = False
+        # Its disk has never been used.
+        self.is_new = True
+        # The ledger says that another broker takes over from it, and from what it has. What it has is an old
+        # copy, which was refused.
+        self.adopted = self.fenced = False
+        self.old_copy = False
+        self.refused = False
+        # Outcomes that it acknowledged before need not be missed when its disk is lost, since it was last up.
+        self.recorded_before = 0.0
         # Ticks since the store was last compared with the rows.
         self.dirty = 0
         self.process: Process | None = None
@@ -113,6 +55,8 @@ class BrokerMachine:
         # Told of a broker that is made, before it starts.
         self.on_made: Callable[[BrokerMachine, Broker], None] = lambda machine, broker: None
         self.on_end: Callable[[BrokerMachine, BaseException | None], None] = lambda machine, error: None
+        # Told of one that goes down, however it does.
+        self.on_down: Callable[[BrokerMachine], None] = lambda machine: None
         self._stopping: asyncio.Event | None = None
         # Ids on the disk of a broker that is down; and those of disks that it has lost.
         self.left: set[str] = set()
@@ -124,15 +68,29 @@ class BrokerMachine:
     def alive(self) -> bool:
         return self.process is not None and self.process.alive
 
+    @property
+    def astray(self) -> bool:
+        """Whether what it has is not what counts: another broker has it, or it is an old copy."""
+        return self.fenced or self.old_copy
+
+    def is_up(self, boot: int) -> bool:
+        """Whether it has been since that start."""
+        return self.alive and self.boots == boot
+
     def ids(self) -> set[str]:
         """Of the rows that are durable."""
         if self.broker is None:
             return self.left
-        return {id for (id,) in self.broker.database.connection.execute("SELECT id FROM activation")}
+        with self.disk.looked_at():
+            return {id for (id,) in self.broker.database.connection.execute("SELECT id FROM activation")}
+
+    def _ids_left(self) -> set[str]:
+        return {id for (id,) in self.disk.query("SELECT id FROM activation")}
 
     def start(self) -> None:
         assert not self.alive
         self.boots += 1
+        self.is_new = self.refused = False
         process = self.process = Process(self.hub, self.name)
         process.disk = self.disk  # type: ignore[attr-defined]
         self.hub.tell(self.name, f"starts, boot {self.boots}")
@@ -141,11 +99,13 @@ class BrokerMachine:
     async def _main(self, process: Process) -> None:
         """As ``penstock_broker.server`` runs it, without the signals."""
         self._stopping = asyncio.Event()
+        self.opened = False
         error: BaseException | None = None
         try:
             values: dict[str, Any] = self.settings | {"db_path": self.path}
             with self.disk.files.mounted():
                 broker = self.broker = Broker(Settings(**values), self.clock)
+            self.opened = True
             self.network.servers[self.name] = broker.server  # type: ignore[assignment]
             self.on_made(self, broker)
             try:
@@ -154,6 +114,7 @@ class BrokerMachine:
             finally:
                 if process.alive:
                     await broker.stop()
+                    self.broker, self.left = None, self._ids_left()
         except FatalError as fatal:
             error = fatal
         except Exception as failure:  # noqa: BLE001 - told below
@@ -162,8 +123,9 @@ class BrokerMachine:
             self.disk.go_down()
         elif process.alive:
             self.broker = None
-            self.left = self.disk.ids(self.path)
+            self.left = self._ids_left()
             self.hub.tell(self.name, f"has ended: {error!r}" if error else "has ended")
+            self.on_down(self)
             self.hub.later(0, process.kill)
             self.on_end(self, error)
 
@@ -192,19 +154,32 @@ class BrokerMachine:
         """The machine vanishes, and comes back with an empty disk."""
         self.disk.files.kill()
         self._down("LOSES ITS DISK")
+        self.renew()
+
+    def renew(self) -> CrashDisk:
+        """Of a broker that is down: its disk is empty. What was on it."""
+        self.is_new = True
+        return self.use(CrashDisk())
+
+    def use(self, files: CrashDisk) -> CrashDisk:
+        """Of a broker that is down: these are on its disk. What was on it."""
+        before = self.disk.files
         self.lost |= self.left
-        self.left = set()
-        self.disk.files = CrashDisk()
+        self.disk.use(files)
+        self.left = self._ids_left()
+        self.fenced = self.old_copy = self.refused = False
+        return before
 
     def _down(self, how: str) -> None:
         assert self.process is not None
+        self.on_down(self)
         self.hub.tell(self.name, how)
         self._graves += (self.process, self.broker)
         self.process.kill()
         if self.broker is not None:
             abandon(self.broker.database)
         self.broker = None
-        self.left = self.disk.ids(self.path)
+        self.left = self._ids_left()
 
     def stop(self) -> None:
         """SIGTERM."""

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 # A clock that jumps by more corrects what producers say, and then what is early is nobody's to say.
 CLOCK_AHEAD_MS = 50_000
+# Kinds of I/O calls that fail together.
+FAILING_CALLS = (
+    ("read",),
+    ("write",),
+    ("write", "truncate", "size"),
+    ("open", "read", "write", "truncate", "size", "delete"),
+)
 
 
 class Faults:
@@ -30,6 +37,9 @@ class Faults:
             "power cut in a write": self.power_cut_in_a_write,
             "disk lost": self.disk_lost,
             "broker restart": self.broker_restart,
+            "broker drained": self.broker_drained,
+            "broker adopted": self.broker_adopted,
+            "old copy put back": self.old_copy_put_back,
             "broker stopped": self.broker_stopped,
             "event loop blocked": self.loop_blocked,
             "broker cut off Kafka": self.cut_kafka,
@@ -40,12 +50,17 @@ class Faults:
             "Kafka slow": self.kafka_slow,
             "dead letters refused": self.letters_refused,
             "disk slow": self.disk_slow,
+            "disk fails": self.disk_fails,
+            "disk sync fails": self.disk_sync_fails,
+            "disk full": self.disk_full,
             "clock jump": self.clock_jump,
             "worker crash": self.worker_crash,
             "worker stopped": self.worker_stopped,
         }
         self.enabled = [kind for kind in self.kinds if self.rng.random() < 0.5]
         self.mean_seconds = self.rng.choice((1.0, 3.0, 8.0))
+        if pool.kinds:
+            self.enabled = [kind for kind in self.kinds if kind in pool.kinds]
 
     def start(self) -> None:
         if self.enabled:
@@ -56,6 +71,7 @@ class Faults:
             return
         kind = self.rng.choice(self.enabled)
         self.kinds[kind]()
+        self.pool.oracle.lag.look()
         self.start()
 
     def _tell(self, kind: str, what: str) -> None:
@@ -104,6 +120,54 @@ class Faults:
             self._tell("broker restart", machine.name)
             machine.back_in = self._seconds(20)
             machine.stop()
+
+    def _expendable(self) -> BrokerMachine | None:
+        """One that is up and that nothing is done to, if there is another one to go on with its tasks."""
+        free = self.pool.operator.free()
+        alive = [machine for machine in free if machine.alive]
+        return self.rng.choice(alive) if alive and len(free) > 1 else None
+
+    def broker_drained(self) -> None:
+        """And gone, for good or for a while, with its disk."""
+        if machine := self._expendable():
+            grace, seconds = self.rng.choice((0.0, 1.0, 10.0)), self._seconds(20)
+            back_in = self.rng.choice((None, seconds, seconds, seconds))
+            self._tell("broker drained", f"{machine.name}, grace {grace:.0f} s")
+            self.pool.operator.start(machine, self.pool.operator.drain(machine, grace, back_in))
+
+    def broker_adopted(self) -> None:
+        """Of those that keep a ledger: one that vanished, or that comes back, or has only stood still."""
+        machine = self._expendable()
+        if machine is None or self.pool.recorded_at(machine) is None:
+            return
+        how = self.rng.choice(("gone", "back with an empty disk", "back with its disk", "standing still"))
+        seconds, force = self._seconds(40), how != "gone" or self.rng.random() < 0.7
+        self._tell("broker adopted", f"{machine.name}, {how}, for {seconds:.2f} s")
+        if how == "standing still":
+            machine.pause(seconds)
+        elif how == "back with its disk":
+            machine.crash()
+        else:
+            machine.lose_disk()
+            self.pool.oracle.on_disk_lost(machine)
+        if how == "gone":
+            machine.gone = True
+        else:
+            self.hub.later(seconds, lambda: self.pool.start(machine))
+        self.pool.operator.start(machine, self.pool.operator.adopt(machine, force))
+
+    def old_copy_put_back(self) -> None:
+        """Some time after it was made, in place of the database of a broker that keeps a ledger."""
+        operator, machine = self.pool.operator, self._expendable()
+        if machine is None or self.pool.recorded_at(machine) is None:
+            return
+        seconds, reconcile = self._seconds(30), self.rng.random() < 0.5
+
+        def tell() -> None:
+            self._tell("old copy put back", f"{machine.name}, {seconds:.2f} s old")
+
+        copy = operator.copy(machine)
+        operator.start(machine, operator.put_back(machine, copy, seconds, reconcile, tell))
 
     def broker_stopped(self) -> None:
         if machine := self._broker():
@@ -169,6 +233,32 @@ class Faults:
         disk.slow = self.rng.choice((20.0, 200.0, 1000.0))
         self._tell("disk slow", f"{name} {disk.slow} times")
         self.hub.later(self._seconds(20), lambda: setattr(disk, "slow", 1.0))
+
+    def disk_fails(self) -> None:
+        """For a while: what was asked for is refused or waits."""
+        name, machine = self.rng.choice(sorted(self.pool.brokers.items()))
+        disk, seconds = machine.disk, self._seconds(20)
+        disk.failing = frozenset(self.rng.choice(FAILING_CALLS))
+        disk.failing_share = self.rng.choice((0.05, 0.5, 1.0))
+        self._tell("disk fails", f"{name} {sorted(disk.failing)} {disk.failing_share} for {seconds:.2f} s")
+        self.hub.later(seconds, lambda: setattr(disk, "failing", frozenset()))
+
+    def disk_sync_fails(self) -> None:
+        """Once: what it should have written is lost, and the broker cannot go on."""
+        if machine := self._broker():
+            self._tell("disk sync fails", machine.name)
+            machine.disk.sync_fails = True
+
+    def disk_full(self) -> None:
+        """Others fill it; some of them also what the broker had reserved."""
+        name, machine = self.rng.choice(sorted(self.pool.brokers.items()))
+        disk, seconds = machine.disk, self._seconds(20)
+        leave, again = self.rng.choice((0, 5_000, 50_000, 10_000_000)), self.rng.random() < 0.5
+        self._tell("disk full", f"{name} {leave} bytes are left{', again' if again else ''}, {seconds:.2f} s")
+        disk.fill(leave)
+        if again:
+            self.hub.later(seconds * self.rng.random(), lambda: disk.fill(leave))
+        self.hub.later(seconds, lambda: setattr(disk, "filled", 0))
 
     def clock_jump(self) -> None:
         machine = self.rng.choice(sorted(self.pool.brokers.items()))[1]

@@ -51,9 +51,13 @@ class Cluster:
         self.topics: dict[str, list[list[Record]]] = {}
         self.groups: dict[str, Group] = {}
         self.consumers: list[Consumer] = []
-        # Of transactional ids: who opened it last, and when the last committed transaction began.
+        # Of transactional ids: how often it was opened, by whom last, and when the last transaction began
+        # that the broker of its name has committed.
         self.epochs: dict[str, int] = {}
+        self.openers: dict[str, str] = {}
         self.recorded_at: dict[str, float] = {}
+        # Told when one is opened.
+        self.on_opened: Callable[[], None] = lambda: None
         # Told of each record: topic, partition, offset.
         self.on_append: Callable[[str, int, int, Record], None] = lambda *told: None
         # Told of each commit that is accepted: who, topic, partition, offset before, offset; and of those
@@ -168,6 +172,13 @@ class Group:
         """It did not get its assignment: once more."""
         if self.is_member(consumer) and not self.preparing:
             self._send(self.members[consumer.instance])
+
+    def rebalance_if_unread(self) -> None:
+        """What a static member gave up, that ended before it joined again and came back in time, is nobody's
+        until the next rebalance: Kafka starts none for it."""
+        read = {partition for member in self.members.values() for partition in member.assigned}
+        if self.members and not self.preparing and len(read) < len(self.cluster.topics[self.topic]):
+            self._rebalance()
 
     def _rebalance(self, by: Member | None = None) -> None:
         self.rebalances += 1

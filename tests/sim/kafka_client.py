@@ -113,6 +113,8 @@ class Consumer(Client):
         # A rebalance is being carried out by poll.
         self._busy = False
         self._joining = False
+        # It has given up what is to move, and the group has not heard of it yet.
+        self._rejoins = False
         # The group has heard of us, as far as we know.
         self._member = False
         self._heard_at = self.hub.now
@@ -302,6 +304,7 @@ class Consumer(Client):
             if self.cluster.up and self.process.alive and not self._closed:
                 self._heard_at = hub.now
                 self._member = True
+                self._rejoins = False
                 group.join(self, owned)
 
         # After what was sent before it.
@@ -345,7 +348,7 @@ class Consumer(Client):
                 self._join()
         else:
             self._heard_at = self.hub.now
-            if answer == "rebalance" and not self._busy:
+            if (answer == "rebalance" or self._rejoins) and not self._busy:
                 self._join()
             elif answer == "sync" and not self._busy:
                 self._group.sync(self)
@@ -389,6 +392,7 @@ class Consumer(Client):
             self._callbacks["on_assign"](self, self._named(added))
         self._busy = False
         if revoked:
+            self._rejoins = True
             self._join()
 
     def _tell_statistics(self) -> None:
@@ -520,6 +524,8 @@ class TransactionalProducer(Client):
     def init_transactions(self, timeout: float) -> None:
         self.request(timeout)
         self._epoch = self.cluster.epochs[self._id] = self.cluster.epochs.get(self._id, 0) + 1
+        self.cluster.openers[self._id] = self.process.name
+        self.cluster.on_opened()
 
     def begin_transaction(self) -> None:
         self._begun_at = self.hub.now
@@ -546,7 +552,8 @@ class TransactionalProducer(Client):
                 return
             fenced = cluster.epochs[self._id] != epoch
             if not fenced:
-                cluster.recorded_at[self._id] = begun_at
+                if self._id.endswith(f"/{self.process.name}"):
+                    cluster.recorded_at[self._id] = begun_at
                 for topic, key, value in messages:
                     cluster.append(topic, sum(key) % len(cluster.topics[topic]), key, value, [])
             if cluster.reachable(self.process):
@@ -650,3 +657,17 @@ class AdminClient(Client):
     def list_topics(self, timeout: float) -> SimpleNamespace:
         self.request(timeout)
         return SimpleNamespace(topics=dict.fromkeys(self.cluster.topics))
+
+    def describe_consumer_groups(
+        self, groups: Sequence[str], request_timeout: float
+    ) -> dict[str, SimpleNamespace]:
+        self.request(request_timeout)
+        return {name: SimpleNamespace(result=partial(self._described, name)) for name in groups}
+
+    def _described(self, name: str) -> SimpleNamespace:
+        group = self.cluster.groups.get(name)
+        if group is None:
+            raise _error(KafkaError.GROUP_ID_NOT_FOUND)
+        return SimpleNamespace(
+            members=[SimpleNamespace(group_instance_id=instance) for instance in sorted(group.members)]
+        )

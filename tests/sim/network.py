@@ -15,14 +15,16 @@ from tests.sim.hub import Hub, Process, settle
 class CallFailed(Exception):
     """A call without an answer, or with another one than a message."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, message: str = "") -> None:
         super().__init__(code)
         self.code = code
+        self.message = message
 
 
 class _Aborted(Exception):
-    def __init__(self, code: grpc.StatusCode) -> None:
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
         self.code = code
+        self.message = message
 
 
 class Network:
@@ -110,7 +112,7 @@ class _Call:
         try:
             response = await server.method(self.path)(self.request, _Context())
         except _Aborted as aborted:
-            self.fail(aborted.code.name)
+            self.fail(aborted.code.name, aborted.message)
         except asyncio.CancelledError:
             self.fail("CANCELLED")
         else:
@@ -124,8 +126,8 @@ class _Call:
         if network.delivers(self.client.name, self.to):
             network.hub.later(network.latency(), lambda: self.client.enter(tell))
 
-    def fail(self, code: str) -> None:
-        self._reply(lambda: settle(self.answer, None, CallFailed(code)))
+    def fail(self, code: str, message: str = "") -> None:
+        self._reply(lambda: settle(self.answer, None, CallFailed(code, message)))
 
     def cancel(self) -> None:
         """The client gives up; the server learns it if it can be reached."""
@@ -145,7 +147,7 @@ class _Context:
         return ()
 
     async def abort(self, code: grpc.StatusCode, message: str) -> None:
-        raise _Aborted(code)
+        raise _Aborted(code, message)
 
 
 class Server:

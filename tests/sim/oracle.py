@@ -7,6 +7,7 @@ asks the broker's memory, except whether it equals the rows.
 from __future__ import annotations
 
 import contextlib
+import json
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from penstock_broker.ingest.admission import position_id
 from penstock_broker.store.batch import Batch
 from penstock_protocol.v1 import activation_pb2, consumer_pb2, producer_pb2
 from tests.sim.broker import BrokerMachine
+from tests.sim.lag import Lag
 from tests.sim.tasks import Claim, Task
 
 if TYPE_CHECKING:
@@ -72,8 +74,11 @@ class Oracle:
         self.violation: Violated | None = None
         self.counts: Counter[str] = Counter()
         # broker -> seq -> task, of what its ticks have written.
-        self._rows: dict[str, dict[int, Task]] = {}
+        self.rows: dict[str, dict[int, Task]] = {}
         self.disks_lost = 0
+        self.lag = Lag(pool)
+        # broker -> store and sequence of its last record in the ledger.
+        self.heads: dict[str, tuple[str, int]] = {}
 
     def fail(self, promise: str, text: str) -> None:
         """The first is told; what follows from it would only confuse."""
@@ -112,9 +117,11 @@ class Oracle:
 
     def _found(self, machine: BrokerMachine, broker: Broker) -> dict[int, Task]:
         """The rows of a disk that a broker starts on. Its last tick may have been durable untold."""
-        before, rows = self._rows.get(machine.name, {}), {}
+        before, rows = self.rows.get(machine.name, {}), {}
         sql = "SELECT seq, coalesce(body, (SELECT body FROM payload p WHERE p.seq = a.seq)) FROM activation a"
-        for seq, body in broker.database.connection.execute(sql):
+        with machine.disk.looked_at():
+            found = list(broker.database.connection.execute(sql))
+        for seq, body in found:
             if (task := self.task_in(body)) is None:
                 self.fail("stored as it came", f"{machine.name} finds a row with bytes that nobody sent")
             else:
@@ -123,7 +130,7 @@ class Oracle:
             # Any other row may have become another broker's; were it lost, the end would show it.
             if seq not in rows and self._may_leave(machine, task):
                 task.left += 1
-        self._rows[machine.name] = rows
+        self.rows[machine.name] = rows
         return rows
 
     def _on_written(self, machine: BrokerMachine, rows: dict[int, Task], batch: Batch) -> None:
@@ -174,7 +181,7 @@ class Oracle:
 
     def _compare(self, machine: BrokerMachine, broker: Broker) -> None:
         try:
-            with machine.clock.at_latest():
+            with machine.clock.at_latest(), machine.disk.looked_at():
                 if broker.store.writer.work_waits() or not _rests(broker):
                     return
                 self.counts["store checked"] += 1
@@ -197,6 +204,9 @@ class Oracle:
                 claim = self.claims[released.claim_token]
                 claim.task.unreleased -= not claim.ended
                 claim.ended = True
+        elif method == "SendTasks":
+            for activation in producer_pb2.SendTasksRequest.FromString(request).activations:
+                self.tasks[activation.id].sends += 1
         elif method == "SetTaskStatus":
             report = consumer_pb2.SetTaskStatusRequest.FromString(request)
             self.tasks[report.id].ended = True
@@ -263,7 +273,8 @@ class Oracle:
         self._check_at_most_once(machine, task)
         self._check_exclusive(machine, task)
         self._check_due(machine, task, handed)
-        self._check_final(machine, task, handed.attempt)
+        if not self._is_astray(machine, task):
+            self._check_final(machine, task, handed.attempt)
         task.unreleased += 1
         self.counts["handed out"] += 1
         self.hub.tell("oracle", f"{machine.name} hands out {task.id} attempt {handed.attempt}")
@@ -276,6 +287,7 @@ class Oracle:
             request=request_id,
             touched_ms=machine.clock.mono_ms(),
             rebalances=self.pool.kafka.rebalances(),
+            forgotten=machine.astray,
         )
         self.claims[claim.token] = task.claims[claim.token] = claim
 
@@ -290,6 +302,14 @@ class Oracle:
             self.fail("starts are bounded", f"{task.id}: attempt {attempt} of {task.max_attempts}")
         return task
 
+    def _is_astray(self, machine: BrokerMachine, task: Task) -> bool:
+        """One that does not know yet that it was adopted, or is an old copy: what it hands out may run, or
+        have run, elsewhere. It starts nothing again that must not, but what was sent to it over gRPC."""
+        if machine.astray:
+            self.counts["handed out by one astray"] += 1
+            task.at_most_once = task.at_most_once and not task.sent_to
+        return machine.astray
+
     def _check_at_most_once(self, machine: BrokerMachine, task: Task) -> None:
         if task.at_most_once and task.unreleased and not self._is_copy(task):
             self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
@@ -297,7 +317,8 @@ class Oracle:
     def _is_copy(self, task: Task) -> bool:
         """There is a second message with the same id, of a producer or of a broker that has sent it on: a
         disk that is lost may have known of it, and its ledger not yet."""
-        return len(task.positions) + task.passed_on > 1 and self.disks_lost > 0
+        copies = max(len(task.positions) + task.passed_on, task.sends)
+        return copies > 1 and self.disks_lost > 0
 
     def _check_final(self, machine: BrokerMachine, task: Task, attempt: int) -> None:
         if task.final:
@@ -306,7 +327,7 @@ class Oracle:
             self._runs_again(machine, task, f"attempt {attempt} was acknowledged")
 
     def _runs_again(self, machine: BrokerMachine, task: Task, why: str) -> None:
-        if self._is_copy(task):
+        if task.doubled or self._is_copy(task):
             self.counts["copies run twice"] += 1
             return
         self.fail(
@@ -317,7 +338,9 @@ class Oracle:
 
     def _check_due(self, machine: BrokerMachine, task: Task, handed: consumer_pb2.ClaimedTask) -> None:
         wall = machine.clock.wall_ms()
-        if machine.clock_doubtful:
+        # Whoever sends a task on, or leaves it to another one, says when it is due by its own clock.
+        handled = bool(task.hops or self.disks_lost)
+        if any(m.clock_doubtful for m in self.pool.brokers.values() if m is machine or handled):
             return
         latest = machine.clock.latest_ms()
         early = task.received_ms + task.delay_ms - latest
@@ -328,7 +351,7 @@ class Oracle:
                 broker == machine.name
                 and attempt == handed.attempt
                 and latest < due
-                and not self._is_copy(task)
+                and not (self._is_copy(task) or task.v1)
             ):
                 if any(t[1] == attempt and t[2] <= latest for t in task.retry_at.values()):
                     continue
@@ -358,7 +381,7 @@ class Oracle:
             return
         self._check_at_most_once(machine, task)
         self._check_exclusive(machine, task)
-        if task.final:
+        if task.final and not self._is_astray(machine, task):
             self._check_final(machine, task, 0)
         task.unreleased += 1
         task.v1 = True
@@ -384,7 +407,7 @@ class Oracle:
         self.hub.tell(
             "oracle", f"{machine.name} answers {said} to {name} of {task.id} attempt {claim.attempt}"
         )
-        if claim.forgotten:
+        if claim.forgotten or machine.astray:
             return
         if said == "UNKNOWN":
             self.fail("answers are right", f"{machine.name} does not know a token of its own, of {task.id}")
@@ -403,7 +426,8 @@ class Oracle:
         if status == consumer_pb2.TASK_OUTCOME_STATUS_WORKER_DIED:
             return
         other = task.acknowledged.get(claim.attempt)
-        if other is not None and other != claim.token and not self._is_copy(task) and not task.v1:
+        copied = task.doubled or self._is_copy(task)
+        if other is not None and other != claim.token and not copied and not task.v1:
             self.fail(
                 "one accepted outcome per attempt",
                 f"{task.id}: two outcomes of attempt {claim.attempt} were accepted, now by {machine.name}",
@@ -422,6 +446,7 @@ class Oracle:
             and claim.rebalances == self.pool.kafka.rebalances()
             and not claim.task.v1
             and claim.task.sent_to == machine.name
+            and machine.name not in self.pool.operator.busy
         )
         if held:
             self.fail("answers are right", f"{machine.name} says STALE to the holder of {claim.task.id}")
@@ -445,7 +470,7 @@ class Oracle:
         ids = machine.ids()
         for activation, answer in zip(sent, answers, strict=True):
             task = self.tasks[activation.id]
-            task.promised = True
+            task.promised = not machine.astray
             if answer.result == producer_pb2.SEND_RESULT_REJECTED:
                 self.fail("at least once", f"{task.id} was rejected: {answer.reason}")
             if task.id not in ids and not task.left and not self._has_expired_by_now(task):
@@ -456,20 +481,68 @@ class Oracle:
     def on_disk_lost(self, machine: BrokerMachine) -> None:
         """What came from Kafka is restored; outcomes newer than the last record may run again."""
         self.disks_lost += 1
-        self._rows.pop(machine.name, None)
-        recorded_at = self.pool.recorded_at(machine) or 0.0
+        self.rows.pop(machine.name, None)
+        self._forget_all(machine, machine.recorded_before)
+
+    def on_put_back(self, machine: BrokerMachine) -> dict[int, Task]:
+        """Another database of a broker is there in place of the one with these rows."""
+        return self.rows.pop(machine.name, {})
+
+    def on_drained(self, machine: BrokerMachine) -> None:
+        """All that it had is elsewhere, as it stood: nothing is lost or runs again when its disk is gone."""
+        if left := machine.ids():
+            self.fail("a drained broker is empty", f"{machine.name} has {sorted(left)}")
+        # The ids that it knew go with it.
+        self.disks_lost += 1
+        self.rows.pop(machine.name, None)
+        for claim in self.claims.values():
+            if claim.broker == machine.name:
+                claim.forgotten = claim.ended = True
+
+    def _on_ledger(self, record: Record) -> None:
+        """Somebody has recorded who a broker is, or who has taken over from it."""
+        kind, _, name, *_ = json.loads(record.key)  # type: ignore[arg-type]
+        if kind != "broker" or record.value is None:
+            return
+        head, machine = json.loads(record.value), self.pool.brokers[name]
+        successor = head["successor"]
+        self.heads[name] = (head["store_id"], head["sequence"])
+        if successor is None and machine.old_copy:
+            self.fail("an old copy is refused", f"{name} goes on with one")
+        if successor is None or successor[0] == name:
+            machine.fenced = machine.adopted = False
+        elif not head["handed"]:
+            self._on_adopted(machine)
+
+    def _on_adopted(self, machine: BrokerMachine) -> None:
+        """Another broker runs what it had from now on; should it live, it learns that soon."""
+        self.disks_lost += 1
+        self.hub.tell("oracle", f"{machine.name} is being adopted")
+        machine.fenced, machine.adopted = not machine.is_new, True
+        up = machine.alive
+        machine.lost |= machine.ids()
+        self._forget_all(machine, self.lag.recorded_before(machine) if up else machine.recorded_before)
+
+    def _forget_all(self, machine: BrokerMachine, recorded_before: float) -> None:
+        """Claims of a broker whose store is gone; of their outcomes, those it acknowledged too late may run
+        again."""
+        recorded_at = (self.pool.recorded_at(machine) or 0.0) - LEDGER_SLACK_SECONDS
         for task in self.tasks.values():
-            if task.sent_to == machine.name and task.id in machine.lost:
+            if task.sent_to == machine.name and task.id in machine.lost and not task.passed_on:
                 task.promised = False
                 self.counts["lost with a disk: sent over gRPC"] += 1
             task.retry_at.clear()
+            newer_than = max(recorded_at, recorded_before)
+            if any(broker == machine.name and at >= newer_than for broker, at in task.hops.values()):
+                # It is restored, too.
+                task.doubled = True
             for claim in task.claims.values():
-                if claim.broker == machine.name:
-                    self._forget(claim, recorded_at)
+                if claim.broker == machine.name and not claim.forgotten:
+                    self._forget(claim, newer_than)
 
-    def _forget(self, claim: Claim, recorded_at: float) -> None:
+    def _forget(self, claim: Claim, newer_than: float) -> None:
         claim.forgotten = claim.ended = True
-        if claim.applied and claim.applied_at >= recorded_at - LEDGER_SLACK_SECONDS:
+        if claim.applied and claim.applied_at >= newer_than:
             self.counts["outcomes newer than the ledger"] += 1
             claim.task.final = ""
             for attempt in [a for a in claim.task.acknowledged if a >= claim.attempt]:
@@ -480,6 +553,7 @@ class Oracle:
     def on_append(self, topic: str, partition: int, offset: int, record: Record) -> None:
         """Something is in the log: of the application, or of a broker that passes it on."""
         if topic.endswith("-ledger"):
+            self._on_ledger(record)
             return
         task = self.task_in(record.value)
         if topic == self.pool.dead_letters:
@@ -488,9 +562,23 @@ class Oracle:
             self.fail("what is passed on is what came", f"a record in {topic} has bytes that nobody sent")
         else:
             self.positions[topic, partition, offset] = task
-            if topic != self.pool.topic:
-                task.passed_on += 1
-                self.counts["overflowed"] += 1
+            if record.value != task.body:
+                self._on_passed_on(task, topic, partition, record)
+
+    def _on_passed_on(self, task: Task, topic: str, partition: int, record: Record) -> None:
+        task.passed_on += 1
+        assert record.value is not None
+        message = activation_pb2.TaskActivation.FromString(record.value)
+        hop = message.sent_on
+        how = "overflowed"
+        if topic == self.pool.topic:
+            retried = self.pool.retries_leave and message.retry_state.attempts
+            how = "retried through the topic" if retried else "handed over"
+        self.counts[how] += 1
+        self.hub.tell("oracle", f"{hop.broker} passes {task.id} on to {topic} {partition}")
+        task.hops[hop.forward_id] = (hop.broker, self.hub.now)
+        if self.pool.brokers[hop.broker].astray:
+            task.doubled = True
 
     def task_in(self, value: bytes | None) -> Task | None:
         """The task of these bytes: its own, and what brokers appended."""
@@ -528,7 +616,9 @@ class Oracle:
         task.letters += 1
         self.counts[f"dead: {reason}"] += 1
         self.hub.tell("oracle", f"dead letter {task.id}: {reason}")
-        if task.final in ("COMPLETE", "IGNORED") and not self._is_copy(task):
+        twice = task.doubled or self._is_copy(task)
+        astray = any(machine.astray for machine in self.pool.brokers.values())
+        if task.final in ("COMPLETE", "IGNORED") and not (twice or astray):
             self.fail(
                 "each ends in one way", f"{task.id} was acknowledged as {task.final}, and is a dead letter"
             )
@@ -546,11 +636,15 @@ class Oracle:
             for group in self.pool.kafka.groups.values()
             for partition, log in enumerate(self.pool.kafka.topics[group.topic])
         )
-        return committed and all(self._has_finished(machine) for machine in self.pool.brokers.values())
+        present = [machine for machine in self.pool.brokers.values() if not machine.gone]
+        finished = committed and all(self._has_finished(machine) for machine in present)
+        return finished and not self.pool.operator.busy
 
     def _has_finished(self, machine: BrokerMachine) -> bool:
         broker = machine.broker
-        if not machine.alive or broker is None or broker.store.memory.rows or broker.ingest.ledger is None:
+        if not machine.alive or machine.astray or broker is None:
+            return False
+        if broker.store.memory.rows or broker.ingest.ledger is None:
             return False
         # A new disk holds nothing before it is restored.
         return broker.ingest.ledger._opened.is_set()
@@ -561,7 +655,9 @@ class Oracle:
         for name, machine in self.pool.brokers.items():
             store = machine.broker.store if machine.broker else None
             counts = {p: c for p, c in store.memory.counts.items() if any(c)} if store else "down"
-            parts.append(f"{name}: {sorted(machine.ids())} {counts}")
+            astray = "fenced" if machine.fenced else "an old copy" if machine.old_copy else ""
+            parts.append(f"{name}: {sorted(machine.ids())} {counts} {astray}")
+        parts.append(f"operator: {sorted(self.pool.operator.busy)}")
         for group in self.pool.kafka.groups.values():
             committed = {p: c[0] for p, c in sorted(group.committed.items())}
             ends = [len(log) for log in self.pool.kafka.topics[group.topic]]
@@ -574,6 +670,8 @@ class Oracle:
             if task.promised and not task.left and not self._has_expired_by_now(task):
                 self.fail("at least once", f"{task.id} was never taken, at {task.positions or task.sent_to}")
         for machine in self.pool.brokers.values():
+            if machine.gone:
+                continue
             assert machine.broker is not None
             if difference := machine.broker.store.imbalance():
                 self.fail("the books balance", f"{machine.name}: {difference}")

@@ -7,19 +7,21 @@ import gc
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from store_helpers import check_store
 
+from penstock_broker.errors import FatalError, OldDatabase, Replaced
 from penstock_protocol.v1.raw_pb2 import RawSendTasksRequest
 from tests.sim.broker import BrokerMachine
 from tests.sim.faults import Faults
 from tests.sim.hub import EPOCH_MS, Hub, Process
 from tests.sim.kafka import Cluster
 from tests.sim.network import CallFailed, Network
+from tests.sim.operator import Operator
 from tests.sim.oracle import Oracle, Violated
 from tests.sim.tasks import Task, make_task
 from tests.sim.threads import replaced
@@ -30,6 +32,8 @@ GROUP = f"penstock-{TOPIC}"
 # Within that long after the last fault everything is done; what was delayed by a clock that was ahead, and
 # is not any more, waits longest.
 DRAIN_SECONDS_MAX = 2000.0
+# What a broker says that comes back while another one adopts what it had.
+ADOPTION = "has begun to adopt"
 SEND = "/penstock.v1.ProducerService/SendTasks"
 
 
@@ -51,13 +55,15 @@ class Result:
 class Pool:
     """Made of a seed, lives once."""
 
-    def __init__(self, hub: Hub, directory: Path) -> None:
+    def __init__(self, hub: Hub, directory: Path, kinds: Sequence[str] = ()) -> None:
         self.hub = hub
+        # Faults to have, if it is not the seed that says.
+        self.kinds = kinds
         rng = self.rng = hub.random
         # No more faults: from here on everything has to end well.
         self.calm = False
         # Without any from the start.
-        self.quiet = rng.random() < 0.1
+        self.quiet = rng.random() < 0.1 and not kinds
         self.topic = TOPIC
         self.dead_letters = f"{TOPIC}-dlq"
         self.check_store: Callable[..., None] = check_store
@@ -74,7 +80,9 @@ class Pool:
         self.kafka.on_commit = self.oracle.on_commit
         self.kafka.on_foreign_commit = self.oracle.on_foreign_commit
         self.kafka.on_append = self.oracle.on_append
+        self.kafka.on_opened = self.oracle.lag.look
         settings = self._settings()
+        self.retries_leave = settings["kafka_retry_topic"] is not None
         self.brokers = {
             f"broker{n}": BrokerMachine(
                 hub, self.network, f"broker{n}", directory, settings | {"broker_id": f"broker{n}"}
@@ -84,9 +92,11 @@ class Pool:
         for machine in self.brokers.values():
             machine.on_made = self.oracle.watch
             machine.on_end = self._on_end
+            machine.on_down = self.oracle.lag.down
         self.workers: list[Worker | V1Worker] = []
         self._worker_number = 0
         self.application = Process(hub, "app")
+        self.operator = Operator(self)
         self.load_seconds = rng.choice((10.0, 30.0, 60.0))
         self.planned = rng.choice((20, 60, 150))
 
@@ -101,6 +111,8 @@ class Pool:
             "batch_rows_max": rng.choice((2, 16, 1000)),
             "max_pending_count": rng.choice((15, 100_000)),
             "max_deliveries": rng.choice((2, 5, 20)),
+            # Retries go through the topic that they came from, back to whoever reads it.
+            "kafka_retry_topic": TOPIC if rng.random() < 0.2 else None,
         }
 
     @property
@@ -109,20 +121,49 @@ class Pool:
 
     def recorded_at(self, machine: BrokerMachine) -> float | None:
         """When the last record of a broker in the ledger was made."""
-        return self.kafka.recorded_at.get(f"penstock-ledger/{GROUP}/{machine.name}")
+        return self.kafka.recorded_at.get(self.ledger_id(machine))
+
+    @staticmethod
+    def ledger_id(machine: BrokerMachine) -> str:
+        """Under which it writes to the ledger."""
+        return f"penstock-ledger/{GROUP}/{machine.name}"
 
     # -- brokers
 
     def start(self, machine: BrokerMachine) -> None:
-        if not machine.alive:
+        if not (machine.alive or machine.gone):
             machine.disk.reset()
             machine.start()
 
     def _on_end(self, machine: BrokerMachine, error: BaseException | None) -> None:
+        seconds = machine.back_in
         if error is not None:
-            self.oracle.fail("a broker does not fail by itself", f"{machine.name}: {error!r}")
-        seconds = 0.1 if self.calm else machine.back_in
-        self.hub.later(seconds, lambda: self.start(machine))
+            if not self._may_end(machine, error):
+                self.oracle.fail("a broker does not fail by itself", f"{machine.name}: {error!r}")
+            # Whoever watches over it starts it again.
+            seconds = self.hub.between(0.5, 3.0)
+            if isinstance(error, Replaced):
+                # Its database is set aside.
+                machine.renew()
+            elif isinstance(error, OldDatabase):
+                # Its operator says how it goes on.
+                machine.refused = True
+                return
+        self.hub.later(0.1 if self.calm else seconds, lambda: self.start(machine))
+
+    def _may_end(self, machine: BrokerMachine, error: BaseException) -> bool:
+        """Whether a broker is right to stop."""
+        if not isinstance(error, FatalError):
+            return False
+        if isinstance(error, Replaced):
+            return machine.fenced
+        if isinstance(error, OldDatabase):
+            return machine.old_copy
+        if ADOPTION in str(error) and machine.adopted:
+            return True
+        disk = machine.disk
+        # It cannot go on after a sync that failed, nor begin on a disk that it cannot read or write.
+        return "sync" in disk.failed or (not machine.opened and bool(disk.failed or disk.filled))
 
     # -- workers
 
@@ -195,6 +236,7 @@ class Pool:
         for _ in range(self.rng.randint(1, 4)):
             self.add_worker()
         self._load()
+        self.oracle.lag.start()
         if not self.quiet:
             Faults(self).start()
         hub.run(until=self.load_seconds + 20.0)
@@ -213,9 +255,10 @@ class Pool:
         self.network.heal_all()
         self.kafka.up, self.kafka.slow = True, 1.0
         self.kafka.refuses.clear()
+        for group in self.kafka.groups.values():
+            group.rebalance_if_unread()
         for machine in self.brokers.values():
-            machine.disk.slow = 1.0
-            machine.disk.spare()
+            machine.disk.recover()
             machine.clock.jump(0)
             self.start(machine)
         for worker in list(self.workers):
@@ -224,15 +267,16 @@ class Pool:
         self.add_worker()
 
 
-def run_seed(seed: int, *, always_tell: bool = False) -> Result:
-    """One history, whatever comes of it. Its last lines when a promise was not kept, or always."""
+def run_seed(seed: int, *, always_tell: bool = False, kinds: Sequence[str] = ()) -> Result:
+    """One history, whatever comes of it. Its last lines when a promise was not kept, or always. ``kinds``:
+    of its faults; else the seed says which."""
     directory = Path(tempfile.mkdtemp(prefix="penstock-sim-", dir=_shared_memory()))
     hub = Hub(seed)
     collecting = gc.isenabled()
     gc.disable()
     violation = ""
     try:
-        pool = Pool(hub, directory)
+        pool = Pool(hub, directory, kinds)
         with replaced(hub, pool.kafka):
             try:
                 pool.run()

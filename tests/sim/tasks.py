@@ -65,6 +65,8 @@ class Task:
     # (partition, offset) of its copies in the log; the broker it was sent to otherwise.
     positions: list[tuple[int, int]] = field(default_factory=list)
     sent_to: str = ""
+    # How often it has reached one.
+    sends: int = 0
     claims: dict[bytes, Claim] = field(default_factory=dict)
     # Hand-outs that were not given back.
     unreleased: int = 0
@@ -82,6 +84,10 @@ class Task:
     letters: int = 0
     # How often a broker sent it to where another one goes on with it.
     passed_on: int = 0
+    # forward id -> who sent it on last, and when.
+    hops: dict[str, tuple[str, float]] = field(default_factory=dict)
+    # It was sent on, and that was newer than the ledger when the disk of its broker was lost.
+    doubled: bool = False
     # How often a row of it is gone from a store.
     left: int = 0
     # Handed out to a client without tokens.

@@ -1,5 +1,5 @@
 """What the broker reaches outside itself through, replaced by the simulation's: threads, Kafka's clients,
-the gRPC server, random numbers.
+the gRPC server, random numbers, the space on the disk.
 
 The product's code is the product's: only names of other libraries' objects in its modules are bound anew,
 wherever they are, so that a module added later takes part without being listed here.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures._base
 import contextlib
 import importlib
+import os
 import pkgutil
 import secrets
 import sys
@@ -29,6 +30,7 @@ import penstock_broker
 from penstock_broker import metrics
 from tests.sim import hub as hubs
 from tests.sim import kafka_client
+from tests.sim.disk import Disk
 from tests.sim.hub import Hub
 from tests.sim.kafka import Cluster
 from tests.sim.network import Server
@@ -166,6 +168,26 @@ class SimSecrets:
         return self._hub.random.getrandbits(k)
 
 
+class SimOs:
+    """``os``, but for the space on the disk of the machine."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def _disk(self) -> Disk:
+        assert self._hub.process is not None
+        return self._hub.process.disk  # type: ignore[attr-defined, no-any-return]
+
+    def statvfs(self, path: object) -> SimpleNamespace:
+        return self._disk().statvfs()
+
+    def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
+        self._disk().allocate(length)
+
+
 def _modules() -> list[ModuleType]:
     for found in pkgutil.walk_packages(penstock_broker.__path__, "penstock_broker."):
         if not found.name.endswith("__main__"):
@@ -183,6 +205,7 @@ def replaced(hub: Hub, cluster: Cluster) -> Iterator[None]:
     instead = {
         id(threading): simulated,
         id(secrets): SimSecrets(hub),
+        id(os): SimOs(hub),
         id(confluent_kafka.Consumer): partial(kafka_client.consumer, cluster),
         id(confluent_kafka.Producer): partial(kafka_client.producer, cluster),
         id(confluent_kafka.admin.AdminClient): partial(kafka_client.AdminClient, cluster),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from zlib import crc32
+
+from google.protobuf.message import DecodeError
 
 from penstock_broker.domain.activation import (
     CONTENT_BITS,
@@ -21,6 +24,7 @@ from penstock_broker.store.finished import place
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import State, state_of
 from penstock_broker.store.limits import StoreLimits
+from penstock_protocol.v1.activation_pb2 import TaskActivation
 
 
 class ManualClock:
@@ -187,10 +191,19 @@ def check_ledger(store: Inflight, rows: Iterable[Activation]) -> None:
     assert len(known) <= len(stored) + damaged, "the unfinished offsets are not those of the rows"
     for at, row in stored.items():
         # A state that follows from the message need not be kept, and a back-off that is over is none.
-        follows = row.claim == 0 and row.attempts == row.lost == 0 and row.status is not Status.PROCESSING
+        marked = row.at_most_once and row.status is Status.PROCESSING
+        follows = row.claim == 0 and not marked and (row.attempts, row.lost) == _as_sent(row)
         assert _not_due(known[at], store) == _not_due(state_of(row), store) or (follows and not known[at])
     sources = {record[0]: record[1:] for record in store.database.sources()}
     assert unfinished.ranges == sources, "the ranges are not those of the rows"
+
+
+def _as_sent(row: Activation) -> tuple[int, int]:
+    """Attempts and lost deliveries of what another broker sent on, as its message says them."""
+    with contextlib.suppress(DecodeError):
+        message = TaskActivation.FromString(row.body or b"")
+        return message.retry_state.attempts, message.sent_on.deliveries_lost
+    return 0, 0
 
 
 def _not_due(state: State | None, store: Inflight) -> State | None:

@@ -207,3 +207,15 @@ async def test_after_a_failed_sync_a_restart_believes_nothing_that_only_the_cach
         again.ids, again.offset = 10_000, max(0, life.store.source(TOPIC, 0).next)
         await again.run(10)
         await life.check()
+
+
+async def test_a_broker_that_stops_on_a_failing_disk_lets_go_of_its_database(tmp_path: Path) -> None:
+    life = Life(tmp_path / "broker.sqlite", 1)
+    await insert(life.store, [activation("t1", life.clock)])
+    life.disk.before = Failing(("write", "truncate", "delete"), 0, times=None)
+    life.store.database.close()
+    life.disk.before = lambda call: None
+    with life.disk.mounted():
+        store = open_store(life.path, life.clock, LIMITS)
+    assert store.memory.rows == 1
+    store.database.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -216,3 +217,36 @@ async def test_nothing_leaves_before_it_is_covered(kafka: MockKafka, store: Infl
         assert (store.memory.rows, store.imbalance()) == (0, 0)
     sent = {message.key() for message in kafka.read("tasks-dlq", 4)}
     assert sent == {b"over gRPC", b"offset-0", b"offset-1", b"later"}
+
+
+async def test_what_must_not_start_twice_leaves_when_the_ledger_says_that_it_does(store: Inflight) -> None:
+    """Restored from what it said before, it would start here, and where it went."""
+    sent: list[str] = []
+
+    class Taking:
+        async def publish(self, letters: list[Letter]) -> list[None]:
+            sent.extend(letter.key or "" for letter in letters)
+            return [None] * len(letters)
+
+    recorded = asyncio.Event()
+    store.recorded = recorded.wait  # type: ignore[assignment]
+    source = store.source("tasks", 0)
+    rows = [dead(id, source=source.id, offset=n) for n, id in enumerate(("once", "other"))]
+    for row in rows:
+        row.status, row.reason, row.at_most_once = Status.PENDING, None, row.id == "once"
+    await store.insert(rows, {source.id: 2})
+    store.cover(source, 2)
+    forwarder = Forwarder(
+        store,
+        Route.HAND_OVER,
+        Taking(),  # type: ignore[arg-type]
+        lambda row, trimmed: Letter("tasks", row.id, b"", []),
+        lambda topic, count: None,
+    )
+    forwarder.start()
+    await store.hand_over(9, running=False)
+    await until(lambda: sent == ["other"])
+    recorded.set()
+    await until(lambda: store.memory.rows == 0)
+    assert sent == ["other", "once"]
+    await forwarder.stop()

@@ -347,6 +347,56 @@ async def test_covered_tasks_stay_when_the_partition_goes(store: Inflight, clock
     check_store(store)
 
 
+# -- the order of hand-out
+
+
+async def test_what_comes_back_while_a_page_is_read_need_not_be_in_it(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Nor is the database damaged when all else that was to be in it has left in the same tick."""
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(window_rows_max=1))
+    await insert(store, activation("a", clock))
+    claimed = claim(store)
+    await insert(store, activation("b", clock), activation("c", clock))
+    assert sum(queue.spilled for queue in store.memory.index.pairs.values()) == 1
+    handing = asyncio.ensure_future(store.hand_over(9, running=False))
+    await asyncio.sleep(0)
+    await store.writer.tick()  # finds b and c
+    await asyncio.sleep(0)
+    write = store.writer._handoff
+
+    async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = await write(tick, batch)
+        store.release(claimed)
+        return written
+
+    store.writer._handoff = meanwhile
+    await store.writer.tick()  # lets both go, and looks for c
+    store.writer._handoff = write
+    await settle_down(store)
+    assert await handing == 2
+    assert ids(claim(store)) == ["a"]
+    await settle_down(store)
+    check_store(store)
+    store.database.close()
+
+
+async def test_what_is_dropped_is_in_the_books_when_its_rows_are_gone(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Whatever happens after that tick."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    dropped = store.drop_uncovered(source, 0)
+    await store.writer.tick()
+    assert await dropped == 1
+    store.database.close()
+    store = open_store(tmp_path / "store.sqlite", clock)
+    assert store.memory.rows == store.imbalance() == 0
+    store.database.close()
+
+
 # -- the outbox
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import structlog
 from confluent_kafka import KafkaError
 
-from penstock_broker.domain.activation import Activation, Route
+from penstock_broker.domain.activation import NO_SOURCE, Activation, Route
 from penstock_broker.ingest.dead_letters import Letter
 from penstock_broker.ingest.publisher import Publisher
 from penstock_broker.store.inflight import Inflight
@@ -23,6 +23,7 @@ BATCH_BYTES_MAX = 8 * 1024 * 1024
 BACK_OFF_SECONDS_MIN = 1.0
 BACK_OFF_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 1.0
+RECORD_SECONDS_MAX = 5.0
 
 _TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE)
 
@@ -87,12 +88,30 @@ class Forwarder:
                 rows = await self._store.outbox.take(self.route, BATCH_ROWS_MAX, BATCH_BYTES_MAX)
                 if self._publisher is None:
                     await self._rest(rows)
-                else:
+                elif self.route is Route.DEAD_LETTER:
                     await self._forward(rows, self._publisher)
+                else:
+                    await self._send_on(rows, self._publisher)
                 if self._back_off:
                     self._idle.set()
                     await asyncio.sleep(self._back_off)
                     self._idle.clear()
+
+    async def _send_on(self, rows: list[Activation], publisher: Publisher) -> None:
+        """What must not start twice leaves for where it is run when the ledger says that it does: restored
+        from an older record, it would start here, too."""
+        once = [row for row in rows if _waits_for_ledger(row)]
+        if others := [row for row in rows if not _waits_for_ledger(row)]:
+            await self._forward(others, publisher)
+        if not once:
+            return
+        try:
+            await asyncio.wait_for(self._store.recorded(), RECORD_SECONDS_MAX)
+        except TimeoutError:
+            self._store.outbox.give_back(self.route, once)
+            self._raise_alarm("the ledger cannot be written", "the ledger")
+        else:
+            await self._forward(once, publisher)
 
     async def _forward(self, rows: list[Activation], publisher: Publisher) -> None:
         failed: list[Failed] = []
@@ -185,6 +204,10 @@ class Forwarder:
     async def failed(self) -> None:
         """Ends, with the cause, when forwarding ends by itself."""
         await asyncio.shield(self._task)
+
+
+def _waits_for_ledger(row: Activation) -> bool:
+    return row.at_most_once and row.source != NO_SOURCE
 
 
 def _tell_of_dead_letters(rows: Sequence[Activation], to: str) -> None:

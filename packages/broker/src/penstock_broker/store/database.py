@@ -361,7 +361,9 @@ class Database:
         if self._broken:
             # What it cannot be sure of must not be copied into the database.
             self.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        self.connection.close(True)
+        # On a disk that fails still: what could not be copied back is in the WAL.
+        with suppress(apsw.Error):
+            self.connection.close(True)
 
     def release_lock(self) -> None:
         """Let another broker have the file."""

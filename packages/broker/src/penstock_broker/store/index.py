@@ -21,6 +21,7 @@ class PairQueue:
         "application",
         "asked_at",
         "bytes",
+        "came_back",
         "in_ring",
         "namespace",
         "paging",
@@ -45,6 +46,8 @@ class PairQueue:
         self.bytes = 0
         # Pending rows of this pair that are not in memory.
         self.spilled = 0
+        # Of them, those that came back since a page was asked for: they cannot be in it.
+        self.came_back = 0
         # Order key of the last row that was put into memory.
         self.tail_ready_at = -1
         self.tail_seq = -1

@@ -690,16 +690,19 @@ class Inflight:
             memory.void(memory.resident[seq])
         result: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         rows: list[Activation] = []
+        batch = memory.batch
 
         def delete(database: Database) -> None:
             rows[:] = database.load(seqs)
             database.delete(seqs, seqs)
+            for row in rows:
+                batch.count(row.pair, "dropped")
 
         def account() -> None:
             memory.dropping.difference_update(seqs)
             for row in rows:
                 memory.forget(row)
-                memory.batch.count(row.pair, "dropped")
+                memory.add_to_books({(row.pair, "dropped"): 1})
                 if row.status is PENDING and row.seq not in in_memory:
                     memory.index.pairs[row.pair].spilled -= 1
             memory.tally.dropped += len(rows) + queued

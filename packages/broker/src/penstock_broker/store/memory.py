@@ -283,7 +283,9 @@ class Memory:
         elif change.status is DELAYED:
             self.wake_earlier(change.ready_at)
         else:
-            self.index.pairs[row.pair].spilled += 1
+            queue = self.index.pairs[row.pair]
+            queue.spilled += 1
+            queue.came_back += 1
             self.low.add(row.pair)
         self.wake_earlier(row.expires_at)
 
@@ -387,7 +389,7 @@ class Memory:
     def paged(self, queue: PairQueue, rows: list[Activation], damaged: bool = False) -> None:
         """The next spilled rows of a pair were read; ``damaged``: others were set aside."""
         queue.paging = False
-        if not rows and queue.spilled and not damaged:
+        if not rows and queue.spilled > queue.came_back and not damaged:
             raise self.database.suspect(
                 f"{queue.spilled} pending rows of {queue.application}/{queue.namespace} are in no page"
             )

@@ -287,7 +287,7 @@ class Writer:
         memory = self._memory
         for queue in memory.low_pairs():
             rows, size = memory.index.room(queue) or (1, 1)
-            queue.paging = True
+            queue.paging, queue.came_back = True, 0
             batch.pages.append(
                 PageRequest(
                     queue.pair,
