@@ -438,9 +438,11 @@ class Oracle:
             task.final = _NAMES[status]
 
     def _check_stale(self, machine: BrokerMachine, claim: Claim, status: int) -> None:
-        """Only when the claim is not held any more, or another broker may run the task."""
+        """Only when the claim is not held any more, or another broker may run the task. That a report was
+        applied is known until the next claim."""
         held = (
-            claim.boot == machine.boots
+            not any(other.attempt > claim.attempt for other in claim.task.claims.values())
+            and claim.boot == machine.boots
             and claim.reported == {status}
             and machine.clock.mono_ms() < claim.touched_ms + self.pool.lease_ms
             and claim.rebalances == self.pool.kafka.rebalances()
@@ -531,7 +533,7 @@ class Oracle:
             if task.sent_to == machine.name and task.id in machine.lost and not task.passed_on:
                 task.promised = False
                 self.counts["lost with a disk: sent over gRPC"] += 1
-            task.retry_at.clear()
+            task.retry_at = {token: due for token, due in task.retry_at.items() if due[0] != machine.name}
             newer_than = max(recorded_at, recorded_before)
             if any(broker == machine.name and at >= newer_than for broker, at in task.hops.values()):
                 # It is restored, too.

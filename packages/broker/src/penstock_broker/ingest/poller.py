@@ -35,7 +35,7 @@ POLL_BUSY_SECONDS = 0.002
 # A store without room is waited for this long before the partitions are paused.
 PAUSE_AFTER_SECONDS = 0.2
 # While it waits for room in memory, commits and their answers wait at most this long.
-PACE_SECONDS = 0.005
+PACE_SECONDS = 0.01
 LOOKUP_SECONDS_MAX = 10.0
 CHORES_EVERY_MS = 1000
 LOOK_WHICH_EVERY_MS = 5000
