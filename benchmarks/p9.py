@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-import sys
 import uuid
 from functools import partial
 
-from benchmarks.harness import Bench, Case, Claim, Figure, Figures, Target
+from benchmarks.harness import ROOT, Bench, Case, Claim, Figure, Figures, Target
 from benchmarks.stored import make
-from benchmarks.systems import penstock
+from benchmarks.systems import environment_python, penstock
 
 _IMPORT = """
 import time
@@ -39,7 +39,11 @@ def parent(bench: Bench, tasks: int) -> Figures:
 
 
 def importing(bench: Bench) -> Figures:
-    done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+    """In an environment that has what a producer installs, and nothing else."""
+    sources = os.pathsep.join(f"{ROOT}/packages/{name}/src" for name in ("client", "protocol"))
+    environment = os.environ | {"PYTHONPATH": sources}
+    command = [environment_python("client"), "-c", _IMPORT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     wall_ms, cpu_ms, rss_mb = map(float, done.stdout.split())
     return {"import_ms": wall_ms, "import_cpu_ms": cpu_ms, "rss_mb": rss_mb}
 
@@ -56,7 +60,8 @@ CLAIM = Claim(
     title="Memory, and the client's import",
     how="Resident memory: of a broker right after it has stored the rows; of a worker with two children"
     " after it has"
-    " run tasks; of a fresh interpreter that has imported the client, and how long the import took.",
+    " run tasks; of a fresh interpreter that has imported the client, in an environment with the client"
+    " alone, and how long the import took.",
     figures=(
         Figure("rss_mb", "memory, MB", plotted=True),
         Figure("children_rss_mb", "each child, MB"),

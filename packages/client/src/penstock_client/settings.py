@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from penstock_client.errors import ConfigError, nearest
@@ -89,7 +88,7 @@ def _given(
     values: dict[str, tuple[Any, str]] = {}
     path = config or os.environ.get("PENSTOCK_CONFIG")
     if path:
-        values |= _from_file(Path(path))
+        values |= _from_file(os.fspath(path))
     values |= _from_environment(os.environ)
     return values | {name: (value, f"App({name}=)") for name, value in arguments.items() if value is not None}
 
@@ -99,11 +98,14 @@ _POSITIVE = ("delivery_timeout_seconds", "buffer_messages_max", "payload_bytes_m
 _FIELDS = {f.name: f for f in dataclasses.fields(ClientSettings)}
 
 
-def _from_file(path: Path) -> dict[str, tuple[object, str]]:
-    import yaml  # only a producer that has a file pays for it
+def _from_file(path: str) -> dict[str, tuple[object, str]]:
+    # Only a producer that has a file pays for these.
+    from pathlib import Path
+
+    import yaml
 
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -117,7 +119,7 @@ def _from_file(path: Path) -> dict[str, tuple[object, str]]:
         known = "route_overrides" if name == OVERRIDES else name
         if known not in _FIELDS:
             raise ConfigError(f"{path}: unknown setting {name!r}{_nearest(name)}")
-        values[known] = (value, str(path))
+        values[known] = (value, path)
     return values
 
 
