@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from functools import partial
 
 from benchmarks.fill import fill
 from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target, percentile
-from benchmarks.processes import Meter, Script, broker, kafka_settings, new_topic, standing_still
+from benchmarks.processes import (
+    Meter,
+    Script,
+    broker,
+    free_port,
+    kafka_settings,
+    new_topic,
+    standing_still,
+)
 
 GENERATORS = 2
 
@@ -23,26 +32,45 @@ def unary(bench: Bench, workers: int, tasks: int) -> Figures:
         with standing_still(server.process):
             fill(bench.kafka, topic, tasks, 300)
             meter = Meter(broker=server.process)
-        results = [script.result() for script in load]
-        done = sum(result["done"] for result in results)
-        if done != tasks:
-            raise SystemExit(f"{done} of {tasks} tasks were completed")
-        seconds = max(r["last"] for r in results) - min(r["first"] for r in results)
-        calls = [ms for r in results for ms in r["call_ms"]]
-        return {
-            "tasks_per_second": done / seconds,
-            **meter.cpu_us(done),
-            "generator_cpu_us": sum(r["cpu"] for r in results) / done * 1e6,
-            "call_p50_ms": percentile(calls, 0.5),
-            "call_p99_ms": percentile(calls, 0.99),
-        }
+        return finished(load, meter, tasks)
+
+
+def nothing_but_grpc(bench: Bench, workers: int, tasks: int) -> Figures:
+    """The same calls to a server of the same library that answers at once."""
+    port = free_port()
+    server = Script("benchmarks.answers", port, "--tasks", tasks).ready()
+    try:
+        meter = Meter(broker=server.pid)
+        load = [
+            Script("benchmarks.v1_load", f"127.0.0.1:{port}", "--workers", workers // GENERATORS).ready()
+            for _ in range(GENERATORS)
+        ]
+        return finished(load, meter, tasks)
+    finally:
+        server.stop()
+
+
+def finished(load: Sequence[Script], meter: Meter, tasks: int) -> Figures:
+    results = [script.result() for script in load]
+    done = sum(result["done"] for result in results)
+    if done != tasks:
+        raise SystemExit(f"{done} of {tasks} tasks were completed")
+    seconds = max(r["last"] for r in results) - min(r["first"] for r in results)
+    calls = [ms for r in results for ms in r["call_ms"]]
+    return {
+        "tasks_per_second": done / seconds,
+        **meter.cpu_us(done),
+        "generator_cpu_us": sum(r["cpu"] for r in results) / done * 1e6,
+        "call_p50_ms": percentile(calls, 0.5),
+        "call_p99_ms": percentile(calls, 0.99),
+    }
 
 
 def cases(bench: Bench) -> list[Case]:
+    tasks = bench.size(6_000, 20_000)
     return [
-        Case(
-            "Penstock", f"{workers} workers", partial(unary, workers=workers, tasks=bench.size(6_000, 20_000))
-        )
+        Case(name, f"{workers} workers", partial(drain, workers=workers, tasks=tasks))
+        for name, drain in (("Penstock", unary), ("gRPC alone", nothing_but_grpc))
         for workers in (4, 16, 64, 128)
     ]
 
@@ -58,7 +86,7 @@ CLAIM = Claim(
     " GetTask once and then SetTaskStatus with fetch_next_task until nothing is left.",
     figures=(
         Figure(RATE, "tasks/s", more_is_better=True, plotted=True, digits=0),
-        Figure("broker_cpu_us", "broker CPU, µs a task", digits=0),
+        Figure("broker_cpu_us", "server CPU, µs a task", digits=0),
         Figure("generator_cpu_us", "load generators' CPU, µs a task", digits=0),
         Figure("call_p50_ms", "p50 of a call, ms"),
         Figure("call_p99_ms", "p99 of a call, ms"),
@@ -81,6 +109,11 @@ CLAIM = Claim(
             " figure"
             " the CPU of the broker is the part that is the broker's own."
         ),
+        (
+            '"gRPC alone" is a server of the same library whose handlers answer at once and do nothing else:'
+            " no task is stored, claimed or settled, nothing is synced. What is left to the broker is the"
+            " difference."
+        ),
     ),
-    seconds=(60, 420),
+    seconds=(100, 700),
 )
