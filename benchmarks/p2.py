@@ -12,11 +12,11 @@ from benchmarks.processes import (
     Meter,
     Script,
     broker,
-    free_port,
     kafka_settings,
     new_topic,
     standing_still,
 )
+from tests.kafka_server import free_port
 
 GENERATORS = 2
 
