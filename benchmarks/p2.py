@@ -8,14 +8,7 @@ from functools import partial
 
 from benchmarks.fill import fill
 from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target, percentile
-from benchmarks.processes import (
-    Meter,
-    Script,
-    broker,
-    kafka_settings,
-    new_topic,
-    standing_still,
-)
+from benchmarks.processes import Meter, Script, broker, kafka_settings, new_topic, standing_still
 from tests.kafka_server import free_port
 
 GENERATORS = 2
