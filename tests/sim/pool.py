@@ -21,7 +21,7 @@ from tests.sim.faults import Faults
 from tests.sim.hub import EPOCH_MS, Hub, Process
 from tests.sim.kafka import Cluster
 from tests.sim.network import CallFailed, Network
-from tests.sim.operator import Operator
+from tests.sim.operator import ADOPTION_BEGUN, Operator
 from tests.sim.oracle import Oracle, Violated
 from tests.sim.tasks import Task, make_task
 from tests.sim.threads import replaced
@@ -32,8 +32,6 @@ GROUP = f"penstock-{TOPIC}"
 # Within that long after the last fault everything is done; what was delayed by a clock that was ahead, and
 # is not any more, waits longest.
 DRAIN_SECONDS_MAX = 2000.0
-# What a broker says that comes back while another one adopts what it had.
-ADOPTION = "has begun to adopt"
 SEND = "/penstock.v1.ProducerService/SendTasks"
 
 
@@ -159,7 +157,8 @@ class Pool:
             return machine.fenced
         if isinstance(error, OldDatabase):
             return machine.old_copy
-        if ADOPTION in str(error) and machine.adopted:
+        if ADOPTION_BEGUN in str(error) and machine.adopted:
+            # It comes back while another one adopts what it had.
             return True
         disk = machine.disk
         # It cannot go on after a sync that failed, nor begin on a disk that it cannot read or write.
