@@ -553,9 +553,7 @@ class Oracle:
 
     # -- Kafka
 
-    def on_append(
-        self, topic: str, partition: int, offset: int, record: Record, by: Process | None
-    ) -> None:
+    def on_append(self, topic: str, partition: int, offset: int, record: Record, by: Process | None) -> None:
         """Something is in the log: of the application, or of a broker that passes it on."""
         if topic.endswith("-ledger"):
             self._on_ledger(record, by)
