@@ -11,6 +11,7 @@ import pytest
 
 from penstock_broker.departures import Departures
 from penstock_broker.dispatch.service import Refused
+from penstock_broker.ingest.drain import DrainReport
 from penstock_broker.ingest.ledger_adopt import AdoptedHere, AdoptError, AdoptReport, adopt
 from penstock_broker.ingest.ledger_records import Account, Head
 from penstock_broker.ingest.ownership import Me
@@ -95,7 +96,7 @@ async def test_who_has_adopted_it_all_says_so() -> None:
 
 
 class Adopts:
-    """In place of ingest: adoptions, each with its end."""
+    """In place of ingest: adoptions, each with its end; a drain that has nothing to do."""
 
     def __init__(self, *ends: AdoptReport | AdoptError) -> None:
         self.ends = list(ends)
@@ -107,6 +108,12 @@ class Adopts:
         if isinstance(end, AdoptError):
             raise end
         return end
+
+    async def drain(self, grace_seconds: float) -> None:
+        await self.goes_on.wait()
+
+    def drain_report(self) -> DrainReport:
+        return DrainReport(True, "", {}, 0, 0)
 
 
 async def asked(departures: Departures, broker_id: str = "gone") -> pb.AdoptResponse:
@@ -158,3 +165,6 @@ async def test_two_who_ask_at_once_are_both_told() -> None:
     departures = Departures(adopts)  # type: ignore[arg-type]
     told = await asyncio.gather(asked(departures), asked(departures))
     assert [one.adopted for one in told] == [5, 5]
+    drain = pb.DrainRequest().SerializeToString()
+    answers = await asyncio.gather(departures.drain(drain), departures.drain(drain))
+    assert all(pb.DrainResponse.FromString(answer).finished for answer in answers)

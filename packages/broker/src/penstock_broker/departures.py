@@ -48,21 +48,23 @@ class Departures:
         if self._draining is None:
             log.warning("draining", grace_seconds=asked.grace_seconds, by=asked.by[:NAME_CHARS_MAX])
             self._draining = _start(self._ingest.drain(asked.grace_seconds), "drain")
-        await _wait(self._draining)
+        draining = self._draining
+        await _wait(draining)
         answer = pb.DrainResponse(phase="leaving the consumer group")
         if (report := self._ingest.drain_report()) is not None:
             answer = pb.DrainResponse(
-                finished=self._draining.done(),
+                finished=draining.done(),
                 phase=report.phase,
                 left=[pb.StateCount(state=state, tasks=tasks) for state, tasks in report.left.items()],
                 ended=report.ended,
                 handed_over=report.handed_over,
                 reasons=report.reasons,
             )
-        if self._draining.done():
+        if draining.done():
             # Asked again, it goes on with what could not leave.
-            finished, self._draining = self._draining, None
-            finished.result()
+            if draining is self._draining:
+                self._draining = None
+            draining.result()
         return answer.SerializeToString()
 
     async def adopt(self, request: bytes) -> bytes:
