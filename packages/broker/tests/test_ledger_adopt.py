@@ -138,8 +138,10 @@ async def test_an_adoption_that_ended_unasked_is_not_the_answer_to_the_next_one(
 ) -> None:
     """The broker has come back meanwhile, and was lost once more."""
     ends = (AdoptReport("gone", 1, 5, 0), AdoptReport("gone", 1, 7, 0))
-    departures = await ended_unasked(monkeypatch, *ends)
+    departures = await ended_unasked(monkeypatch, *ends, AdoptedHere("already"))
     assert (await asked(departures)).adopted == 7
+    with pytest.raises(Refused, match="already"):
+        await asked(departures)
     departures = await ended_unasked(monkeypatch, *ends)
     assert (await asked(departures, "another")).adopted == 7
 

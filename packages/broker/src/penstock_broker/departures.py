@@ -91,10 +91,10 @@ class Departures:
             return pb.AdoptResponse().SerializeToString()
         if adopting is self._adopting:
             self._adopting = None
+        untold, self._untold = self._untold, None
         try:
             report = adopting.result()
         except AdoptError as error:
-            untold, self._untold = self._untold, None
             if not isinstance(error, AdoptedHere) or untold is None or untold.broker_id != broker_id:
                 raise Refused(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
             report = untold
