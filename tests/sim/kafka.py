@@ -58,8 +58,8 @@ class Cluster:
         self.recorded_at: dict[str, float] = {}
         # Told when one is opened.
         self.on_opened: Callable[[], None] = lambda: None
-        # Told of each record: topic, partition, offset.
-        self.on_append: Callable[[str, int, int, Record], None] = lambda *told: None
+        # Told of each record: topic, partition, offset; and by whom, if it is of a transaction.
+        self.on_append: Callable[[str, int, int, Record, Process | None], None] = lambda *told: None
         # Told of each commit that is accepted: who, topic, partition, offset before, offset; and of those
         # by one who does not have the partition.
         self.on_commit: Callable[[Process, str, int, int, int], None] = lambda *told: None
@@ -83,12 +83,18 @@ class Cluster:
         return self.hub.between(0.0005, 0.006) * self.slow
 
     def append(
-        self, topic: str, partition: int, key: object, value: bytes | None, headers: list[tuple[str, bytes]]
+        self,
+        topic: str,
+        partition: int,
+        key: object,
+        value: bytes | None,
+        headers: list[tuple[str, bytes]],
+        by: Process | None = None,
     ) -> int:
         log = self.topics[topic][partition]
         now = self.hub.now
         log.append(Record(key, value, headers, now + self.latency(), EPOCH_MS + int(now * 1000)))
-        self.on_append(topic, partition, len(log) - 1, log[-1])
+        self.on_append(topic, partition, len(log) - 1, log[-1], by)
         for consumer in self.consumers:
             consumer.appended(topic, partition, log[-1].visible_at)
         return len(log) - 1

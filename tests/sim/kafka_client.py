@@ -555,7 +555,8 @@ class TransactionalProducer(Client):
                 if self._id.endswith(f"/{self.process.name}"):
                     cluster.recorded_at[self._id] = begun_at
                 for topic, key, value in messages:
-                    cluster.append(topic, sum(key) % len(cluster.topics[topic]), key, value, [])
+                    partition = sum(key) % len(cluster.topics[topic])
+                    cluster.append(topic, partition, key, value, [], self.process)
             if cluster.reachable(self.process):
                 self.process.later(cluster.latency(), partial(answered, fenced))
 

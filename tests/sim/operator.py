@@ -23,6 +23,8 @@ CALL_SECONDS = 5.0
 # One that is not drained by then is started anew, and stays.
 DRAIN_SECONDS_MAX = 60.0
 ADOPTED_ALREADY = "already"
+# By another one than the one that is asked.
+ADOPTION_BEGUN = "has begun to adopt"
 
 
 class Operator:
@@ -110,7 +112,7 @@ class Operator:
             except CallFailed as failed:
                 if ADOPTED_ALREADY in failed.message:
                     break
-                helper = None
+                helper = await self._named(failed.message)
                 await asyncio.sleep(self.hub.between(0.2, 3.0))
                 continue
             told = admin_pb2.AdoptResponse.FromString(answer)
@@ -121,6 +123,18 @@ class Operator:
                     )
                 break
         self.hub.tell("operator", f"{machine.name} is adopted")
+
+    async def _named(self, message: str) -> str | None:
+        """Who has begun to adopt, and must end it; one that has gone is adopted first."""
+        if ADOPTION_BEGUN not in message:
+            return None
+        name = message.split("'")[1]
+        if self.pool.brokers[name].gone and name not in self.busy:
+            self.busy.add(name)
+            await self.adopt(self.pool.brokers[name], force=True)
+            self.busy.discard(name)
+            return None
+        return name
 
     # -- an old copy of a database
 

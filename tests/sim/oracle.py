@@ -501,7 +501,7 @@ class Oracle:
             if claim.broker == machine.name:
                 claim.forgotten = claim.ended = True
 
-    def _on_ledger(self, record: Record) -> None:
+    def _on_ledger(self, record: Record, by: Process | None) -> None:
         """Somebody has recorded who a broker is, or who has taken over from it."""
         kind, _, name, *_ = json.loads(record.key)  # type: ignore[arg-type]
         if kind != "broker" or record.value is None:
@@ -509,7 +509,8 @@ class Oracle:
         head, machine = json.loads(record.value), self.pool.brokers[name]
         successor = head["successor"]
         self.heads[name] = (head["store_id"], head["sequence"])
-        if successor is None and machine.old_copy:
+        # What was on its way when the right one ended arrives all the same.
+        if successor is None and machine.old_copy and by is not None and by.alive:
             self.fail("an old copy is refused", f"{name} goes on with one")
         if successor is None or successor[0] == name:
             machine.fenced = machine.adopted = False
@@ -552,10 +553,10 @@ class Oracle:
 
     # -- Kafka
 
-    def on_append(self, topic: str, partition: int, offset: int, record: Record) -> None:
+    def on_append(self, topic: str, partition: int, offset: int, record: Record, by: Process | None) -> None:
         """Something is in the log: of the application, or of a broker that passes it on."""
         if topic.endswith("-ledger"):
-            self._on_ledger(record)
+            self._on_ledger(record, by)
             return
         task = self.task_in(record.value)
         if topic == self.pool.dead_letters:

@@ -21,7 +21,7 @@ from tests.sim.faults import Faults
 from tests.sim.hub import EPOCH_MS, Hub, Process
 from tests.sim.kafka import Cluster
 from tests.sim.network import CallFailed, Network
-from tests.sim.operator import Operator
+from tests.sim.operator import ADOPTION_BEGUN, Operator
 from tests.sim.oracle import Oracle, Violated
 from tests.sim.tasks import Task, make_task
 from tests.sim.threads import replaced
@@ -32,8 +32,8 @@ GROUP = f"penstock-{TOPIC}"
 # Within that long after the last fault everything is done; what was delayed by a clock that was ahead, and
 # is not any more, waits longest.
 DRAIN_SECONDS_MAX = 2000.0
-# What a broker says that comes back while another one adopts what it had.
-ADOPTION = "has begun to adopt"
+# How often some rebalance comes, whatever for, when there are no more faults.
+UNREAD_SECONDS = 60.0
 SEND = "/penstock.v1.ProducerService/SendTasks"
 
 
@@ -159,7 +159,8 @@ class Pool:
             return machine.fenced
         if isinstance(error, OldDatabase):
             return machine.old_copy
-        if ADOPTION in str(error) and machine.adopted:
+        if ADOPTION_BEGUN in str(error) and machine.adopted:
+            # It comes back while another one adopts what it had.
             return True
         disk = machine.disk
         # It cannot go on after a sync that failed, nor begin on a disk that it cannot read or write.
@@ -255,8 +256,7 @@ class Pool:
         self.network.heal_all()
         self.kafka.up, self.kafka.slow = True, 1.0
         self.kafka.refuses.clear()
-        for group in self.kafka.groups.values():
-            group.rebalance_if_unread()
+        self._look_for_unread()
         for machine in self.brokers.values():
             machine.disk.recover()
             machine.clock.jump(0)
@@ -265,6 +265,12 @@ class Pool:
             if isinstance(worker, V1Worker) or worker.process.stopped_until > self.hub.now:
                 self.replace(worker)
         self.add_worker()
+
+    def _look_for_unread(self) -> None:
+        """Whoever was told to stop before the last fault may leave something unread still."""
+        for group in self.kafka.groups.values():
+            group.rebalance_if_unread()
+        self.hub.later(UNREAD_SECONDS, self._look_for_unread)
 
 
 def run_seed(seed: int, *, always_tell: bool = False, kinds: Sequence[str] = ()) -> Result:

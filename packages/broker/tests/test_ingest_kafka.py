@@ -187,6 +187,21 @@ async def test_what_was_to_be_committed_of_a_partition_that_has_left_is_not(sett
         assert told.done == [([],)]
 
 
+async def test_what_is_revoked_while_the_broker_stops_is_not_committed_any_more(settings: Settings) -> None:
+    async with running_store(settings.db_path) as store:
+        poller = KafkaConsumer(store, settings)._poller
+        asked, told = Asked(), Told()
+        poller._loop = told  # type: ignore[assignment]
+        poller._stopping = threading.Event()
+        for partition in (0, 1):
+            poller.tracks.add(partition, 1, 0)
+        poller._stopping.set()
+        poller._on_revoke(asked, [TopicPartition("tasks", 1)])  # type: ignore[arg-type]
+        poller.hand_commit([Position(0, 5, ""), Position(1, 7, "")])
+        poller._commit(asked)  # type: ignore[arg-type]
+        assert asked.offsets == [[(0, 5)]]
+
+
 async def test_a_full_store_pauses_and_goes_on_without_losing_its_membership(
     kafka: MockKafka, settings: Settings
 ) -> None:

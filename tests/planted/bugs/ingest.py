@@ -221,7 +221,42 @@ BUGS = (
         new='        self._transactional_id = f"penstock-ledger/{settings.kafka_consumer_group}/{broker_id}/{id(self)}"\n',
         tests=("tests/e2e/test_fence.py::test_nothing_is_written_after_the_fence",),
     ),
+    Bug(
+        "two brokers adopt the same one",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger_adopt.py",
+        old="    if successor is not None and successor != ledger.me and await _goes_on(ledger, successor, broker_id):\n",
+        new="    if False:\n",
+        tests=(BROKER + "test_ledger_adopt.py::test_only_one_broker_at_a_time_adopts_another",),
+    ),
+    Bug(
+        "an adoption that ended unasked answers the next one",
+        "who is told that a broker was adopted can rely on it",
+        "broker/departures.py",
+        old="        if self._adopting is not None and self._adopting.done():\n",
+        new="        if False:\n",
+        tests=(
+            BROKER
+            + "test_ledger_adopt.py::test_an_adoption_that_ended_unasked_is_not_the_answer_to_the_next_one",
+        ),
+    ),
     # -- taking
+    Bug(
+        "a broker that stops commits what is revoked",
+        "no offset of a partition that is not owned is committed",
+        "broker/ingest/poller.py",
+        old=(
+            "        self._forget(numbers)\n"
+            "        if self._fenced or self._stopping.is_set():\n"
+            "            return\n"
+        ),
+        new=(
+            "        if self._fenced or self._stopping.is_set():\n"
+            "            return\n"
+            "        self._forget(numbers)\n"
+        ),
+        tests=(KAFKA + "test_what_is_revoked_while_the_broker_stops_is_not_committed_any_more",),
+    ),
     Bug(
         "a position that is read twice is taken twice",
         "a replay from Kafka is recognised by its position",

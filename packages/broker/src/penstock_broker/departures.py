@@ -15,7 +15,7 @@ import structlog
 
 from penstock_broker.dispatch.rpc import Method
 from penstock_broker.dispatch.service import Refused, parse
-from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport
+from penstock_broker.ingest.ledger_adopt import AdoptedHere, AdoptError, AdoptReport
 from penstock_broker.ingest.parts import Ingest
 from penstock_protocol.v1 import admin_pb2 as pb
 
@@ -35,6 +35,8 @@ class Departures:
         self._draining: asyncio.Task[object] | None = None
         self._adopting: asyncio.Task[AdoptReport] | None = None
         self._adopted = ""
+        # Of the last adoption, if it ended while nobody asked.
+        self._untold: AdoptReport | None = None
 
     def methods(self) -> dict[str, Method]:
         return {"Drain": self.drain, "Adopt": self.adopt}
@@ -46,26 +48,32 @@ class Departures:
         if self._draining is None:
             log.warning("draining", grace_seconds=asked.grace_seconds, by=asked.by[:NAME_CHARS_MAX])
             self._draining = _start(self._ingest.drain(asked.grace_seconds), "drain")
-        await _wait(self._draining)
+        draining = self._draining
+        await _wait(draining)
         answer = pb.DrainResponse(phase="leaving the consumer group")
         if (report := self._ingest.drain_report()) is not None:
             answer = pb.DrainResponse(
-                finished=self._draining.done(),
+                finished=draining.done(),
                 phase=report.phase,
                 left=[pb.StateCount(state=state, tasks=tasks) for state, tasks in report.left.items()],
                 ended=report.ended,
                 handed_over=report.handed_over,
                 reasons=report.reasons,
             )
-        if self._draining.done():
+        if draining.done():
             # Asked again, it goes on with what could not leave.
-            finished, self._draining = self._draining, None
-            finished.result()
+            if draining is self._draining:
+                self._draining = None
+            draining.result()
         return answer.SerializeToString()
 
     async def adopt(self, request: bytes) -> bytes:
         asked = parse(pb.AdoptRequest, request)
         broker_id = asked.broker_id[:NAME_CHARS_MAX]
+        if self._adopting is not None and self._adopting.done():
+            # Whether what it tells still holds, only the ledger knows: the broker may have come back since.
+            self._untold = None if self._adopting.exception() else self._adopting.result()
+            self._adopting = None
         if self._adopting is None:
             log.warning(
                 "adoption asked for", broker=broker_id, force=asked.force, by=asked.by[:NAME_CHARS_MAX]
@@ -77,14 +85,19 @@ class Departures:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this broker is adopting {self._adopted!r} now: ask again when it has finished",
             )
-        await _wait(self._adopting)
-        if not self._adopting.done():
+        adopting = self._adopting
+        await _wait(adopting)
+        if not adopting.done():
             return pb.AdoptResponse().SerializeToString()
-        adopting, self._adopting = self._adopting, None
+        if adopting is self._adopting:
+            self._adopting = None
+        untold, self._untold = self._untold, None
         try:
             report = adopting.result()
         except AdoptError as error:
-            raise Refused(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
+            if not isinstance(error, AdoptedHere) or untold is None or untold.broker_id != broker_id:
+                raise Refused(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
+            report = untold
         return pb.AdoptResponse(
             finished=True, partitions=report.partitions, adopted=report.adopted, lost=report.lost
         ).SerializeToString()

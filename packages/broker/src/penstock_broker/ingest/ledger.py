@@ -203,8 +203,7 @@ class Ledger:
             raise FatalError(
                 f"broker {successor.broker_id!r} has begun to adopt broker {self.me.broker_id!r},"
                 " and has not finished",
-                f"if it still does, wait; else repeat `penstock-broker adopt {self.me.broker_id}`"
-                " on any living broker",
+                f"if it still does, wait; else repeat `penstock-broker adopt {self.me.broker_id}` there",
             )
 
     async def _go_without(self, why: str) -> None:

@@ -22,6 +22,7 @@ from penstock_broker.ingest.ledger_records import (
     segment_record,
 )
 from penstock_broker.ingest.ledger_restore import Left, find_left, restore
+from penstock_broker.ingest.ownership import Me
 from penstock_broker.store.ledger import Segment
 
 log = structlog.get_logger("ledger")
@@ -34,6 +35,10 @@ LOOK_SECONDS = 0.5
 
 class AdoptError(Exception):
     """A broker cannot be adopted, or not now; the text says why and what to do."""
+
+
+class AdoptedHere(AdoptError):
+    """This very store has adopted it, all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +56,15 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
 
     It is fenced first: should it live, it stops. What is adopted is in this store and in this broker's
     ledger before the other's forgets it, so that an adoption that fails, or whose broker dies, can be
-    repeated. ``force``: also when it has written within the last minute. Raises AdoptError.
+    repeated: on the same broker, for nobody else knows what it holds of it already. ``force``: also when it
+    has written within the last minute. Raises AdoptError.
     """
     try:
-        account = await _may_adopt(ledger, broker_id, force)
+        await _may_adopt(ledger, broker_id, force)
         theirs = ledger.log_of(broker_id)
         await ledger.call(theirs.fence)
+        # Another one may have begun before it was fenced by this.
+        account = await _may_adopt(ledger, broker_id, force)
         await ledger.succeed(theirs, account.head, broker_id)
         log.warning("adopting a broker", broker=broker_id)
         await _await_gone(ledger, broker_id)
@@ -94,15 +102,32 @@ async def _may_adopt(ledger: Ledger, broker_id: str, force: bool) -> Account:
             f"the ledger knows no broker {broker_id!r} in the group"
             f" {ledger.settings.kafka_consumer_group!r}: names are those of broker_id"
         )
-    if head.successor is not None and head.handed:
-        raise AdoptError(f"broker {broker_id!r} was adopted by {head.successor.broker_id!r} already")
+    successor = head.successor
+    if successor is not None and head.handed:
+        error = AdoptedHere if successor == ledger.me else AdoptError
+        raise error(f"broker {broker_id!r} was adopted by {successor.broker_id!r} already")
+    if successor is not None and successor != ledger.me and await _goes_on(ledger, successor, broker_id):
+        raise AdoptError(
+            f"broker {successor.broker_id!r} has begun to adopt {broker_id!r}: repeat the adoption there;"
+            f" should {successor.broker_id!r} never return either, adopt that one first"
+        )
     silent_ms = ledger.store.clock.wall_ms() - head.written_at
-    if silent_ms < SILENT_MS_MIN and not force and head.successor is None:
+    if silent_ms < SILENT_MS_MIN and not force and successor is None:
         raise AdoptError(
             f"broker {broker_id!r} wrote to the ledger {max(0, silent_ms) // 1000} s ago: it seems to live."
             f" Stop it and wait for {SILENT_MS_MIN // 1000} s, or force the adoption"
         )
     return account
+
+
+async def _goes_on(ledger: Ledger, successor: Me, broker_id: str) -> bool:
+    """Whether the store that took over from a broker still counts: it may hold rows of it that the ledger
+    does not name."""
+    if successor.broker_id == broker_id:
+        # Its own new disk: it is adopted with it.
+        return False
+    head = (await ledger.read(successor.broker_id)).head
+    return head is None or (head.store_id == successor.store_id and not head.handed)
 
 
 async def _await_gone(ledger: Ledger, broker_id: str) -> None:

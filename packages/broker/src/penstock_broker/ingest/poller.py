@@ -329,10 +329,11 @@ class Poller:
         return low, high
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        numbers = [p.partition for p in partitions]
+        # Also at the end: what is gone is not committed any more.
+        self._forget(numbers)
         if self._fenced or self._stopping.is_set():
             return
-        numbers = [p.partition for p in partitions]
-        self._forget(numbers)
         log.info("partitions revoked", topic=self.topic, partitions=numbers)
         try:
             positions = self._loop.ask(self._intake.leave(numbers))
