@@ -101,6 +101,7 @@ class Adopts:
     def __init__(self, *ends: AdoptReport | AdoptError) -> None:
         self.ends = list(ends)
         self.goes_on = asyncio.Event()
+        self.drains = False
 
     async def adopt(self, broker_id: str, force: bool) -> AdoptReport:
         await self.goes_on.wait()
@@ -110,10 +111,11 @@ class Adopts:
         return end
 
     async def drain(self, grace_seconds: float) -> None:
+        self.drains = True
         await self.goes_on.wait()
 
-    def drain_report(self) -> DrainReport:
-        return DrainReport(True, "", {}, 0, 0)
+    def drain_report(self) -> DrainReport | None:
+        return DrainReport(True, "", {}, 0, 0) if self.drains else None
 
 
 async def asked(departures: Departures, broker_id: str = "gone") -> pb.AdoptResponse:
@@ -170,3 +172,17 @@ async def test_two_who_ask_at_once_are_both_told() -> None:
     drain = pb.DrainRequest().SerializeToString()
     answers = await asyncio.gather(departures.drain(drain), departures.drain(drain))
     assert all(pb.DrainResponse.FromString(answer).finished for answer in answers)
+
+
+async def test_a_broker_does_not_adopt_and_leave_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock_broker.departures.ANSWER_SECONDS", 0.01)
+    adopts, drain = Adopts(AdoptReport("gone", 1, 5, 0)), pb.DrainRequest().SerializeToString()
+    departures = Departures(adopts)  # type: ignore[arg-type]
+    assert not (await asked(departures)).finished
+    with pytest.raises(Refused, match="adopting 'gone' now"):
+        await departures.drain(drain)
+    adopts.goes_on.set()
+    assert (await asked(departures)).adopted == 5
+    assert pb.DrainResponse.FromString(await departures.drain(drain)).finished
+    with pytest.raises(Refused, match="drained"):
+        await asked(departures)

@@ -28,7 +28,7 @@ NAME_CHARS_MAX = 200
 
 
 class Departures:
-    """One drain, and one adoption, at a time."""
+    """One drain, or one adoption, at a time."""
 
     def __init__(self, ingest: Ingest) -> None:
         self._ingest = ingest
@@ -45,6 +45,12 @@ class Departures:
         asked = parse(pb.DrainRequest, request)
         if not 0 <= asked.grace_seconds <= GRACE_SECONDS_MAX:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "grace_seconds is from 0 to a day")
+        if self._adopting is not None and not self._adopting.done():
+            # What it has stored of it and not recorded yet would be handed over, and adopted once more.
+            raise Refused(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this broker is adopting {self._adopted!r} now: drain it when it has finished",
+            )
         if self._draining is None:
             log.warning("draining", grace_seconds=asked.grace_seconds, by=asked.by[:NAME_CHARS_MAX])
             self._draining = _start(self._ingest.drain(asked.grace_seconds), "drain")
@@ -74,6 +80,10 @@ class Departures:
             # Whether what it tells still holds, only the ledger knows: the broker may have come back since.
             self._untold = None if self._adopting.exception() else self._adopting.result()
             self._adopting = None
+        if self._draining is not None or self._ingest.drain_report() is not None:
+            raise Refused(
+                grpc.StatusCode.FAILED_PRECONDITION, "this broker is drained, and goes: let another one adopt"
+            )
         if self._adopting is None:
             log.warning(
                 "adoption asked for", broker=broker_id, force=asked.force, by=asked.by[:NAME_CHARS_MAX]
