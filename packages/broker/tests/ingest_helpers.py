@@ -12,6 +12,7 @@ from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from penstock_broker.clock import Clock, SystemClock
 from penstock_broker.config import Settings
+from penstock_broker.ingest.consumer import KafkaConsumer
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
@@ -119,6 +120,21 @@ def kafka_settings(kafka: MockKafka, path: Path, **fields: object) -> Settings:
         "db_path": path,
     }
     return Settings(**(values | fields))  # type: ignore[arg-type]
+
+
+@contextlib.asynccontextmanager
+async def consuming(
+    settings: Settings, assigned: Sequence[int] = range(PARTITIONS), limits: StoreLimits | None = None
+) -> AsyncIterator[tuple[Inflight, KafkaConsumer]]:
+    """A broker's intake, from when these partitions have begun; stopped at the end."""
+    async with running_store(settings.db_path, limits) as store:
+        consumer = KafkaConsumer(store, settings)
+        await consumer.start()
+        try:
+            await until(lambda: list(consumer.assignment) == list(assigned))
+            yield store, consumer
+        finally:
+            await consumer.stop()
 
 
 async def until(holds: Callable[[], object]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
-from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
+from ingest_helpers import PARTITIONS, MockKafka, consuming, kafka_settings, running_store, task_bytes, until
 
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Activation, Reason, Status, hash_id
@@ -37,21 +36,6 @@ def kafka() -> MockKafka:
 @pytest.fixture
 def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
     return kafka_settings(kafka, tmp_path / "store.sqlite")
-
-
-@contextlib.asynccontextmanager
-async def consuming(
-    settings: Settings, limits: StoreLimits | None = None
-) -> AsyncIterator[tuple[Inflight, KafkaConsumer]]:
-    """A broker's intake, until it has its partitions; stopped at the end."""
-    async with running_store(settings.db_path, limits) as store:
-        consumer = KafkaConsumer(store, settings)
-        await consumer.start()
-        try:
-            await until(lambda: len(consumer.assignment) == PARTITIONS)
-            yield store, consumer
-        finally:
-            await consumer.stop()
 
 
 def acknowledged(consumer: KafkaConsumer, offset: int, partition: int = 0) -> bool:
@@ -165,14 +149,19 @@ class Told:
         asked.close()
 
 
+def reading_two(store: Inflight, settings: Settings) -> tuple[Poller, Asked, Told]:
+    """A poller that reads two partitions, without its thread."""
+    poller, told = KafkaConsumer(store, settings)._poller, Told()
+    poller._loop = told  # type: ignore[assignment]
+    poller._stopping = threading.Event()
+    for partition in (0, 1):
+        poller.tracks.add(partition, 1, 0)
+    return poller, Asked(), told
+
+
 async def test_what_was_to_be_committed_of_a_partition_that_has_left_is_not(settings: Settings) -> None:
     async with running_store(settings.db_path) as store:
-        poller = KafkaConsumer(store, settings)._poller
-        asked, told = Asked(), Told()
-        poller._loop = told  # type: ignore[assignment]
-        poller._stopping = threading.Event()
-        for partition in (0, 1):
-            poller.tracks.add(partition, 1, 0)
+        poller, asked, told = reading_two(store, settings)
         poller.hand_commit([Position(0, 5, ""), Position(1, 7, "")])
         poller._forget([1])
         poller._commit(asked)  # type: ignore[arg-type]
@@ -189,12 +178,7 @@ async def test_what_was_to_be_committed_of_a_partition_that_has_left_is_not(sett
 
 async def test_what_is_revoked_while_the_broker_stops_is_not_committed_any_more(settings: Settings) -> None:
     async with running_store(settings.db_path) as store:
-        poller = KafkaConsumer(store, settings)._poller
-        asked, told = Asked(), Told()
-        poller._loop = told  # type: ignore[assignment]
-        poller._stopping = threading.Event()
-        for partition in (0, 1):
-            poller.tracks.add(partition, 1, 0)
+        poller, asked, _ = reading_two(store, settings)
         poller._stopping.set()
         poller._on_revoke(asked, [TopicPartition("tasks", 1)])  # type: ignore[arg-type]
         poller.hand_commit([Position(0, 5, ""), Position(1, 7, "")])
@@ -206,7 +190,10 @@ async def test_a_full_store_pauses_and_goes_on_without_losing_its_membership(
     kafka: MockKafka, settings: Settings
 ) -> None:
     kafka.produce("tasks", [task_bytes(f"{n}") for n in range(100)])
-    async with consuming(settings, StoreLimits(rows_max=40, namespace_share_max=1)) as (store, consumer):
+    async with consuming(settings, limits=StoreLimits(rows_max=40, namespace_share_max=1)) as (
+        store,
+        consumer,
+    ):
         await until(lambda: consumer.paused)
         assert store.memory.rows == 40
         assert store.intake_state() == ("PAUSED", "rows")

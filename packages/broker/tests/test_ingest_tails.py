@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
-from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
+from ingest_helpers import PARTITIONS, MockKafka, consuming, kafka_settings, running_store, task_bytes, until
 
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Reason
 from penstock_broker.ingest import tails as module
-from penstock_broker.ingest.consumer import KafkaConsumer
 from penstock_broker.ingest.intake import Tail
 from penstock_broker.ingest.ownership import Me, Owner, encode
 from penstock_broker.ingest.tails import Tails
@@ -42,21 +40,6 @@ def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_OFFSETS", 10)
-
-
-@contextlib.asynccontextmanager
-async def consuming(
-    settings: Settings, assigned: Sequence[int] = range(PARTITIONS)
-) -> AsyncIterator[tuple[Inflight, KafkaConsumer]]:
-    """A broker's intake, from when these partitions have begun."""
-    async with running_store(settings.db_path) as store:
-        consumer = KafkaConsumer(store, settings)
-        await consumer.start()
-        try:
-            await until(lambda: list(consumer.assignment) == list(assigned))
-            yield store, consumer
-        finally:
-            await consumer.stop()
 
 
 async def ids_of(store: Inflight) -> dict[str, str | None]:

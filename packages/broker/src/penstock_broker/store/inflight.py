@@ -83,8 +83,6 @@ class Inflight:
         self.unclaimable = Unclaimable(self.memory, limits.unclaimable_ms)
         self.control = Control(self.memory, self.writer)
         self._next_seq = self.epoch << SEQ_BITS
-        # That of the row that came last: mostly the next one's, too.
-        self._latest: PairQueue | None = None
         self._paused = ""
         self._on_room: list[Callable[[], None]] = []
         # Pairs that hold their share.
@@ -193,8 +191,6 @@ class Inflight:
             raise StoreStopped
         now = self.clock.wall_ms()
         rows = [row for row in activations if self._accept(row, now, term)]
-        if rows:
-            self.memory.latest_pair = rows[-1].pair
         return self.writer.add(rows, taken or {}, term)
 
     def _accept(self, row: Activation, now: int, term: str) -> bool:
@@ -206,9 +202,9 @@ class Inflight:
         if (known is not None or row.sent_on) and self._is_known(row, known, now, term):
             memory.tally.duplicates += 1
             return False
-        queue = self._latest
+        queue = memory.latest
         if queue is None or queue.namespace != row.namespace or queue.application != row.application:
-            queue = self._latest = self._pair_of(row)
+            queue = memory.latest = self._pair_of(row)
         row.pair = queue.pair
         row.seq = self._next_seq
         self._next_seq += 1

@@ -97,8 +97,8 @@ class Memory:
         self.share_rows_max = max(1, int(limits.rows_max * limits.namespace_share_max))
         self.share_bytes_max = int(limits.bytes_max * limits.namespace_share_max)
         self.books: dict[tuple[int, str], int] = {}
-        # The pair of the row that came last.
-        self.latest_pair = 0
+        # The pair of the row that came last: mostly the next one's, too.
+        self.latest: PairQueue | None = None
         # Pairs that may have to be paged in.
         self.low: set[int] = set()
         # Covered rows that leave, and that nobody has taken yet.
@@ -367,8 +367,7 @@ class Memory:
     def lead(self) -> tuple[int, int]:
         """How many more rows and bytes would enter memory if they were like those that came last; less than
         0: so many of them are spilled."""
-        queue = self.index.pairs.get(self.latest_pair)
-        return self.index.share() if queue is None else self.index.lead(queue)
+        return self.index.share() if self.latest is None else self.index.lead(self.latest)
 
     def stamp(self) -> int:
         """The place in the order that new rows of the gathered tick get; rows that come back get the
