@@ -2,7 +2,7 @@
 
 Good tasks arrive at half of what P1 reaches on this machine, once alone and once with half as many messages
 between them that are no activations. Printed: how fast the good ones were completed, and how fast the poison
-became dead letters.
+became dead letters. Then a backlog of nothing but poison: how fast it becomes dead letters.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from benchmarks.fill import activations
 from benchmarks.harness import Bench, session
 from benchmarks.processes import Meter, Script, broker, kafka_settings, new_topic, wait_until
 
+BACKLOG = 60_000
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -36,6 +38,7 @@ def main() -> None:
                 f" ({mixed['good'] / alone['good']:.2f}); dead letters: {mixed['poison']:,.0f} a second;"
                 f" broker CPU a good task: {alone['cpu']:.0f} and {mixed['cpu']:.0f} µs\n"
             )
+            sys.stdout.write(f"poison alone: {backlog(bench, BACKLOG):,.0f} dead letters a second\n")
 
 
 def run(bench: Bench, rate: int, seconds: int, *, poisoned: bool) -> dict[str, float]:
@@ -44,16 +47,40 @@ def run(bench: Bench, rate: int, seconds: int, *, poisoned: bool) -> dict[str, f
     with broker(folder, kafka_settings(bench.kafka, topic)) as server:
         load = Script("benchmarks.load", server.address, "--limit", tasks).ready()
         meter, begun = Meter(broker=server.process), time.time()
-        poison = produce(bench.kafka, topic, rate, tasks, poisoned=poisoned)
+        poisonous = produce(bench.kafka, topic, rate, tasks, poisoned=poisoned)
         result = load.result()
         cpu = meter.cpu_us(tasks)["broker_cpu_us"]
-        wait_until("all poison has left", lambda: server.count("penstock_dead_letters_total") >= poison)
+        wait_until("all poison has left", lambda: server.count("penstock_dead_letters_total") >= poisonous)
         left = time.time()
     return {
         "good": tasks / (result["last"] - result["first"]),
-        "poison": poison / (left - begun),
+        "poison": poisonous / (left - begun),
         "cpu": cpu,
     }
+
+
+def backlog(bench: Bench, messages: int) -> float:
+    """Dead letters a second, from a backlog that was there before the broker."""
+    topic = new_topic(bench.kafka, 4)
+    producer = Producer({"bootstrap.servers": bench.kafka, "queue.buffering.max.messages": messages})
+    for _ in range(messages):
+        producer.produce(topic, poison())
+    if left := producer.flush(60):
+        raise SystemExit(f"Kafka did not acknowledge {left} messages")
+    folder = bench.folder / f"poison-{uuid.uuid4().hex[:8]}"
+    with broker(folder, kafka_settings(bench.kafka, topic)) as server:
+
+        def letters() -> float:
+            return server.count("penstock_dead_letters_total")
+
+        wait_until("the first poison has left", lambda: letters() > messages / 10)
+        before, begun = letters(), time.time()
+        wait_until("all poison has left", lambda: letters() >= messages)
+        return (messages - before) / (time.time() - begun)
+
+
+def poison() -> bytes:
+    return b"\xff" + os.urandom(100)
 
 
 def produce(kafka: str, topic: str, rate: int, tasks: int, *, poisoned: bool) -> int:
@@ -61,18 +88,18 @@ def produce(kafka: str, topic: str, rate: int, tasks: int, *, poisoned: bool) ->
     producer = Producer(
         {"bootstrap.servers": kafka, "linger.ms": 5, "queue.buffering.max.messages": 1_000_000}
     )
-    poison, begun = 0, time.time()
+    poisonous, begun = 0, time.time()
     for n, value in enumerate(activations(tasks, 300)):
-        extra = [b"\xff" + os.urandom(100)] if poisoned and n % 2 else []
+        extra = [poison()] if poisoned and n % 2 else []
         for message in chain([value], extra):
             producer.produce(topic, message)
-        poison += len(extra)
+        poisonous += len(extra)
         if n % 100 == 0:
             producer.poll(0)
             time.sleep(max(0.0, begun + n / rate - time.time()))
     if left := producer.flush(60):
         raise SystemExit(f"Kafka did not acknowledge {left} messages")
-    return poison
+    return poisonous
 
 
 if __name__ == "__main__":
