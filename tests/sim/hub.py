@@ -240,14 +240,12 @@ class Loop(asyncio.BaseEventLoop):
         pass
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
-        """On a thread of the process; one that is for the writer meets the disk's latency."""
+        """On a thread of the process."""
         future = self.create_future()
-        writes = executor is not None and executor._thread_name_prefix == "writer"
-        disk = self.process.disk if writes else None  # type: ignore[attr-defined]
 
         def work() -> None:
             try:
-                result = disk.carry_out(func, *args) if disk is not None else func(*args)
+                result = func(*args)
             except Exception as error:  # noqa: BLE001 - whoever waits is told
                 self.call_soon_threadsafe(settle, future, None, error)
             else:

@@ -7,6 +7,7 @@ wherever they are, so that a module added later takes part without being listed 
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures._base
 import contextlib
 import importlib
@@ -28,6 +29,8 @@ import structlog
 
 import penstock_broker
 from penstock_broker import metrics
+from penstock_broker.store.batch import Batch, Written
+from penstock_broker.writer_thread import WriterThread
 from tests.sim import hub as hubs
 from tests.sim import kafka_client
 from tests.sim.disk import Disk
@@ -155,6 +158,18 @@ class _Event:
         return self._changed.wait_for(lambda: self._set, timeout)
 
 
+class SimWriterThread:
+    """``WriterThread``, which meets the latency of the disk."""
+
+    def run(self, write: Callable[[Batch], Written], batch: Batch) -> asyncio.Future[Written]:
+        loop = asyncio.get_running_loop()
+        disk: Disk = loop.process.disk  # type: ignore[attr-defined]
+        return loop.run_in_executor(None, disk.carry_out, write, batch)
+
+    def stop(self) -> None:
+        pass
+
+
 class SimSecrets:
     """``secrets`` out of the seed."""
 
@@ -209,6 +224,7 @@ def replaced(hub: Hub, cluster: Cluster) -> Iterator[None]:
         id(confluent_kafka.Consumer): partial(kafka_client.consumer, cluster),
         id(confluent_kafka.Producer): partial(kafka_client.producer, cluster),
         id(confluent_kafka.admin.AdminClient): partial(kafka_client.AdminClient, cluster),
+        id(WriterThread): SimWriterThread,
         id(metrics.expose): lambda *arguments, **options: SimpleNamespace(close=lambda: None),
     }
     before: list[tuple[Any, str, object]] = [(concurrent.futures._base, "threading", threading)]

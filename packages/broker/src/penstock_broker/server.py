@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import structlog
@@ -39,6 +38,7 @@ from penstock_broker.store.soundness import Malformed
 from penstock_broker.store.space import Space
 from penstock_broker.store.writer import Handoff
 from penstock_broker.upkeep.chores import Upkeep
+from penstock_broker.writer_thread import WriterThread
 from penstock_protocol.v1 import admin_pb2
 
 log = structlog.get_logger("server")
@@ -149,7 +149,7 @@ class Broker:
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.settings = settings
         limits = store_limits(settings)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._writer_thread = WriterThread()
         self.store = open_store(settings, clock, limits, self._handoff)
         self.database = self.store.database
         self.database.space = Space(self.database.path)
@@ -212,9 +212,8 @@ class Broker:
         self.ingest.describe(status)
 
     async def _handoff(self, write: Callable[[Batch], Written], batch: Batch) -> Written:
-        """Ticks are written on a thread of their own: only there may the broker wait for the disk."""
         begun = time.perf_counter()
-        written = await asyncio.get_running_loop().run_in_executor(self._thread, write, batch)
+        written = await self._writer_thread.run(write, batch)
         self.observer.written(batch, time.perf_counter() - begun)
         return written
 
@@ -298,7 +297,7 @@ class Broker:
                 await writer
         if self._exposition is not None:
             self._exposition.close()
-        self._thread.shutdown()
+        self._writer_thread.stop()
         self.database.close()
         if self.port:
             log.info("stopped", rows=self.store.memory.rows)
