@@ -4,46 +4,81 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from dataclasses import dataclass
 from functools import partial
+
+import psutil
 
 from benchmarks import river
 from benchmarks.fill import fill
 from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target
 from benchmarks.processes import Meter, Script, broker, kafka_settings, new_topic, standing_still
+from tests.kafka_server import free_port
 
-GENERATORS = 1
+# What a worker of ours with two children asks for when its tasks take no time: half of what it holds.
+BATCH, WORKERS = 256, 8
 
 
-def drain(bench: Bench, body: int, partitions: int, tasks: int, warm: int) -> Figures:
-    """Fill the window of remembered ids with ``warm`` tasks; then stand still, fill Kafka, go on, measure."""
-    topic = new_topic(bench.kafka, partitions)
-    folder = bench.folder / f"p1-{uuid.uuid4().hex[:8]}"
-    with broker(folder, kafka_settings(bench.kafka, topic)) as server:
-        fill(bench.kafka, topic, warm, body)
-        Script("benchmarks.load", server.address).ready().result()
-        # They wait already, so that nothing is stored when the first claim is answered.
-        load = [Script("benchmarks.load", server.address).ready() for _ in range(GENERATORS)]
-        with standing_still(server.process):
-            fill(bench.kafka, topic, tasks, body)
-            meter = Meter(broker=server.process, kafka=bench.kafka_pid)
-        results = [script.result() for script in load]
-        done = int(sum(result["done"] for result in results))
-        if done != tasks:
-            raise SystemExit(f"{done} of {tasks} tasks were completed")
-        seconds = max(r["last"] for r in results) - min(r["first"] for r in results)
-        cpu = {**meter.cpu_us(done), "generator_cpu_us": sum(r["cpu"] for r in results) / done * 1e6}
-        figures = {
-            "tasks_per_second": done / seconds,
-            "mb_per_second": done / seconds * body / 1e6,
-            **cpu,
-            "all_cpu_us": sum(cpu.values()),
-            "broker_rss_mb": meter.rss_mb()["broker_rss_mb"],
-        }
+@dataclass
+class Run:
+    """``warm``: tasks before it counts, so that the window of remembered ids is not empty."""
+
+    bench: Bench
+    body: int
+    tasks: int
+    warm: int
+    partitions: int = 4
+    batch: int = BATCH
+
+
+def drain(run: Run) -> Figures:
+    topic = new_topic(run.bench.kafka, run.partitions)
+    folder = run.bench.folder / f"p1-{uuid.uuid4().hex[:8]}"
+    with broker(folder, kafka_settings(run.bench.kafka, topic)) as server:
+        figures = measured(run, server.address, server.process, topic)
     shutil.rmtree(folder)
     return figures
 
 
-RATE, RIVER = "tasks_per_second", "River on PostgreSQL"
+def bare(run: Run) -> Figures:
+    """The same with a broker of the same libraries that promises nothing."""
+    topic, port = new_topic(run.bench.kafka, run.partitions), free_port()
+    server = Script("benchmarks.bare", port, run.bench.kafka, topic).ready()
+    try:
+        return measured(run, f"127.0.0.1:{port}", psutil.Process(server.pid), topic)
+    finally:
+        server.stop()
+
+
+def measured(run: Run, address: str, server: psutil.Process, topic: str) -> Figures:
+    bench, body, tasks = run.bench, run.body, run.tasks
+
+    def load() -> Script:
+        return Script("benchmarks.load", address, "--batch", run.batch, "--workers", WORKERS).ready()
+
+    fill(bench.kafka, topic, run.warm, body)
+    load().result()
+    # It waits already, so that nothing is stored when the first claim is answered.
+    waiting = load()
+    with standing_still(server):
+        fill(bench.kafka, topic, tasks, body)
+        meter = Meter(broker=server, kafka=bench.kafka_pid)
+    result = waiting.result()
+    done = int(result["done"])
+    if done != tasks:
+        raise SystemExit(f"{done} of {tasks} tasks were completed")
+    seconds = result["last"] - result["first"]
+    cpu = {**meter.cpu_us(done), "generator_cpu_us": result["cpu"] / done * 1e6}
+    return {
+        "tasks_per_second": done / seconds,
+        "mb_per_second": done / seconds * body / 1e6,
+        **cpu,
+        "all_cpu_us": sum(cpu.values()),
+        "broker_rss_mb": meter.rss_mb()["broker_rss_mb"],
+    }
+
+
+RATE, RIVER, BARE = "tasks_per_second", "River on PostgreSQL", "The libraries alone"
 
 
 def name(body: int) -> str:
@@ -51,22 +86,24 @@ def name(body: int) -> str:
 
 
 def cases(bench: Bench) -> list[Case]:
-    shapes = [(300, 1), (300, 4), (300, 12), (5000, 1), (5000, 4), (5000, 12)]
-    if bench.short:
-        shapes = [(300, 4), (5000, 4)]
+    def run(body: int, **options: int) -> Run:
+        part = 1 if body == 300 else 3
+        return Run(
+            bench, body, bench.size(60_000, 120_000) // part, bench.size(20_000, 100_000) // part, **options
+        )
+
     found = [
         Case(
             f"Penstock, {partitions} partition{'s' if partitions > 1 else ''}",
             name(body),
-            partial(
-                drain,
-                body=body,
-                partitions=partitions,
-                tasks=bench.size(60_000, 120_000) // (1 if body == 300 else 3),
-                warm=bench.size(20_000, 100_000) // (1 if body == 300 else 3),
-            ),
+            partial(drain, run(body, partitions=partitions)),
         )
-        for body, partitions in shapes
+        for body in (300, 5000)
+        for partitions in ((4,) if bench.short else (1, 4, 12))
+    ]
+    found += [
+        Case("Penstock, 64 tasks a call", name(300), partial(drain, run(300, batch=64))),
+        Case(BARE, name(300), partial(bare, run(300))),
     ]
     if river.river(bench):
         tasks = bench.size(100_000, 120_000)
@@ -83,11 +120,10 @@ CLAIM = Claim(
     name="P1",
     title="One broker: a backlog in Kafka, stored, claimed, completed",
     how="The window of remembered ids is warm and the load generator waits. The broker stands still"
-    " (SIGSTOP) while"
-    " a backlog is written to Kafka. The time runs from the first answered claim to the last acknowledged"
-    " outcome. River, a queue in PostgreSQL, gets a backlog in an empty table, and its client, warm, works it"
-    " in process, with the settings of its own benchmark: the time runs from the first job worked until the"
-    " database says that all are completed.",
+    " (SIGSTOP) while a backlog is written to Kafka. The time runs from the first answered claim to the last"
+    " acknowledged outcome. River, a queue in PostgreSQL, gets a backlog in an empty table, and its client,"
+    " warm, works it in process, with the settings of its own benchmark: the time runs from the first job"
+    " worked until the database says that all are completed.",
     figures=(
         Figure(RATE, "tasks/s", more_is_better=True, plotted=True, compared=True, digits=0),
         Figure("mb_per_second", "MB/s", more_is_better=True),
@@ -111,6 +147,15 @@ CLAIM = Claim(
         Elsewhere("Rust taskbroker", "", RATE, 3_500),
     ),
     pitfalls=(
+        (
+            f"{WORKERS} workers claim {BATCH} tasks at a time: as many as a worker of ours with two"
+            " children asks for when its tasks take no time. With 64 there are four times as many calls."
+        ),
+        (
+            f'"{BARE}" is a broker of the same libraries that promises nothing: no claims, leases, retries,'
+            " duplicates, namespaces, checksums, books, ledger (benchmarks/bare.py). What is above its CPU a"
+            " task is the price of Penstock's promises."
+        ),
         (
             "Broker, Kafka and the load generator share two cores. What the broker could do alone is"
             " 1,000,000 divided by its CPU a task."

@@ -23,6 +23,8 @@ NAMES = tuple(f"P{n}" for n in range(1, 13))
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = ROOT / "docs" / "performance"
 OURS = "Penstock"
+# What is shown beside the systems to say where the time goes: "gRPC alone".
+NO_SYSTEM = " alone"
 
 Result = Mapping[str, Any]
 
@@ -99,6 +101,7 @@ def slower(claim: Claim, result: Result) -> Iterator[str]:
                 for other in cases
                 if other["group"] == case["group"]
                 and not other["series"].startswith(OURS)
+                and not other["series"].endswith(NO_SYSTEM)
                 and figure.name in other["figures"]
                 and ours is not None
                 and _is_better(figure, other["figures"][figure.name]["median"], ours["median"])

@@ -111,7 +111,7 @@ def broker(folder: Path, settings: Mapping[str, str], port: int = 0) -> Iterator
 
 
 @contextlib.contextmanager
-def standing_still(running: psutil.Popen) -> Iterator[None]:
+def standing_still(running: psutil.Process | psutil.Popen) -> Iterator[None]:
     """The process does nothing inside the block: what it finds afterwards was there before it looked.
 
     Short of Kafka's session timeout, 10 s, nobody takes it for dead.
