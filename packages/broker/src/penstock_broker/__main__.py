@@ -1,6 +1,21 @@
-"""``python -m penstock_broker``: the same as ``penstock-broker``."""
+"""The command `penstock-broker`, also as `python -m penstock_broker`."""
 
-from penstock_broker.cli import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    # structlog imports rich where it finds it, and typer brings it: 6 MB and a tenth of a second in each
+    # process, for tracebacks that are never shown here.
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    import structlog  # noqa: F401
+
+    del sys.modules["rich"]
+    from penstock_broker.cli import main
+
+    main()
+
 
 if __name__ == "__main__":
     main()

@@ -144,7 +144,9 @@ def configure_logs(level: LogLevel, log_format: LogFormat) -> None:
     """structlog to stderr, for people or as JSON lines."""
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
     if log_format is LogFormat.CONSOLE:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
