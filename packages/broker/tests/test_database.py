@@ -6,6 +6,7 @@ import multiprocessing
 import sqlite3
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import apsw
@@ -39,6 +40,20 @@ def test_the_settings_that_durability_needs_are_in_force(tmp_path: Path) -> None
     assert pragma("synchronous") == 2
     assert pragma("wal_autocheckpoint") == 0
     database.close()
+
+
+def test_a_large_payload_is_freed_without_being_read(tmp_path: Path) -> None:
+    database = open_database(tmp_path / "broker.sqlite")
+    with database.connection as connection:
+        connection.execute("INSERT INTO payload VALUES (1, zeroblob(1_000_000))")
+    database.close()
+    again = open_database(tmp_path / "broker.sqlite")
+    again.connection.release_memory()  # what the start has read
+    again.connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS, True)
+    again.delete(array("q"), array("q", [1]))
+    read, _ = again.connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS)
+    assert read < 20, "of 245 pages"
+    again.close()
 
 
 def _open_elsewhere(path: Path, said: multiprocessing.Queue[str]) -> None:

@@ -224,6 +224,8 @@ class Database:
     def _open(self, started_at: int) -> None:
         connection = self.connection
         connection.pragma("locking_mode", "exclusive")
+        # Of a new database. A large payload is freed by what its pages are known to be, without reading them.
+        connection.pragma("auto_vacuum", "incremental")
         if connection.pragma("journal_mode", "wal") != "wal":
             raise apsw.CantOpenError("the file system does not support a write-ahead log")
         for name, value in (
