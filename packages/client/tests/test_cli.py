@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import pytest
 
 from penstock_client import App, Fixed, Retry
 from penstock_client.cli import commands, output
-from penstock_client.cli.failures import NOT_CONFIRMED, NOT_FOUND, UNREACHABLE, USAGE
+from penstock_client.cli.failures import NOT_CONFIRMED, NOT_FOUND, UNREACHABLE, USAGE, WRONG
 from penstock_protocol import signature
 from penstock_protocol.v1 import consumer_pb2 as pb
 
@@ -323,6 +324,40 @@ def test_no_broker_there(penstock: Penstock) -> None:
     assert "1 of 2 brokers did not answer" in ran.err
 
 
+def test_those_that_answer_are_asked_however_many_do_not(penstock: Penstock) -> None:
+    nobody = f"127.0.0.1:{free_port()},127.0.0.1:{free_port()}"
+    ran = penstock("status", "--sample", "0", "--rpc-host-list", f"{nobody},{penstock.address}")
+    assert ran.code == UNREACHABLE
+    assert "healthy" in ran.out
+    assert "2 of 3 brokers did not answer" in ran.err
+    for arguments in (["explain", "x"], ["tasks", "ls"], ["namespaces", "pause", "main"]):
+        ran = penstock(*arguments, "--rpc-host-list", nobody)
+        assert (ran.code, ran.out) == (UNREACHABLE, "")
+        assert ran.err.count("no broker answers at") == 2
+
+
+def test_a_broker_that_cannot_do_it_now_says_why(penstock: Penstock) -> None:
+    why = "the broker's disk does not take what is written (full): repeat the call"
+
+    def refuse(_: bytes, context: Any) -> bytes:
+        context.abort(grpc.StatusCode.UNAVAILABLE, why)
+        return b""
+
+    class Failing(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Failing()])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        ran = penstock("tasks", "ls", "--rpc-host-list", address)
+    finally:
+        server.stop(None)
+    assert ran.code == WRONG
+    assert ran.err == f"penstock: the broker at {address}: {why}\n"
+
+
 def test_a_wrong_secret(penstock: Penstock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKBROKER_GRPC_SHARED_SECRET", "wrong-secret")
     ran = penstock("status")
@@ -418,8 +453,27 @@ def test_routes_of_an_application(
 
 
 def test_a_table_is_one_line_a_row_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    output.show_table(("A", "N"), [("one\x1b[31m", 1), ("", 12_345)])
-    assert capsys.readouterr().out == "A                 N\none\\x1b[31m       1\n-            12,345\n"
+    output.show_table(("A", "N"), [("on\ne\x1b[31m", 1), ("", 12_345)])
+    shown = "A                   N\non\\ne\\x1b[31m       1\n-              12,345\n"
+    assert capsys.readouterr().out == shown
+
+
+def test_nothing_that_a_task_is_called_or_says_reaches_the_terminal_as_it_is(
+    penstock: Penstock, shop: App
+) -> None:
+    namespace = shop.namespace("hostile")
+
+    @namespace.task(name="\x1b[2J\nforged", retry=Retry(max_attempts=2, backoff=Fixed(60)))
+    def hostile(n: int = 0) -> None: ...
+
+    id = send(shop, "\x1b[2J\nforged")
+    (task,) = penstock.fetch(namespace="hostile")
+    penstock.report(task, pb.TASK_OUTCOME_STATUS_RETRY, message="\x1b[31mred\x9b")
+    for arguments in (["explain", id], ["tasks", "ls", "-n", "hostile"], ["tasks", "cancel", id]):
+        ran = penstock(*arguments)
+        assert ran.code == 0, ran.err
+        assert ran.out.replace("\n", "").isprintable()
+        assert not any(line.startswith("forged") for line in ran.out.splitlines())
 
 
 def test_json_has_every_field_with_numbers_as_numbers() -> None:

@@ -26,7 +26,7 @@ from penstock_client.cli.options import (
     YesOption,
     confirm,
 )
-from penstock_client.cli.output import Output, Progress, show_facts, show_json, show_table, size, when
+from penstock_client.cli.output import Output, Progress, say, show_facts, show_json, show_table, size, when
 from penstock_client.cli.tasks import activation_facts, error_text
 from penstock_client.durations import seconds
 
@@ -263,7 +263,7 @@ def _handle(
             "there is no such dead letter, or it was handled before", "see penstock dlq show", NOT_FOUND
         )
     for (taskname, reason), count in found.most_common(20):
-        typer.echo(f"{count:>8,}  {taskname}: {reason}", err=True)
+        say(f"{count:>8,}  {taskname}: {reason}", error=True)
     if found:
         confirm(f"{verb} {found.total():,} dead letters?", yes)
     done = _do(places, wanted, verb, found.total(), rate)
@@ -274,7 +274,7 @@ def _handle(
         print(f"{found.total():,} dead letters match, {done.done:,} {verb}ed")
         if len(done.ids) <= 20:
             for old, new in done.ids.items():
-                print(f"  {old} -> {new}")
+                say(f"  {old} -> {new}")
     if done.left or done.failed:
         why = f"; Kafka: {done.error}" if done.error else ""
         raise Failure(

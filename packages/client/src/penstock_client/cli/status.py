@@ -10,7 +10,7 @@ import typer
 from penstock_client.cli.brokers import Broker, Brokers
 from penstock_client.cli.failures import WRONG, Failure
 from penstock_client.cli.options import DEFAULT_BROKERS, BrokersOption, OutputOption
-from penstock_client.cli.output import Output, plain, show_facts, show_json, size, span
+from penstock_client.cli.output import Output, plain, say, show_facts, show_json, size, span
 from penstock_protocol.v1 import admin_pb2 as pb
 
 
@@ -94,7 +94,7 @@ def _show(
     drained: float | None,
 ) -> None:
     health = "healthy" if now.healthy else "NOT HEALTHY"
-    print(f"{now.broker_id} at {broker.address}: {health}, {now.version}, up {span(now.uptime_seconds)}")
+    say(f"{now.broker_id} at {broker.address}: {health}, {now.version}, up {span(now.uptime_seconds)}")
     states = ", ".join(f"{count.tasks:,} {count.state}" for count in now.states)
     facts: list[tuple[str, object]] = [
         ("  tasks", states),
@@ -115,7 +115,7 @@ def _show(
     ]
     show_facts(facts)
     for line in _attention(now):
-        print(f"  ! {line}")
+        say(f"  ! {line}")
 
 
 def _kafka(kafka: pb.KafkaStatus) -> str:
