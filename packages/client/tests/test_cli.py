@@ -343,7 +343,7 @@ def test_a_broker_that_cannot_do_it_now_says_why(penstock: Penstock) -> None:
         context.abort(grpc.StatusCode.UNAVAILABLE, why)
         return b""
 
-    class Failing(grpc.GenericRpcHandler):
+    class Failing(grpc.GenericRpcHandler):  # type: ignore[misc, name-defined]
         def service(self, details: Any) -> Any:
             return grpc.unary_unary_rpc_method_handler(refuse)
 

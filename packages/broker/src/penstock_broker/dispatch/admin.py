@@ -198,7 +198,7 @@ class Admin:
         elif (letter := await self._store.read(lambda database: database.dead_letter_of(id))) is not None:
             explanation.dead(id, letter.reason, letter.at)
         elif (last := self._memory.finished.left(hash_id(id))) is not None:
-            explanation.finished(hash_id(id), last)
+            explanation.finished(id, hash_id(id), last)
         else:
             explanation.unknown(self._lag())
         return answer.SerializeToString()

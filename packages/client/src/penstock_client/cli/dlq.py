@@ -154,6 +154,9 @@ def show(
                 story = values.pop("story")
                 facts = values | {"dead_at": when(values["dead_at"]), "size": size(values["size"])}
                 facts |= {name: value for name, value in story.items() if not name.startswith("error")}
+                # In a store it is a number.
+                if isinstance(received := facts.get("received_at"), int):
+                    facts["received_at"] = when(received)
                 facts["error"] = error_text(_error(story))
                 show_facts((name, value) for name, value in facts.items() if value not in (None, "", {}))
         if not found:
