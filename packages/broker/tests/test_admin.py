@@ -580,6 +580,16 @@ async def test_calls_are_bounded(desk: Desk) -> None:
         await desk.replay(range(101))
     with pytest.raises(Refused, match="at most"):
         await desk.cancel(*map(str, range(1001)))
+    with pytest.raises(Refused, match="number of nothing"):
+        await desk.replay([2**63])
+    for method, request in (
+        ("ListTasks", pb.ListTasksRequest(after_seq=2**64 - 1)),
+        ("ListDeadLetters", pb.ListDeadLettersRequest(after_seq=2**63)),
+        ("DiscardDeadLetters", pb.DiscardDeadLettersRequest(seqs=[2**63])),
+    ):
+        with pytest.raises(Refused, match="number of nothing"):
+            await desk.methods[method](request.SerializeToString())
+    assert await desk.letters() == []
     with pytest.raises(Refused, match="no GetStatusRequest"):
         await desk.methods["GetStatus"](b"\xff\xff")
     assert hash_id("a") not in desk.store.memory.live

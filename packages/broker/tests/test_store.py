@@ -167,7 +167,8 @@ async def test_an_uncovered_outcome_is_held_over_a_restart(tmp_path: Path, clock
 async def test_tokens_that_were_never_given_are_unknown(store: Inflight, clock: ManualClock) -> None:
     await insert(store, activation("a", clock))
     token = token_of(store, claim_one(store))
-    for wrong in (token._replace(nonce=token.nonce ^ 1), token._replace(epoch=99)):
+    garbled = token._replace(id_hash=token.id_hash ^ 1)
+    for wrong in (token._replace(nonce=token.nonce ^ 1), token._replace(epoch=99), garbled):
         assert await settled(store, wrong, Event.COMPLETE) is Answer.UNKNOWN
         assert store.extend(wrong, started=False) is Answer.UNKNOWN
     assert await settled(store, token._replace(claim=5), Event.COMPLETE) is Answer.STALE

@@ -456,6 +456,8 @@ def test_a_table_is_one_line_a_row_whatever_it_holds(capsys: pytest.CaptureFixtu
     output.show_table(("A", "N"), [("on\ne\x1b[31m", 1), ("", 12_345)])
     shown = "A                   N\non\\ne\\x1b[31m       1\n-              12,345\n"
     assert capsys.readouterr().out == shown
+    output.show_table(("A", "B"), [("x" * 10**6, "b")])
+    assert len(capsys.readouterr().out) < 1_000
 
 
 def test_nothing_that_a_task_is_called_or_says_reaches_the_terminal_as_it_is(

@@ -113,6 +113,24 @@ BUGS = (
         tests=(SERVICE + "test_what_is_given_back_waits_or_is_ready_at_once",),
     ),
     Bug(
+        "attempts of any number",
+        "no message keeps another one from being run",
+        "broker/ingest/admission.py",
+        old="attempts=_counted(retry.attempts)",
+        new="attempts=retry.attempts",
+        tests=(
+            SERVICE + "test_a_task_that_says_it_was_started_more_often_than_a_number_holds_is_handed_out",
+        ),
+    ),
+    Bug(
+        "a back-off of any length",
+        "no bytes of a call end the broker",
+        "broker/dispatch/service.py",
+        old="min(outcome.retry_delay_ms, DELAY_MS_MAX)",
+        new="outcome.retry_delay_ms",
+        tests=(SERVICE + "test_a_back_off_is_ten_years_at_most",),
+    ),
+    Bug(
         "a poll that was cancelled keeps what it was given",
         "what nobody received is handed out again",
         "broker/dispatch/waiting.py",

@@ -103,8 +103,8 @@ class Explanation:
         dead_at = (row.given_back_at or 0) + self._store.limits.lifecycle.unknown_task_ms
         self._say(
             "given_back",
-            f"a worker gave it back ({_error(row)}); {then}, and becomes a dead letter if none can run it until"
-            f" {when(dead_at)}",
+            f"a worker gave it back ({_error(row)}); {then}, and becomes a dead letter if none can run it"
+            f" until {when(dead_at)}",
         )
 
     def _pending(self, row: Activation) -> None:

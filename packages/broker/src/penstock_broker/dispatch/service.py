@@ -29,6 +29,8 @@ TASKS_MAX = 1000
 WAIT_SECONDS_MAX = 60.0
 COVER_SECONDS_MAX = 10.0
 ERROR_CHARS_MAX = 16_384
+# Ten years.
+DELAY_MS_MAX = 315_360_000_000
 
 _EVENTS = {
     consumer_pb2.TASK_OUTCOME_STATUS_COMPLETE: Event.COMPLETE,
@@ -201,7 +203,7 @@ class Consumers:
                 settled.append(Answer.UNKNOWN)
                 ids.append(0)
                 continue
-            delay = outcome.retry_delay_ms if outcome.HasField("retry_delay_ms") else None
+            delay = min(outcome.retry_delay_ms, DELAY_MS_MAX) if outcome.HasField("retry_delay_ms") else None
             error = _error(outcome.error) if outcome.HasField("error") else None
             settled.append(settle(token, event, now, delay, error))
             ids.append(token.id_hash)
@@ -352,8 +354,8 @@ def _v1_event(report: consumer_pb2.SetTaskStatusRequest) -> Event:
 
 
 def _seconds(value: int) -> int:
-    """Milliseconds, bounded to ten years."""
-    return min(value, 315_360_000) * 1000
+    """Milliseconds, bounded."""
+    return min(value * 1000, DELAY_MS_MAX)
 
 
 def _error(summary: consumer_pb2.ErrorSummary) -> str:

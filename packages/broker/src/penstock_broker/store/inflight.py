@@ -438,6 +438,8 @@ class Inflight:
         row = self.memory.resident.get(token.seq)
         if row is None:
             return self._settle_absent(token, event, now, retry_delay_ms, error)
+        if row.id_hash != token.id_hash:
+            return Answer.UNKNOWN
         if row.claim != token.claim:
             return repeated(row, token.claim, token.epoch, OUTCOMES[event])
         if not self._is_holder(row, token):
@@ -536,6 +538,8 @@ class Inflight:
         row = self.memory.resident.get(token.seq)
         if row is None or row.claim != token.claim or not self._is_holder(row, token):
             return Answer.STALE
+        if row.id_hash != token.id_hash:
+            return Answer.UNKNOWN
         mono = self.clock.mono_ms()
         if row.status is PENDING:
             row = self._reclaim(row, token.epoch)

@@ -26,7 +26,17 @@ from penstock_client.cli.options import (
     YesOption,
     confirm,
 )
-from penstock_client.cli.output import Output, Progress, say, show_facts, show_json, show_table, size, when
+from penstock_client.cli.output import (
+    Output,
+    Progress,
+    cut,
+    say,
+    show_facts,
+    show_json,
+    show_table,
+    size,
+    when,
+)
 from penstock_client.cli.tasks import activation_facts, error_text
 from penstock_client.durations import seconds
 
@@ -266,7 +276,7 @@ def _handle(
             "there is no such dead letter, or it was handled before", "see penstock dlq show", NOT_FOUND
         )
     for (taskname, reason), count in found.most_common(20):
-        say(f"{count:>8,}  {taskname}: {reason}", error=True)
+        say(f"{count:>8,}  {cut(taskname)}: {reason}", error=True)
     if found:
         confirm(f"{verb} {found.total():,} dead letters?", yes)
     done = _do(places, wanted, verb, found.total(), rate)

@@ -16,6 +16,8 @@ from google.protobuf.message import Message
 # How often progress is shown.
 TERMINAL_SECONDS = 0.2
 LOG_SECONDS = 10.0
+# No name is longer but a forged one; a column is as wide as its widest cell.
+CELL_CHARS_MAX = 256
 
 
 class Output(StrEnum):
@@ -64,7 +66,7 @@ def show_json(value: object) -> None:
 
 def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Columns as wide as what is in them; numbers to the right."""
-    lines = [list(heads), *([escaped(_cell(value)) for value in row] for row in rows)]
+    lines = [list(heads), *([cut(escaped(_cell(value))) for value in row] for row in rows)]
     right = [
         len(lines) > 1 and all(_is_number(line[column]) for line in lines[1:]) for column in range(len(heads))
     ]
@@ -97,11 +99,14 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def cut(text: str) -> str:
+    return text if len(text) <= CELL_CHARS_MAX else text[:CELL_CHARS_MAX] + "…"
+
+
 def escaped(text: str, newlines: bool = False) -> str:
     """Without what a terminal would obey; line feeds stay if ``newlines``."""
-    return "".join(
-        c if c.isprintable() or (newlines and c == "\n") else c.encode("unicode_escape").decode() for c in text
-    )
+    kept = "\n" if newlines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str, error: bool = False) -> None:
