@@ -118,16 +118,14 @@ BUGS = (
         "broker/ingest/admission.py",
         old="attempts=_counted(retry.attempts)",
         new="attempts=retry.attempts",
-        tests=(
-            SERVICE + "test_a_task_that_says_it_was_started_more_often_than_a_number_holds_is_handed_out",
-        ),
+        tests=(BROKER + "test_ingest_admission.py::test_huge_numbers_are_bounded",),
     ),
     Bug(
         "a back-off of any length",
         "no bytes of a call end the broker",
         "broker/dispatch/service.py",
         old="min(outcome.retry_delay_ms, DELAY_MS_MAX)",
-        new="outcome.retry_delay_ms",
+        new="min(outcome.retry_delay_ms, 2 * DELAY_MS_MAX)",
         tests=(SERVICE + "test_a_back_off_is_ten_years_at_most",),
     ),
     Bug(
