@@ -112,6 +112,8 @@ class Explanation:
         queue = store.memory.index.pairs[row.pair]
         if row.source != NO_SOURCE and not store.memory.partitions.may_start(row):
             self._uncovered(row)
+        if not store.claiming:
+            self._say("draining", "this broker is being drained: it hands out nothing more, and this one over")
         unasked = store.clock.mono_ms() - store.memory.index.asked_at(queue)
         if unasked >= UNASKED_MS:
             self._say(
@@ -163,7 +165,10 @@ class Explanation:
         outcome = _OUTCOMES.get(outcome_of(last))
         within = span(self._store.limits.dedup_window_ms)
         if outcome is None:
-            text = "it left without a report: expired, cancelled while it waited, forwarded, or discarded"
+            text = (
+                "it left without a report: expired, cancelled while it waited, discarded, or sent on through"
+                " Kafka, where it may still wait (overflow of its namespace, retry topic, another broker)"
+            )
         else:
             text = f"how its last start ended: {outcome}"
         if outcome not in _ENDS:

@@ -89,8 +89,8 @@ class Inflight:
         self._overflowing: set[int] = set()
         # Given the monotonic time before anything is handed out.
         self.before_claim: list[Callable[[int], None]] = []
-        # Whether anything is handed out.
-        self.claiming = True
+        # Whether anything is taken in, and whether anything is handed out: of a broker that is drained, neither.
+        self.taking = self.claiming = True
         # Awaited before an at-most-once claim is handed out: resolves when the ledger has it.
         self.recorded: Callable[[], Awaitable[None]] = self.committed
         self.writer.on_committed += [self._check_room, self._check_shares]
@@ -128,7 +128,7 @@ class Inflight:
                 rows=self.memory.rows,
                 bytes=self.memory.bytes,
             )
-        return 0 if self._paused or self.writer.stopping else rows
+        return rows if self.taking and not (self._paused or self.writer.stopping) else 0
 
     def _limit_reached(self, rows: int) -> str:
         if self.writer.trouble is not None or self.memory.disk_low:
@@ -138,7 +138,9 @@ class Inflight:
         return "bytes" if self.memory.bytes >= self.limits.bytes_max else ""
 
     def intake_state(self) -> tuple[str, str]:
-        """("OPEN" or "PAUSED", the limit that is reached)."""
+        """("OPEN" or "PAUSED", the limit that is reached, or "drain")."""
+        if not self.taking:
+            return ("PAUSED", "drain")
         self.room()
         return ("PAUSED", self._paused) if self._paused else ("OPEN", "")
 
