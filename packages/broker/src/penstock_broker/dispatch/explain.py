@@ -113,7 +113,7 @@ class Explanation:
         if row.source != NO_SOURCE and not store.memory.partitions.may_start(row):
             self._uncovered(row)
         if not store.claiming:
-            self._say("draining", "this broker is being drained: it hands out nothing more, and this one over")
+            self._say("draining", "this broker is drained: it starts nothing more, and hands over what waits")
         unasked = store.clock.mono_ms() - store.memory.index.asked_at(queue)
         if unasked >= UNASKED_MS:
             self._say(

@@ -89,7 +89,8 @@ class Inflight:
         self._overflowing: set[int] = set()
         # Given the monotonic time before anything is handed out.
         self.before_claim: list[Callable[[int], None]] = []
-        # Whether anything is taken in, and whether anything is handed out: of a broker that is drained, neither.
+        # Whether anything is taken in, and whether anything is handed out: a broker that is drained does
+        # neither.
         self.taking = self.claiming = True
         # Awaited before an at-most-once claim is handed out: resolves when the ledger has it.
         self.recorded: Callable[[], Awaitable[None]] = self.committed
