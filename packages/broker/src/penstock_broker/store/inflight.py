@@ -60,6 +60,8 @@ SEQ_BITS = 36
 PAIRS_MAX = 10_000
 # Rows that one claim passes over because the worker has given them back; beyond it gets them again.
 PASSED_ROWS_MAX = 64
+# A namespace of which nothing has met the overflow for so long is out of it.
+OVERFLOW_CALM_MS = 10_000
 
 # Why the intake pauses -> how it is said.
 _LIMITS = {"rows": "max_pending_count", "bytes": "pending_bytes_max", "disk": "the disk is full or fails"}
@@ -294,7 +296,11 @@ class Inflight:
         return memory.share_room(pair) * 20 >= memory.share_rows_max and size * 20 >= memory.share_bytes_max
 
     def _check_shares(self) -> None:
-        for pair in [pair for pair in self._overflowing if self.has_share_room(pair)]:
+        if not self._overflowing:
+            return
+        # While its overflow is worked off it has room and holds its share by turns, many times a second.
+        calm, at = self.clock.mono_ms() - OVERFLOW_CALM_MS, self.memory.overflowed_at
+        for pair in [pair for pair in self._overflowing if at[pair] <= calm and self.has_share_room(pair)]:
             self._overflowing.discard(pair)
             queue = self.memory.index.pairs[pair]
             log.info(
