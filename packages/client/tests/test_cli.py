@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from confluent_kafka import Producer
 
 from penstock_client import App, Fixed, Retry
 from penstock_client.cli import commands, output
 from penstock_client.cli.failures import NOT_CONFIRMED, NOT_FOUND, UNREACHABLE, USAGE, WRONG
+from penstock_client.cli.letters import Letter, TopicLetters
 from penstock_protocol import signature
 from penstock_protocol.v1 import consumer_pb2 as pb
+from penstock_protocol.v1.activation_pb2 import TaskActivation
 
 grpc = pytest.importorskip("grpc")
 
@@ -305,6 +308,22 @@ def test_dead_letters_are_listed_shown_replayed_and_discarded(penstock: Penstock
     assert penstock("dlq", "replay", "--yes").out == "0 dead letters match, 0 replayed\n"
     (alone,) = [n for n in penstock.json("namespaces", "ls") if n["namespace"] == "alone"]
     assert alone["books_difference"] == 0
+
+
+def test_a_dead_letter_of_a_topic_that_was_made_anew_is_replayed_to_the_new_one() -> None:
+    cluster = Producer({"bootstrap.servers": "unused", "test.mock.num.brokers": 1})
+    node = next(iter(cluster.list_topics(timeout=10).brokers.values()))
+    address = f"{node.host}:{node.port}"
+    for topic in ("tasks", "tasks-dlq", "tasks-dlq-handled"):
+        cluster.produce(topic, b"")
+    assert cluster.flush(10) == 0
+    letters = TopicLetters(address, "tasks-dlq", "tasks", must=True)
+    value = TaskActivation(id="a", taskname="t", application="shop", namespace="pay").SerializeToString()
+    story = {"origin-topic": "tasks@0TgTgTgTgTgTgTgTgTgTgg"}
+    letters.replay(Letter("", "a", "shop", "pay", "t", "failed", 0, 0, story, forward_id="f", value=value))
+    assert letters.finish().done == 1
+    (sent,) = [m.value() or b"" for m in letters._messages("tasks", [0, 1, 2, 3]) if m.value()]
+    assert TaskActivation.FromString(sent).taskname == "t"
 
 
 # -- mistakes
