@@ -13,6 +13,7 @@ from ingest_helpers import task_bytes
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down
 
 from penstock_broker.dispatch import service
+from penstock_broker.dispatch.roster import NAMESPACES_SHOWN
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Status
@@ -277,6 +278,26 @@ async def test_the_last_error_is_kept_within_bounds(broker: Broker) -> None:
     assert row.error is not None
     assert len(row.error) < 40_000
     assert json.loads(row.error)["traceback"].endswith("the end")
+
+
+async def test_what_is_kept_of_a_call_is_bounded(broker: Broker) -> None:
+    long = "x" * 257
+    identity = pb.WorkerIdentity
+    consumers = broker.consumers
+    for call, request in (
+        (consumers.get_tasks, pb.GetTasksRequest(request_id=long)),
+        (consumers.get_tasks, pb.GetTasksRequest(worker=identity(worker_id=long))),
+        (consumers.get_tasks, pb.GetTasksRequest(worker=identity(worker_id="w", hostname=long))),
+        (consumers.extend_claims, pb.ExtendClaimsRequest(worker_id=long)),
+        (consumers.release_tasks, pb.ReleaseTasksRequest(worker_id=long)),
+    ):
+        with pytest.raises(Refused) as refused:
+            await call(request.SerializeToString())
+        assert code_of(refused) is grpc.StatusCode.INVALID_ARGUMENT
+    many = pb.GetTasksRequest(application="a", namespaces=["n"] * 9_000, worker=identity(worker_id="w"))
+    await broker.answered(consumers.get_tasks(many.SerializeToString()))
+    (seen,) = consumers.roster.lately(broker.clock.mono)
+    assert len(seen.namespaces) == NAMESPACES_SHOWN
 
 
 async def test_a_back_off_is_ten_years_at_most(broker: Broker) -> None:

@@ -29,6 +29,7 @@ TASKS_MAX = 1000
 WAIT_SECONDS_MAX = 60.0
 COVER_SECONDS_MAX = 10.0
 ERROR_CHARS_MAX = 16_384
+NAME_CHARS_MAX = 256
 # Ten years.
 DELAY_MS_MAX = 315_360_000_000
 
@@ -136,6 +137,8 @@ class Consumers:
 
     async def get_tasks(self, request: bytes) -> bytes:
         asked = parse(consumer_pb2.GetTasksRequest, request)
+        worker = asked.worker
+        _bounded(asked.request_id, worker.worker_id, worker.hostname, worker.version)
         self.roster.asked(asked, self.store.clock.mono_ms())
         if asked.namespaces and not asked.HasField("application"):
             raise Refused(
@@ -212,6 +215,7 @@ class Consumers:
 
     async def release_tasks(self, request: bytes) -> bytes:
         released = parse(consumer_pb2.ReleaseTasksRequest, request)
+        _bounded(released.worker_id)
         now = self.store.clock.wall_ms()
         settled: list[Answer | Report] = []
         ids: list[int] = []
@@ -232,6 +236,7 @@ class Consumers:
 
     async def extend_claims(self, request: bytes) -> bytes:
         held = parse(consumer_pb2.ExtendClaimsRequest, request)
+        _bounded(held.worker_id)
         self.roster.held(held.worker_id, self.store.clock.mono_ms())
         answers = [self._extend(claim, held.worker_id) for claim in held.claims]
         return consumer_pb2.ExtendClaimsResponse(answers=answers).SerializeToString()
@@ -312,6 +317,15 @@ def parse(kind: type[M], request: bytes) -> M:
         return kind.FromString(request)
     except DecodeError:
         raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {kind.DESCRIPTOR.name}") from None
+
+
+def _bounded(*names: str) -> None:
+    """Raises Refused for names of calls and workers, which are kept, that are longer than any."""
+    if any(len(name) > NAME_CHARS_MAX for name in names):
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"the request's id and what a worker is called have at most {NAME_CHARS_MAX} characters",
+        )
 
 
 def _still_claimed(rows: list[Activation]) -> list[Activation]:
