@@ -76,6 +76,10 @@ class Cluster:
     def rebalances(self) -> int:
         return sum(group.rebalances for group in self.groups.values())
 
+    def generations(self) -> int:
+        """Of all groups together: the same as long as nobody has been assigned anything new."""
+        return sum(group.generation for group in self.groups.values())
+
     def reachable(self, process: Process) -> bool:
         return self.up and process.alive and self.network.delivers(process.name, NAME)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 
+from penstock_broker.domain.token import decode_token
 from penstock_broker.ingest.admission import position_id
 from penstock_broker.store.batch import Batch
 from penstock_protocol.v1 import activation_pb2, consumer_pb2, producer_pb2
@@ -58,6 +59,12 @@ class Violated(Exception):
 def _rests(broker: Broker) -> bool:
     """Whether nothing is in the hands of those who send it on."""
     return all(forwarder._idle.is_set() for forwarder in broker.ingest.forwarders)
+
+
+def _seq_of(token: bytes | None) -> int | None:
+    """The row that a claim is of; None: a client without tokens has it."""
+    claim = decode_token(token or b"")
+    return claim and claim.seq
 
 
 class Oracle:
@@ -271,7 +278,7 @@ class Oracle:
                 self.fail("one holder", f"{task.id}: the claim of {claim.request} went to {request_id}")
             return
         self._check_at_most_once(machine, task)
-        self._check_exclusive(machine, task)
+        self._check_exclusive(machine, task, handed.claim_token)
         self._check_due(machine, task, handed)
         if not self._is_astray(machine, task):
             self._check_final(machine, task, handed.attempt)
@@ -287,6 +294,7 @@ class Oracle:
             request=request_id,
             touched_ms=machine.clock.mono_ms(),
             rebalances=self.pool.kafka.rebalances(),
+            generations=self.pool.kafka.generations(),
             forgotten=machine.astray,
         )
         self.claims[claim.token] = task.claims[claim.token] = claim
@@ -361,12 +369,17 @@ class Oracle:
             if handed.expires_in_ms:
                 self.fail("never after expiry", f"{task.id} was handed out {late} ms after its expiry")
 
-    def _check_exclusive(self, machine: BrokerMachine, task: Task) -> None:
+    def _check_exclusive(self, machine: BrokerMachine, task: Task, token: bytes | None = None) -> None:
         if self._is_copy(task):
             return
         mono = machine.clock.mono_ms()
         for claim in task.claims.values():
             if claim.ended or claim.broker != machine.name or claim.boot != machine.boots:
+                continue
+            moved = claim.generations != self.pool.kafka.generations()
+            if moved and _seq_of(token) != _seq_of(claim.token):
+                # Its partition has left, its row was dropped, and the message was read again.
+                self.counts["read again"] += 1
                 continue
             left = claim.touched_ms + self.pool.lease_ms - LEASE_SLACK_MS - mono
             if left > 0:

@@ -38,7 +38,9 @@ class Claim:
     # The disk that knew it is gone.
     forgotten: bool = False
     started_ms: int | None = None
+    # Of Kafka, when it was made.
     rebalances: int = 0
+    generations: int = 0
 
 
 @dataclass(slots=True)

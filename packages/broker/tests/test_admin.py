@@ -242,6 +242,10 @@ async def test_why_a_delayed_task_waits_and_until_when(desk: Desk) -> None:
     (row,) = await desk.claim()
     await desk.settle(row, Event.UNKNOWN_TASK)
     assert "given_back" in await desk.codes("unknown")
+    await desk.retry("unknown")
+    answer = await desk.explain("unknown")
+    assert (answer.state, [finding.code for finding in answer.findings]) == ("pending", ["given_back"])
+    assert "to that one after 60 s" in answer.findings[0].text
 
 
 async def test_who_runs_a_task_and_since_when(desk: Desk) -> None:
@@ -276,7 +280,9 @@ async def test_what_became_of_a_task_that_left(desk: Desk) -> None:
     await desk.settle(done, Event.COMPLETE)
     await desk.cancel("killed")
     await desk.settle(dead, Event.FAIL)
-    assert "complete" in (await desk.explain("done")).findings[0].text
+    (told,) = (await desk.explain("done")).findings
+    assert "complete" in told.text
+    assert "dlq" not in told.text
     assert "cancelled by an operator" in (await desk.explain("killed")).findings[0].text
     answer = await desk.explain("dead")
     assert (answer.state, answer.findings[0].code) == ("forwarding", "forwarding")
@@ -284,6 +290,19 @@ async def test_what_became_of_a_task_that_left(desk: Desk) -> None:
     answer = await desk.explain("dead")
     assert (answer.state, answer.known) == ("dead letter", True)
     assert "failed" in answer.findings[0].text
+
+
+async def test_a_task_that_left_after_a_failed_start_may_be_a_dead_letter_on_kafka(desk: Desk) -> None:
+    await desk.insert(activation("again", desk.clock, max_attempts=2), activation("dead", desk.clock))
+    again, dead = await desk.claim(2)
+    await desk.settle(again, Event.RETRY, 60_000)
+    await desk.cancel("again")
+    await desk.settle(dead, Event.FAIL)
+    await desk.store.outbox.forwarded(await desk.store.outbox.take(Route.DEAD_LETTER, 1, BYTES))
+    for id, event in (("again", "retry"), ("dead", "fail")):
+        answer = await desk.explain(id)
+        assert answer.state == "finished"
+        assert f"ended: {event}; if it is a dead letter: penstock dlq show {id}" in answer.findings[0].text
 
 
 async def test_an_unknown_id_may_have_many_reasons(desk: Desk) -> None:
@@ -561,6 +580,16 @@ async def test_calls_are_bounded(desk: Desk) -> None:
         await desk.replay(range(101))
     with pytest.raises(Refused, match="at most"):
         await desk.cancel(*map(str, range(1001)))
+    with pytest.raises(Refused, match="number of nothing"):
+        await desk.replay([2**63])
+    for method, request in (
+        ("ListTasks", pb.ListTasksRequest(after_seq=2**64 - 1)),
+        ("ListDeadLetters", pb.ListDeadLettersRequest(after_seq=2**63)),
+        ("DiscardDeadLetters", pb.DiscardDeadLettersRequest(seqs=[2**63])),
+    ):
+        with pytest.raises(Refused, match="number of nothing"):
+            await desk.methods[method](request.SerializeToString())
+    assert await desk.letters() == []
     with pytest.raises(Refused, match="no GetStatusRequest"):
         await desk.methods["GetStatus"](b"\xff\xff")
     assert hash_id("a") not in desk.store.memory.live

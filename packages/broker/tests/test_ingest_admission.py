@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Status
 from penstock_broker.ingest.admission import (
     CLOCK_AHEAD_MS_MAX,
+    COUNTED_MAX,
     DURATION_SECONDS_MAX,
     ID_CHARS_MAX,
     NAMESPACE_CHARS_MAX,
@@ -124,7 +125,7 @@ def test_content_is_the_task_and_its_arguments_not_when_or_how_it_was_sent() -> 
     assert first not in [admit(other).content for other in others]
 
 
-def test_huge_durations_are_ten_years() -> None:
+def test_huge_numbers_are_bounded() -> None:
     most = 2**64 - 1
     row = admit(
         task(
@@ -136,6 +137,7 @@ def test_huge_durations_are_ten_years() -> None:
     ten_years = DURATION_SECONDS_MAX * 1000
     assert (row.expires_at, row.deadline_ms) == (NOW - 1000 + ten_years, ten_years)
     assert (row.retry_delay_ms, row.max_attempts) == (ten_years, 2**32 - 1)
+    assert row.attempts == COUNTED_MAX
 
 
 @pytest.mark.parametrize("policy", [3, 77, 2**31 - 1, -1])

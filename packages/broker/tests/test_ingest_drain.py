@@ -21,6 +21,7 @@ from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Answer
 from penstock_broker.store.inflight import Inflight
 from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
+from penstock_protocol.v1.admin_pb2 import GetStatusResponse
 
 
 @pytest.fixture
@@ -66,6 +67,10 @@ async def test_all_that_waits_is_handed_over_with_where_it_stands(kafka: MockKaf
         assert store.imbalance() == 0
         with pytest.raises(Draining):
             await ingest.direct.send(b"")
+        status = GetStatusResponse()
+        ingest.describe(status)
+        assert (store.intake_state(), store.room()) == (("PAUSED", "drain"), 0)
+        assert list(status.kafka.partitions) == []
         # Once more: there is nothing to do.
         assert (await ingest.drain(0)).left == {}
     messages = [m for m in kafka.read("tasks", 41) if b"broker-1" in (m.value() or b"")]

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from ingest_helpers import MockKafka, kafka_settings, running_store, until
+from structlog.testing import capture_logs
 
 from penstock_broker.domain.activation import Activation, Reason, Route, Status
 from penstock_broker.ingest.admission import Admission, AdmissionLimits, position_id
 from penstock_broker.ingest.dead_letters import Letter, forward_id, letter
-from penstock_broker.ingest.forwarder import Forwarder
+from penstock_broker.ingest.forwarder import Forwarder, Lines
 from penstock_broker.ingest.publisher import Publisher
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
@@ -86,6 +87,22 @@ def test_poison_is_known_by_its_position() -> None:
     assert (
         letter(row, Source(4, "tasks", 2), "tasks-dlq").key == forward_id(row) == position_id("tasks", 2, 17)
     )
+
+
+async def test_many_dead_letters_are_few_lines_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock_broker.ingest.forwarder.TELL_EVERY_SECONDS", 0.05)
+    lines = Lines()
+    with capture_logs() as logs:
+        lines.add([dead("first")], "tasks-dlq")
+        for n in range(1000):
+            lines.add([dead(f"{n}"), dead(f"{n} too")], "tasks-dlq")
+        assert [(line["count"], line["first"]) for line in logs] == [(1, "send first")]
+        await until(lambda: len(logs) == 2)
+        lines.add([dead("last")], "tasks-dlq")
+        lines.stop()
+    assert [line["count"] for line in logs] == [1, 2000, 1]
+    assert logs[1]["first"] == "send 0"
+    assert logs[1]["reasons"] == {Reason.ATTEMPTS_EXHAUSTED: 2000}
 
 
 class Failures:

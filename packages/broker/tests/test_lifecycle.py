@@ -160,6 +160,17 @@ def test_a_given_back_task_waits_longer_each_time_then_becomes_a_dead_letter() -
     assert change.reason == Reason.UNKNOWN_TASK
 
 
+@pytest.mark.parametrize("event", [Event.RETRY, Event.DEADLINE_EXCEEDED])
+def test_a_task_that_some_worker_ran_is_not_one_that_none_knows(event: Event) -> None:
+    activation = row(max_attempts=5, given_back_at=NOW - 1_000)
+    change = decide(activation, event, NOW, LIMITS, retry_delay_ms=2 * LIMITS.unknown_task_ms)
+    assert change.given_back_at is None
+    activation.given_back_at, activation.attempts = change.given_back_at, change.attempts
+    # Its next start meets an older worker again.
+    change = decide(activation, Event.UNKNOWN_TASK, change.ready_at, LIMITS)
+    assert change.status is Status.DELAYED
+
+
 @pytest.mark.parametrize("event", [Event.UNKNOWN_TASK, Event.ARGUMENTS_MISMATCH])
 @pytest.mark.parametrize("policy", list(OnExceeded))
 def test_what_no_worker_can_run_is_a_dead_letter_whatever_its_policy(

@@ -51,6 +51,15 @@ def test_libraries_log_the_same_way(stream: io.StringIO) -> None:
     assert event["logger"] == "some.library"
 
 
+def test_a_caller_that_is_gone_before_its_answer_is_no_news(stream: io.StringIO) -> None:
+    logs.configure("info", "json", stream=stream)
+    library = logging.getLogger("grpc._cython.cygrpc")
+    for kind in ("ExecuteBatchError", "InternalError"):
+        library.error("%s raised", kind, exc_info=type(kind, (Exception,), {})())
+    [event] = events(stream)
+    assert event["event"] == "InternalError raised"
+
+
 @pytest.mark.parametrize("format", ["console", "json"])
 def test_what_a_terminal_would_obey_is_escaped(
     format: Literal["console", "json"], stream: io.StringIO

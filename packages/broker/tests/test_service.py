@@ -13,9 +13,11 @@ from ingest_helpers import task_bytes
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down
 
 from penstock_broker.dispatch import service
+from penstock_broker.dispatch.roster import NAMESPACES_SHOWN
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.store.inflight import Inflight
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import (
@@ -276,6 +278,50 @@ async def test_the_last_error_is_kept_within_bounds(broker: Broker) -> None:
     assert row.error is not None
     assert len(row.error) < 40_000
     assert json.loads(row.error)["traceback"].endswith("the end")
+
+
+async def test_what_is_kept_of_a_call_is_bounded(broker: Broker) -> None:
+    long = "x" * 257
+    identity = pb.WorkerIdentity
+    consumers = broker.consumers
+    for call, request in (
+        (consumers.get_tasks, pb.GetTasksRequest(request_id=long)),
+        (consumers.get_tasks, pb.GetTasksRequest(worker=identity(worker_id=long))),
+        (consumers.get_tasks, pb.GetTasksRequest(worker=identity(worker_id="w", hostname=long))),
+        (consumers.extend_claims, pb.ExtendClaimsRequest(worker_id=long)),
+        (consumers.release_tasks, pb.ReleaseTasksRequest(worker_id=long)),
+    ):
+        with pytest.raises(Refused) as refused:
+            await call(request.SerializeToString())
+        assert code_of(refused) is grpc.StatusCode.INVALID_ARGUMENT
+    many = pb.GetTasksRequest(application="a", namespaces=["n"] * 9_000, worker=identity(worker_id="w"))
+    await broker.answered(consumers.get_tasks(many.SerializeToString()))
+    (seen,) = consumers.roster.lately(broker.clock.mono)
+    assert len(seen.namespaces) == NAMESPACES_SHOWN
+
+
+async def test_a_back_off_is_ten_years_at_most(broker: Broker) -> None:
+    await broker.put("a", max_attempts=3)
+    (task,) = await broker.fetch()
+    outcome = pb.TaskOutcome(claim_token=task.claim_token, status=RETRY, retry_delay_ms=2**64 - 1)
+    request = pb.SetTaskStatusesRequest(outcomes=[outcome])
+    await broker.answered(broker.consumers.set_task_statuses(request.SerializeToString()))
+    (row,) = broker.rows()
+    assert (row.status, row.ready_at) == (Status.DELAYED, broker.clock.wall + service.DELAY_MS_MAX)
+
+
+async def test_a_task_that_says_it_was_started_more_often_than_a_number_holds_is_handed_out(
+    broker: Broker,
+) -> None:
+    most = RetryState(attempts=2**32 - 1, max_attempts=2**32 - 1)
+    sent = TaskActivation(id="a", taskname="charge", retry_state=most)
+    await broker.put("b")
+    broker.store.insert([Admission(AdmissionLimits()).admit(sent.SerializeToString(), broker.clock.wall)])
+    await settle_down(broker.store)
+    for _ in range(2):
+        tasks = await broker.fetch(count=2)
+        assert tasks[-1].activation.id == "a"
+        assert await broker.report(tasks[-1], RETRY) == APPLIED
 
 
 async def test_no_worker_is_handed_more_than_one_answer_may_hold(broker: Broker) -> None:

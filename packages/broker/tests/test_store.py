@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
+from structlog.testing import capture_logs
 
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Batch, Report, Written
 from penstock_broker.store.database import Database
-from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.inflight import OVERFLOW_CALM_MS, Inflight
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.partitions import Source
 from penstock_broker.store.writer import StoreStopped
@@ -167,7 +168,8 @@ async def test_an_uncovered_outcome_is_held_over_a_restart(tmp_path: Path, clock
 async def test_tokens_that_were_never_given_are_unknown(store: Inflight, clock: ManualClock) -> None:
     await insert(store, activation("a", clock))
     token = token_of(store, claim_one(store))
-    for wrong in (token._replace(nonce=token.nonce ^ 1), token._replace(epoch=99)):
+    garbled = token._replace(id_hash=token.id_hash ^ 1)
+    for wrong in (token._replace(nonce=token.nonce ^ 1), token._replace(epoch=99), garbled):
         assert await settled(store, wrong, Event.COMPLETE) is Answer.UNKNOWN
         assert store.extend(wrong, started=False) is Answer.UNKNOWN
     assert await settled(store, token._replace(claim=5), Event.COMPLETE) is Answer.STALE
@@ -799,6 +801,30 @@ async def test_a_namespace_holds_its_share_and_others_have_room(tmp_path: Path, 
     assert store.outbox.size() == 1
     assert sum(n for (_, term), n in store.memory.books.items() if term == "overflow") == 6
     assert store.imbalance() == 0
+
+
+async def test_a_namespace_at_its_share_is_two_lines_of_the_log(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(rows_max=20))
+    source = store.source("tasks", 0)
+    with capture_logs() as logs:
+        offset = 0
+        for _ in range(10):
+            rows = [activation(f"{n}", clock, source=source.id, offset=n) for n in range(offset, offset + 12)]
+            offset += 12
+            await insert(store, *rows, taken={source.id: offset})
+            for row in store.claim(None, (), 9, 1 << 20):
+                assert await settled(store, token_of(store, row), Event.COMPLETE) is Answer.APPLIED
+            store.cover(source, offset)
+            store.outbox.forwarded(await take_outbox(store, Route.OVERFLOW))
+            await settle_down(store)
+        clock.advance(OVERFLOW_CALM_MS)
+        store.watch_disk()
+        await settle_down(store)
+    told = [line["event"] for line in logs if "share" in line["event"]]
+    assert [event.split(" (")[0] for event in told] == [
+        "a namespace holds its share of the store",
+        "a namespace has room in its share again",
+    ]
 
 
 async def test_what_is_taken_to_leave_is_bounded_in_bytes(store: Inflight, clock: ManualClock) -> None:

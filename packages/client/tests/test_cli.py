@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from confluent_kafka import Producer
 
 from penstock_client import App, Fixed, Retry
 from penstock_client.cli import commands, output
-from penstock_client.cli.failures import NOT_CONFIRMED, NOT_FOUND, UNREACHABLE, USAGE
+from penstock_client.cli.failures import NOT_CONFIRMED, NOT_FOUND, UNREACHABLE, USAGE, WRONG
+from penstock_client.cli.letters import Letter, TopicLetters
 from penstock_protocol import signature
 from penstock_protocol.v1 import consumer_pb2 as pb
+from penstock_protocol.v1.activation_pb2 import TaskActivation
 
 grpc = pytest.importorskip("grpc")
 
@@ -306,6 +310,22 @@ def test_dead_letters_are_listed_shown_replayed_and_discarded(penstock: Penstock
     assert alone["books_difference"] == 0
 
 
+def test_a_dead_letter_of_a_topic_that_was_made_anew_is_replayed_to_the_new_one() -> None:
+    cluster = Producer({"bootstrap.servers": "unused", "test.mock.num.brokers": 1})
+    node = next(iter(cluster.list_topics(timeout=10).brokers.values()))
+    address = f"{node.host}:{node.port}"
+    for topic in ("tasks", "tasks-dlq", "tasks-dlq-handled"):
+        cluster.produce(topic, b"")
+    assert cluster.flush(10) == 0
+    letters = TopicLetters(address, "tasks-dlq", "tasks", must=True)
+    value = TaskActivation(id="a", taskname="t", application="shop", namespace="pay").SerializeToString()
+    story = {"origin-topic": "tasks@0TgTgTgTgTgTgTgTgTgTgg"}
+    letters.replay(Letter("", "a", "shop", "pay", "t", "failed", 0, 0, story, forward_id="f", value=value))
+    assert letters.finish().done == 1
+    (sent,) = [m.value() or b"" for m in letters._messages("tasks", [0, 1, 2, 3]) if m.value()]
+    assert TaskActivation.FromString(sent).taskname == "t"
+
+
 # -- mistakes
 
 
@@ -321,6 +341,40 @@ def test_no_broker_there(penstock: Penstock) -> None:
     assert ran.code == UNREACHABLE
     assert "healthy" in ran.out
     assert "1 of 2 brokers did not answer" in ran.err
+
+
+def test_those_that_answer_are_asked_however_many_do_not(penstock: Penstock) -> None:
+    nobody = f"127.0.0.1:{free_port()},127.0.0.1:{free_port()}"
+    ran = penstock("status", "--sample", "0", "--rpc-host-list", f"{nobody},{penstock.address}")
+    assert ran.code == UNREACHABLE
+    assert "healthy" in ran.out
+    assert "2 of 3 brokers did not answer" in ran.err
+    for arguments in (["explain", "x"], ["tasks", "ls"], ["namespaces", "pause", "main"]):
+        ran = penstock(*arguments, "--rpc-host-list", nobody)
+        assert (ran.code, ran.out) == (UNREACHABLE, "")
+        assert ran.err.count("no broker answers at") == 2
+
+
+def test_a_broker_that_cannot_do_it_now_says_why(penstock: Penstock) -> None:
+    why = "the broker's disk does not take what is written (full): repeat the call"
+
+    def refuse(_: bytes, context: Any) -> bytes:
+        context.abort(grpc.StatusCode.UNAVAILABLE, why)
+        return b""
+
+    class Failing(grpc.GenericRpcHandler):  # type: ignore[misc, name-defined]
+        def service(self, details: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Failing()])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        ran = penstock("tasks", "ls", "--rpc-host-list", address)
+    finally:
+        server.stop(None)
+    assert ran.code == WRONG
+    assert ran.err == f"penstock: the broker at {address}: {why}\n"
 
 
 def test_a_wrong_secret(penstock: Penstock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,8 +472,29 @@ def test_routes_of_an_application(
 
 
 def test_a_table_is_one_line_a_row_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    output.show_table(("A", "N"), [("one\x1b[31m", 1), ("", 12_345)])
-    assert capsys.readouterr().out == "A                 N\none\\x1b[31m       1\n-            12,345\n"
+    output.show_table(("A", "N"), [("on\ne\x1b[31m", 1), ("", 12_345)])
+    shown = "A                   N\non\\ne\\x1b[31m       1\n-              12,345\n"
+    assert capsys.readouterr().out == shown
+    output.show_table(("A", "B"), [("x" * 10**6, "b")])
+    assert len(capsys.readouterr().out) < 1_000
+
+
+def test_nothing_that_a_task_is_called_or_says_reaches_the_terminal_as_it_is(
+    penstock: Penstock, shop: App
+) -> None:
+    namespace = shop.namespace("hostile")
+
+    @namespace.task(name="\x1b[2J\nforged", retry=Retry(max_attempts=2, backoff=Fixed(60)))
+    def hostile(n: int = 0) -> None: ...
+
+    id = send(shop, "\x1b[2J\nforged")
+    (task,) = penstock.fetch(namespace="hostile")
+    penstock.report(task, pb.TASK_OUTCOME_STATUS_RETRY, message="\x1b[31mred\x9b")
+    for arguments in (["explain", id], ["tasks", "ls", "-n", "hostile"], ["tasks", "cancel", id]):
+        ran = penstock(*arguments)
+        assert ran.code == 0, ran.err
+        assert ran.out.replace("\n", "").isprintable()
+        assert not any(line.startswith("forged") for line in ran.out.splitlines())
 
 
 def test_json_has_every_field_with_numbers_as_numbers() -> None:

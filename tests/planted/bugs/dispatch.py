@@ -113,6 +113,22 @@ BUGS = (
         tests=(SERVICE + "test_what_is_given_back_waits_or_is_ready_at_once",),
     ),
     Bug(
+        "attempts of any number",
+        "no message keeps another one from being run",
+        "broker/ingest/admission.py",
+        old="attempts=_counted(retry.attempts)",
+        new="attempts=retry.attempts",
+        tests=(BROKER + "test_ingest_admission.py::test_huge_numbers_are_bounded",),
+    ),
+    Bug(
+        "a back-off of any length",
+        "no bytes of a call end the broker",
+        "broker/dispatch/service.py",
+        old="min(outcome.retry_delay_ms, DELAY_MS_MAX)",
+        new="min(outcome.retry_delay_ms, 2 * DELAY_MS_MAX)",
+        tests=(SERVICE + "test_a_back_off_is_ten_years_at_most",),
+    ),
+    Bug(
         "a poll that was cancelled keeps what it was given",
         "what nobody received is handed out again",
         "broker/dispatch/waiting.py",

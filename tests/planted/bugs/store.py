@@ -289,6 +289,14 @@ BUGS = (
         tests=(LIFECYCLE + "test_a_given_back_task_waits_longer_each_time_then_becomes_a_dead_letter",),
     ),
     Bug(
+        "a task that a worker has run meanwhile is still one that none knows",
+        "what a worker does not know is offered for an hour before it is a dead letter",
+        "broker/domain/lifecycle.py",
+        old="attempts=attempts)._replace(given_back_at=None)\n",
+        new="attempts=attempts)\n",
+        tests=(LIFECYCLE + "test_a_task_that_some_worker_ran_is_not_one_that_none_knows",),
+    ),
+    Bug(
         "a task nobody knows is discarded by its policy",
         "an unknown task is never discarded",
         "broker/domain/lifecycle.py",

@@ -126,7 +126,13 @@ def configure(
     )
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_library_formatter(shared, renderer))
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_use)
     logging.basicConfig(handlers=[handler], level=max(number, logging.INFO), force=True)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Not the traceback of gRPC for each caller that is gone before its answer."""
+    return record.exc_info is None or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"
 
 
 def _library_formatter(shared: list[Processor], renderer: Processor) -> logging.Formatter:

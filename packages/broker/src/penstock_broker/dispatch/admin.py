@@ -31,6 +31,8 @@ IDS_MAX = 1_000
 LETTERS_MAX = 100
 AHEAD_MAX = 10_000
 NAME_CHARS_MAX = 100
+# SQLite's integers.
+SEQ_MAX = 2**63 - 1
 # A task that is claimed, or comes back, between the look at it and the deed is looked at again.
 TRIES_MAX = 3
 
@@ -116,14 +118,14 @@ class Admin:
 
     async def list_tasks(self, request: bytes) -> bytes:
         asked = parse(pb.ListTasksRequest, request)
-        wanted = asked.filter
+        wanted, after_seq = asked.filter, _seq(asked.after_seq)
         pairs = self._pairs(wanted)
         answer = pb.ListTasksResponse()
         if pairs is not None and not pairs:
             return answer.SerializeToString()
         rows, go_on = await self._store.read(
             lambda database: database.held(
-                asked.after_seq,
+                after_seq,
                 SCAN_ROWS_MAX,
                 pairs,
                 wanted.state,
@@ -198,7 +200,7 @@ class Admin:
         elif (letter := await self._store.read(lambda database: database.dead_letter_of(id))) is not None:
             explanation.dead(id, letter.reason, letter.at)
         elif (last := self._memory.finished.left(hash_id(id))) is not None:
-            explanation.finished(hash_id(id), last)
+            explanation.finished(id, hash_id(id), last)
         else:
             explanation.unknown(self._lag())
         return answer.SerializeToString()
@@ -377,11 +379,11 @@ class Admin:
     async def list_dead_letters(self, request: bytes) -> bytes:
         asked = parse(pb.ListDeadLettersRequest, request)
         wanted, limit = asked.filter, min(asked.limit or PAGE_TASKS_MAX, PAGE_TASKS_MAX)
-        pairs = self._pairs(wanted)
+        pairs, after_seq = self._pairs(wanted), _seq(asked.after_seq)
         answer = pb.ListDeadLettersResponse()
         letters = await self._store.read(
             lambda database: database.dead_letters(
-                asked.after_seq,
+                after_seq,
                 pairs,
                 wanted.taskname if wanted.HasField("taskname") else None,
                 wanted.reason if wanted.HasField("reason") else None,
@@ -479,7 +481,14 @@ class Admin:
             raise Refused(
                 grpc.StatusCode.INVALID_ARGUMENT, f"{len(seqs)} dead letters: at most {LETTERS_MAX} in a call"
             )
-        return list(dict.fromkeys(seqs))
+        return list(dict.fromkeys(map(_seq, seqs)))
+
+
+def _seq(number: int) -> int:
+    """A number of a row, or of a dead letter, that the database can look for. Raises Refused."""
+    if number > SEQ_MAX:
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"{number} is the number of nothing")
+    return number
 
 
 def _record(what: str, by: str, before: dict[str, Activation], answers: dict[str, Answer]) -> None:

@@ -9,12 +9,15 @@ from penstock_broker.domain.activation import NO_SOURCE, Activation, Reason, Sta
 from penstock_broker.domain.lifecycle import OUTCOMES, Event
 from penstock_broker.store.finished import outcome_of
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.refusals import REFUSED_MS
 from penstock_broker.store.unclaimable import UNASKED_MS
 from penstock_protocol.v1 import admin_pb2
 
 _OUTCOMES = {number: event.value for event, number in OUTCOMES.items()} | {
     OUTCOMES[Event.CANCEL]: "cancelled by an operator"
 }
+# After any other, something else became of the task.
+_ENDS = frozenset(_OUTCOMES[OUTCOMES[event]] for event in (Event.COMPLETE, Event.IGNORE, Event.CANCEL))
 
 
 def when(at: int) -> str:
@@ -88,12 +91,7 @@ class Explanation:
         until = f"{when(row.ready_at)}, in {span(row.ready_at - self._now)}"
         self._answer.runs_at = row.ready_at
         if row.given_back_at is not None:
-            dead_at = row.given_back_at + self._store.limits.lifecycle.unknown_task_ms
-            self._say(
-                "given_back",
-                f"a worker gave it back ({_error(row)}); it is offered again at {until}, and becomes a dead"
-                f" letter if none can run it until {when(dead_at)}",
-            )
+            self._given_back(row, f"it is offered again at {until}")
         elif row.attempts or row.lost:
             start = f"start {row.attempts + 1} of at most {row.max_attempts}"
             self._say("back_off", f"its last start failed ({_error(row)}); {start} is at {until}")
@@ -101,11 +99,21 @@ class Explanation:
             self._say("delayed", f"its producer delayed it until {until}")
         self._say("run_now", f"to start it now: penstock tasks retry {row.id}")
 
+    def _given_back(self, row: Activation, then: str) -> None:
+        dead_at = (row.given_back_at or 0) + self._store.limits.lifecycle.unknown_task_ms
+        self._say(
+            "given_back",
+            f"a worker gave it back ({_error(row)}); {then}, and becomes a dead letter if none can run it"
+            f" until {when(dead_at)}",
+        )
+
     def _pending(self, row: Activation) -> None:
         store = self._store
         queue = store.memory.index.pairs[row.pair]
         if row.source != NO_SOURCE and not store.memory.partitions.may_start(row):
             self._uncovered(row)
+        if not store.claiming:
+            self._say("draining", "this broker is drained: it starts nothing more, and hands over what waits")
         unasked = store.clock.mono_ms() - store.memory.index.asked_at(queue)
         if unasked >= UNASKED_MS:
             self._say(
@@ -113,6 +121,8 @@ class Explanation:
                 f"no worker has asked for {queue.application}/{queue.namespace} for {span(unasked)}, or since"
                 " the broker started: is one running that serves it? next: penstock workers ls",
             )
+        if row.given_back_at is not None:
+            self._given_back(row, f"it is offered to others, and to that one after {span(REFUSED_MS)}")
         if self._answer.ahead:
             more = "at least " if self._answer.ahead >= self._answer.ahead_max else ""
             self._say("ahead", f"{more}{self._answer.ahead} tasks of its namespace are before it")
@@ -148,18 +158,21 @@ class Explanation:
 
     # -- not in the store
 
-    def finished(self, id_hash: int, last: int) -> None:
+    def finished(self, id: str, id_hash: int, last: int) -> None:
         """An id of the de-duplication window, with its last claim and outcome, packed."""
         self._answer.known = True
         self._answer.state = "finished"
         outcome = _OUTCOMES.get(outcome_of(last))
         within = span(self._store.limits.dedup_window_ms)
         if outcome is None:
-            text = "it left without a report: expired, cancelled while it waited, forwarded, or discarded"
-        else:
             text = (
-                f"how its last start ended: {'cancelled by an operator' if outcome == 'cancel' else outcome}"
+                "it left without a report: expired, cancelled while it waited, discarded, or sent on through"
+                " Kafka, where it may still wait (overflow of its namespace, retry topic, another broker)"
             )
+        else:
+            text = f"how its last start ended: {outcome}"
+        if outcome not in _ENDS:
+            text += f"; if it is a dead letter: penstock dlq show {id}"
         self._say("finished", f"it has left this broker within the last {within}; {text}")
         if self._store.is_held(id_hash):
             self._say(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from penstock_protocol.v1 import consumer_pb2
 
 WORKERS_MAX = 2_000
+# Of those that a worker asks for.
+NAMESPACES_SHOWN = 100
 # A worker that is there asks, or says what it holds, far more often.
 SEEN_MS_MAX = 600_000
 
@@ -39,7 +41,7 @@ class Roster:
             mono,
             worker,
             request.application if request.HasField("application") else None,
-            tuple(request.namespaces),
+            tuple(request.namespaces[:NAMESPACES_SHOWN]),
         )
         if len(self._workers) > WORKERS_MAX:
             del self._workers[next(iter(self._workers))]

@@ -29,6 +29,9 @@ TASKS_MAX = 1000
 WAIT_SECONDS_MAX = 60.0
 COVER_SECONDS_MAX = 10.0
 ERROR_CHARS_MAX = 16_384
+NAME_CHARS_MAX = 256
+# Ten years.
+DELAY_MS_MAX = 315_360_000_000
 
 _EVENTS = {
     consumer_pb2.TASK_OUTCOME_STATUS_COMPLETE: Event.COMPLETE,
@@ -134,6 +137,8 @@ class Consumers:
 
     async def get_tasks(self, request: bytes) -> bytes:
         asked = parse(consumer_pb2.GetTasksRequest, request)
+        worker = asked.worker
+        _bounded(asked.request_id, worker.worker_id, worker.hostname, worker.version)
         self.roster.asked(asked, self.store.clock.mono_ms())
         if asked.namespaces and not asked.HasField("application"):
             raise Refused(
@@ -201,7 +206,7 @@ class Consumers:
                 settled.append(Answer.UNKNOWN)
                 ids.append(0)
                 continue
-            delay = outcome.retry_delay_ms if outcome.HasField("retry_delay_ms") else None
+            delay = min(outcome.retry_delay_ms, DELAY_MS_MAX) if outcome.HasField("retry_delay_ms") else None
             error = _error(outcome.error) if outcome.HasField("error") else None
             settled.append(settle(token, event, now, delay, error))
             ids.append(token.id_hash)
@@ -210,6 +215,7 @@ class Consumers:
 
     async def release_tasks(self, request: bytes) -> bytes:
         released = parse(consumer_pb2.ReleaseTasksRequest, request)
+        _bounded(released.worker_id)
         now = self.store.clock.wall_ms()
         settled: list[Answer | Report] = []
         ids: list[int] = []
@@ -230,6 +236,7 @@ class Consumers:
 
     async def extend_claims(self, request: bytes) -> bytes:
         held = parse(consumer_pb2.ExtendClaimsRequest, request)
+        _bounded(held.worker_id)
         self.roster.held(held.worker_id, self.store.clock.mono_ms())
         answers = [self._extend(claim, held.worker_id) for claim in held.claims]
         return consumer_pb2.ExtendClaimsResponse(answers=answers).SerializeToString()
@@ -312,6 +319,15 @@ def parse(kind: type[M], request: bytes) -> M:
         raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {kind.DESCRIPTOR.name}") from None
 
 
+def _bounded(*names: str) -> None:
+    """Raises Refused for names of calls and workers, which are kept, that are longer than any."""
+    if any(len(name) > NAME_CHARS_MAX for name in names):
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"the request's id and what a worker is called have at most {NAME_CHARS_MAX} characters",
+        )
+
+
 def _still_claimed(rows: list[Activation]) -> list[Activation]:
     """Without those that were cancelled, became another broker's, or lost their lease, before they could be
     handed out."""
@@ -352,8 +368,8 @@ def _v1_event(report: consumer_pb2.SetTaskStatusRequest) -> Event:
 
 
 def _seconds(value: int) -> int:
-    """Milliseconds, bounded to ten years."""
-    return min(value, 315_360_000) * 1000
+    """Milliseconds, bounded."""
+    return min(value * 1000, DELAY_MS_MAX)
 
 
 def _error(summary: consumer_pb2.ErrorSummary) -> str:

@@ -243,7 +243,8 @@ def _retry(row: Activation, event: Event, now: int, limits: Limits, delay: int |
     delay = row.retry_delay_ms if delay is None else delay
     if limits.retry_topic:
         return _leave(row, now + delay, Reason.RETRIED, row.claim + 1, attempts)
-    return _later(row, now, delay, attempts=attempts)
+    # Whoever gave it back before: there is a worker that can run it.
+    return _later(row, now, delay, attempts=attempts)._replace(given_back_at=None)
 
 
 def _leave(

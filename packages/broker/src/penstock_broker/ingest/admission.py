@@ -29,6 +29,9 @@ APPLICATION_CHARS_MAX = 256
 TASKNAME_CHARS_MAX = 512
 # Ten years: any longer duration means the same.
 DURATION_SECONDS_MAX = 315_360_000
+# Attempts, and deliveries lost, that somebody else has counted: one more of them is still a number of the
+# messages they are told in.
+COUNTED_MAX = 2**31
 NAMES_MAX = 10_000
 # A producer's clock may be ahead of ours by this much.
 CLOCK_AHEAD_MS_MAX = 60_000
@@ -177,7 +180,7 @@ class Admission:
             retry.at_most_once,
             _ms(retry.delay_on_retry),
             source, offset, status,
-            attempts=retry.attempts, content=content, id_hash=hash_id(id), size=len(value),
+            attempts=_counted(retry.attempts), content=content, id_hash=hash_id(id), size=len(value),
         )  # fmt: skip
         if message.HasField("sent_on"):
             _go_on(row, message.sent_on, now)
@@ -223,11 +226,15 @@ def _go_on(row: Activation, hop: SentOn, now: int) -> None:
         row.received_at = hop.received_at_ms
     row.ready_at = min(hop.due_at_ms, now + _ms(DURATION_SECONDS_MAX))
     row.status = Status.DELAYED if row.ready_at > now else Status.PENDING
-    row.lost = hop.deliveries_lost
+    row.lost = _counted(hop.deliveries_lost)
 
 
 def _ms(seconds: int) -> int:
     return (seconds if seconds < DURATION_SECONDS_MAX else DURATION_SECONDS_MAX) * 1000
+
+
+def _counted(times: int) -> int:
+    return times if times < COUNTED_MAX else COUNTED_MAX
 
 
 def _why_unparseable(value: bytes, error: DecodeError) -> str:

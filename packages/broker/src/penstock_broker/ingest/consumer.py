@@ -95,8 +95,8 @@ class KafkaConsumer:
 
     @property
     def assignment(self) -> Sequence[int]:
-        """Partitions assigned to this broker."""
-        return sorted(self.intake.readings)
+        """Partitions assigned to this broker; none once it has been told to leave."""
+        return () if self._stopping.is_set() else sorted(self.intake.readings)
 
     def last_commit_age_seconds(self) -> float:
         """Since the last acknowledged offset commit, or since the start."""

@@ -24,6 +24,7 @@ BACK_OFF_SECONDS_MIN = 1.0
 BACK_OFF_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 1.0
 RECORD_SECONDS_MAX = 5.0
+TELL_EVERY_SECONDS = 10.0
 
 _TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE)
 
@@ -67,6 +68,7 @@ class Forwarder:
         # Rows that left.
         self.forwarded = 0
         self.alarm = ""
+        self._lines = Lines()
 
     def start(self) -> None:
         self._store.writer.on_committed.append(self._look)
@@ -164,7 +166,7 @@ class Forwarder:
             return
         self._full = outbox.resting + len(rows) > self._store.limits.dead_letters_rest_max
         await outbox.rest(rows)
-        _tell_of_dead_letters(rows, "the store")
+        self._lines.add(rows, "the store")
         if self._full:
             self._raise_alarm("the store's own dead letters are full (dead_letters_rest_max)", "the store")
         elif self._publisher is None:
@@ -172,7 +174,7 @@ class Forwarder:
 
     def _tell(self, safe: Sequence[tuple[Activation, Letter]]) -> None:
         if safe and self.route is Route.DEAD_LETTER:
-            _tell_of_dead_letters([row for row, _ in safe], safe[0][1].topic)
+            self._lines.add([row for row, _ in safe], safe[0][1].topic)
         elif safe:
             log.debug("forwarded", what=self.route, count=len(safe), to=safe[0][1].topic)
 
@@ -200,6 +202,7 @@ class Forwarder:
         self._task.cancel()
         # If it has failed, ``failed`` has told.
         await asyncio.gather(self._task, return_exceptions=True)
+        self._lines.stop()
 
     async def failed(self) -> None:
         """Ends, with the cause, when forwarding ends by itself."""
@@ -210,10 +213,38 @@ def _waits_for_ledger(row: Activation) -> bool:
     return row.at_most_once and row.source != NO_SOURCE
 
 
-def _tell_of_dead_letters(rows: Sequence[Activation], to: str) -> None:
-    """One line for a batch of dead letters, with the first of them."""
-    if rows:
-        reasons = dict(Counter(row.reason for row in rows))
-        log.warning(
-            "dead letters", count=len(rows), to=to, reasons=reasons, first=f"{rows[0].taskname} {rows[0].id}"
-        )
+class Lines:
+    """Dead letters in the log: the first at once, and what comes within TELL_EVERY_SECONDS in one line."""
+
+    def __init__(self) -> None:
+        self._reasons: Counter[str | None] = Counter()
+        self._first = self._to = ""
+        self._next: asyncio.TimerHandle | None = None
+
+    def add(self, rows: Sequence[Activation], to: str) -> None:
+        if not rows:
+            return
+        if not self._reasons:
+            self._first = f"{rows[0].taskname} {rows[0].id}"
+        self._reasons.update(row.reason for row in rows)
+        self._to = to
+        if self._next is None:
+            self._say()
+
+    def _say(self) -> None:
+        self._next = None
+        if self._reasons:
+            self._tell()
+            self._next = asyncio.get_running_loop().call_later(TELL_EVERY_SECONDS, self._say)
+
+    def _tell(self) -> None:
+        count, reasons = self._reasons.total(), dict(self._reasons)
+        log.warning("dead letters", count=count, to=self._to, reasons=reasons, first=self._first)
+        self._reasons.clear()
+
+    def stop(self) -> None:
+        """Tell of what is left."""
+        if self._next is not None:
+            self._next.cancel()
+        if self._reasons:
+            self._tell()

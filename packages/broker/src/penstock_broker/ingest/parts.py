@@ -159,7 +159,7 @@ class Ingest:
         """
         async with self._draining:
             if self._drain is None:
-                self.direct.draining = True
+                self.direct.draining, self._store.taking = True, False
                 await self.stop_intake()
                 self._drain = Drain(self._store, self.forwarders, can_hand_over=self.consumer is not None)
             return await self._drain.run(grace_seconds)

@@ -60,6 +60,8 @@ SEQ_BITS = 36
 PAIRS_MAX = 10_000
 # Rows that one claim passes over because the worker has given them back; beyond it gets them again.
 PASSED_ROWS_MAX = 64
+# A namespace of which nothing has met the overflow for so long is out of it.
+OVERFLOW_CALM_MS = 10_000
 
 # Why the intake pauses -> how it is said.
 _LIMITS = {"rows": "max_pending_count", "bytes": "pending_bytes_max", "disk": "the disk is full or fails"}
@@ -89,8 +91,9 @@ class Inflight:
         self._overflowing: set[int] = set()
         # Given the monotonic time before anything is handed out.
         self.before_claim: list[Callable[[int], None]] = []
-        # Whether anything is handed out.
-        self.claiming = True
+        # Whether anything is taken in, and whether anything is handed out: a broker that is drained does
+        # neither.
+        self.taking = self.claiming = True
         # Awaited before an at-most-once claim is handed out: resolves when the ledger has it.
         self.recorded: Callable[[], Awaitable[None]] = self.committed
         self.writer.on_committed += [self._check_room, self._check_shares]
@@ -128,7 +131,7 @@ class Inflight:
                 rows=self.memory.rows,
                 bytes=self.memory.bytes,
             )
-        return 0 if self._paused or self.writer.stopping else rows
+        return rows if self.taking and not (self._paused or self.writer.stopping) else 0
 
     def _limit_reached(self, rows: int) -> str:
         if self.writer.trouble is not None or self.memory.disk_low:
@@ -138,7 +141,9 @@ class Inflight:
         return "bytes" if self.memory.bytes >= self.limits.bytes_max else ""
 
     def intake_state(self) -> tuple[str, str]:
-        """("OPEN" or "PAUSED", the limit that is reached)."""
+        """("OPEN" or "PAUSED", the limit that is reached, or "drain")."""
+        if not self.taking:
+            return ("PAUSED", "drain")
         self.room()
         return ("PAUSED", self._paused) if self._paused else ("OPEN", "")
 
@@ -291,7 +296,11 @@ class Inflight:
         return memory.share_room(pair) * 20 >= memory.share_rows_max and size * 20 >= memory.share_bytes_max
 
     def _check_shares(self) -> None:
-        for pair in [pair for pair in self._overflowing if self.has_share_room(pair)]:
+        if not self._overflowing:
+            return
+        # While its overflow is worked off it has room and holds its share by turns, many times a second.
+        calm, at = self.clock.mono_ms() - OVERFLOW_CALM_MS, self.memory.overflowed_at
+        for pair in [pair for pair in self._overflowing if at[pair] <= calm and self.has_share_room(pair)]:
             self._overflowing.discard(pair)
             queue = self.memory.index.pairs[pair]
             log.info(
@@ -438,6 +447,8 @@ class Inflight:
         row = self.memory.resident.get(token.seq)
         if row is None:
             return self._settle_absent(token, event, now, retry_delay_ms, error)
+        if row.id_hash != token.id_hash:
+            return Answer.UNKNOWN
         if row.claim != token.claim:
             return repeated(row, token.claim, token.epoch, OUTCOMES[event])
         if not self._is_holder(row, token):
@@ -536,6 +547,8 @@ class Inflight:
         row = self.memory.resident.get(token.seq)
         if row is None or row.claim != token.claim or not self._is_holder(row, token):
             return Answer.STALE
+        if row.id_hash != token.id_hash:
+            return Answer.UNKNOWN
         mono = self.clock.mono_ms()
         if row.status is PENDING:
             row = self._reclaim(row, token.epoch)

@@ -6,7 +6,6 @@ import getpass
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -14,12 +13,16 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from penstock_client.cli.failures import NOT_FOUND, UNREACHABLE, USAGE, WRONG, Failure
+from penstock_client.cli.output import say
 from penstock_protocol import signature
 from penstock_protocol.v1 import admin_pb2
 
 _SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
 _SECRETS = ("PENSTOCK_GRPC_SHARED_SECRET", "TASKBROKER_GRPC_SHARED_SECRET")
 CALL_SECONDS = 20.0
+# In what a broker says that cannot do it now, its disk failing for one; else it is gRPC that says why nobody
+# answers.
+_SAID_BY_BROKERS = ("the broker", "Kafka")
 _OPTIONS = (
     # Brokers are neighbours; a proxy for the outside world has no business in between.
     ("grpc.enable_http_proxy", 0),
@@ -52,7 +55,7 @@ class Broker:
     def _failure(self, error: grpc.RpcError, method: str) -> Failure:
         code, details = error.code(), error.details()
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            if "Kafka" in (details or ""):
+            if any(word in (details or "") for word in _SAID_BY_BROKERS):
                 return Failure(f"the broker at {self.address}: {details}", code=WRONG)
             return Failure(
                 f"no broker answers at {self.address}",
@@ -96,21 +99,19 @@ class Brokers:
             broker.close()
 
     def each(self, method: str, request: Message, answer: type[M]) -> Iterator[tuple[Broker, M]]:
-        """The answers of those that answer. Raises Failure when none does."""
-        answered = 0
+        """The answers of those that answer. Raises Failure when none is left that does."""
         for broker in list(self.all):
             try:
                 yield broker, broker.call(method, request, answer)
-                answered += 1
             except Failure as failure:
                 if failure.code == NOT_FOUND:
                     continue
                 self._failures.append(failure)
-                if len(self._failures) == len(self.all):
-                    raise
                 # Not asked again.
                 self.all.remove(broker)
-                print(f"penstock: {failure.text}", file=sys.stderr)
+                if not self.all:
+                    raise
+                say(f"penstock: {failure.text}", error=True)
 
     def complete(self) -> None:
         """Raises Failure when a broker did not answer: what was shown is not all."""

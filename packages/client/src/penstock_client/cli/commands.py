@@ -11,6 +11,7 @@ import typer
 import penstock_client
 from penstock_client.cli import dlq, namespaces, status, tasks, workers
 from penstock_client.cli.failures import EXIT_CODES, Failure
+from penstock_client.cli.output import say
 from penstock_client.errors import AppError
 
 app = typer.Typer(
@@ -66,6 +67,6 @@ def main() -> None:
 
 
 def _tell(text: str, hint: str) -> None:
-    print(f"penstock: {text}", file=sys.stderr)
+    say(f"penstock: {text}", error=True)
     if hint:
-        print(f"  {hint}", file=sys.stderr)
+        say(f"  {hint}", error=True)

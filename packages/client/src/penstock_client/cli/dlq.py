@@ -26,7 +26,17 @@ from penstock_client.cli.options import (
     YesOption,
     confirm,
 )
-from penstock_client.cli.output import Output, Progress, show_facts, show_json, show_table, size, when
+from penstock_client.cli.output import (
+    Output,
+    Progress,
+    cut,
+    say,
+    show_facts,
+    show_json,
+    show_table,
+    size,
+    when,
+)
 from penstock_client.cli.tasks import activation_facts, error_text
 from penstock_client.durations import seconds
 
@@ -154,6 +164,9 @@ def show(
                 story = values.pop("story")
                 facts = values | {"dead_at": when(values["dead_at"]), "size": size(values["size"])}
                 facts |= {name: value for name, value in story.items() if not name.startswith("error")}
+                # In a store it is a number.
+                if isinstance(received := facts.get("received_at"), int):
+                    facts["received_at"] = when(received)
                 facts["error"] = error_text(_error(story))
                 show_facts((name, value) for name, value in facts.items() if value not in (None, "", {}))
         if not found:
@@ -263,7 +276,7 @@ def _handle(
             "there is no such dead letter, or it was handled before", "see penstock dlq show", NOT_FOUND
         )
     for (taskname, reason), count in found.most_common(20):
-        typer.echo(f"{count:>8,}  {taskname}: {reason}", err=True)
+        say(f"{count:>8,}  {cut(taskname)}: {reason}", error=True)
     if found:
         confirm(f"{verb} {found.total():,} dead letters?", yes)
     done = _do(places, wanted, verb, found.total(), rate)
@@ -274,7 +287,7 @@ def _handle(
         print(f"{found.total():,} dead letters match, {done.done:,} {verb}ed")
         if len(done.ids) <= 20:
             for old, new in done.ids.items():
-                print(f"  {old} -> {new}")
+                say(f"  {old} -> {new}")
     if done.left or done.failed:
         why = f"; Kafka: {done.error}" if done.error else ""
         raise Failure(

@@ -332,7 +332,8 @@ class TopicLetters:
         if activation is None:
             self._done.left += 1
             return
-        topic = letter.story.get("origin-topic") or self._to
+        # Of a topic that was made anew since, a broker names the old one topic@id.
+        topic = letter.story.get("origin-topic", "").partition("@")[0] or self._to
 
         def sent(error: KafkaError | None, message: Message) -> None:
             if error is not None:

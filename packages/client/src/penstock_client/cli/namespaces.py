@@ -16,7 +16,7 @@ from penstock_client.cli.options import (
     BrokersOption,
     OutputOption,
 )
-from penstock_client.cli.output import Output, plain, show_json, show_table, span, when
+from penstock_client.cli.output import Output, plain, say, show_json, show_table, span, when
 from penstock_client.errors import nearest
 from penstock_protocol.v1 import admin_pb2 as pb
 
@@ -160,7 +160,7 @@ def _switch(method: str, name: str, application: str | None, rpc_host_list: str,
             if output is Output.TABLE:
                 before = "" if told.changed else " already"
                 what = "paused" if pausing else "open"
-                print(f"{application}/{namespace} is{before} {what} on {broker.address}; {told.pending} wait")
+                say(f"{application}/{namespace} is{before} {what} on {broker.address}; {told.pending} wait")
         if output is Output.JSON:
             show_json(done)
         brokers.complete()

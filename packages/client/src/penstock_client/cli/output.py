@@ -16,6 +16,8 @@ from google.protobuf.message import Message
 # How often progress is shown.
 TERMINAL_SECONDS = 0.2
 LOG_SECONDS = 10.0
+# No name is longer but a forged one; a column is as wide as its widest cell.
+CELL_CHARS_MAX = 256
 
 
 class Output(StrEnum):
@@ -64,7 +66,7 @@ def show_json(value: object) -> None:
 
 def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Columns as wide as what is in them; numbers to the right."""
-    lines = [list(heads), *([_cell(value) for value in row] for row in rows)]
+    lines = [list(heads), *([cut(escaped(_cell(value))) for value in row] for row in rows)]
     right = [
         len(lines) > 1 and all(_is_number(line[column]) for line in lines[1:]) for column in range(len(heads))
     ]
@@ -79,7 +81,7 @@ def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 def show_facts(facts: Iterable[tuple[str, object]]) -> None:
     """One line each: what, and its value."""
-    shown = [(name, _cell(value)) for name, value in facts]
+    shown = [(name, escaped(_cell(value), newlines=True)) for name, value in facts]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         first, *more = value.split("\n")
@@ -89,13 +91,27 @@ def show_facts(facts: Iterable[tuple[str, object]]) -> None:
 
 
 def _cell(value: object) -> str:
-    """On one line, whatever it holds, and without control characters for the terminal."""
+    """A value as people read it."""
     if value is None or value == "":
         return "-"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    text = str(value)
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    return str(value)
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= CELL_CHARS_MAX else text[:CELL_CHARS_MAX] + "…"
+
+
+def escaped(text: str, newlines: bool = False) -> str:
+    """Without what a terminal would obey; line feeds stay if ``newlines``."""
+    kept = "\n" if newlines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str, error: bool = False) -> None:
+    """One line, whatever names and messages it holds; ``error``: on stderr."""
+    print(escaped(text), file=sys.stderr if error else sys.stdout)
 
 
 class Progress:

@@ -10,8 +10,16 @@ import typer
 from penstock_client.cli.brokers import Broker, Brokers
 from penstock_client.cli.failures import WRONG, Failure
 from penstock_client.cli.options import DEFAULT_BROKERS, BrokersOption, OutputOption
-from penstock_client.cli.output import Output, plain, show_facts, show_json, size, span
+from penstock_client.cli.output import Output, plain, say, show_facts, show_json, size, span
 from penstock_protocol.v1 import admin_pb2 as pb
+
+# Why it is paused, and what to do.
+_INTAKE = {
+    "disk": "the disk is nearly full, or fails; free space, and it opens by itself",
+    "rows": "max_pending_count is reached; it opens as tasks end",
+    "bytes": "pending_bytes_max is reached; it opens as tasks end",
+    "drain": "the broker is drained, and goes; next: penstock-broker drain says how far it is",
+}
 
 
 def status(
@@ -94,7 +102,7 @@ def _show(
     drained: float | None,
 ) -> None:
     health = "healthy" if now.healthy else "NOT HEALTHY"
-    print(f"{now.broker_id} at {broker.address}: {health}, {now.version}, up {span(now.uptime_seconds)}")
+    say(f"{now.broker_id} at {broker.address}: {health}, {now.version}, up {span(now.uptime_seconds)}")
     states = ", ".join(f"{count.tasks:,} {count.state}" for count in now.states)
     facts: list[tuple[str, object]] = [
         ("  tasks", states),
@@ -115,7 +123,7 @@ def _show(
     ]
     show_facts(facts)
     for line in _attention(now):
-        print(f"  ! {line}")
+        say(f"  ! {line}")
 
 
 def _kafka(kafka: pb.KafkaStatus) -> str:
@@ -136,11 +144,12 @@ def _attention(now: pb.GetStatusResponse) -> list[str]:
     if now.paused_namespaces:
         lines.append(f"{now.paused_namespaces} namespaces are paused; next: penstock namespaces ls")
     if now.forward_alarm:
-        lines.append(f"dead letters do not leave: {now.forward_alarm}")
+        lines.append(f"what must leave for Kafka does not: {now.forward_alarm}")
     if now.dead_letters_resting:
         lines.append(f"{now.dead_letters_resting:,} dead letters rest in the store; next: penstock dlq ls")
     if now.intake_state != "open":
-        lines.append(f"the intake is {now.intake_state}: the limit {now.intake_reason} is reached")
+        why = _INTAKE.get(now.intake_reason, f"the limit {now.intake_reason} is reached")
+        lines.append(f"the intake is {now.intake_state}: {why}")
     if now.HasField("kafka") and not now.kafka.connected:
         lines.append("Kafka cannot be reached; what is stored is served on")
     return lines

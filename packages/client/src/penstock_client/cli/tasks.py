@@ -28,6 +28,7 @@ from penstock_client.cli.output import (
     Output,
     Progress,
     plain,
+    say,
     show_facts,
     show_json,
     show_table,
@@ -318,7 +319,7 @@ def _report(results: dict[str, str], good: tuple[str, ...], output: Output) -> N
     else:
         for id, result in results.items():
             if len(results) <= 20 or result not in good:
-                print(f"{id}  {result.replace('_', ' ')}")
+                say(f"{id}  {result.replace('_', ' ')}")
         counts = {result: list(results.values()).count(result) for result in sorted(set(results.values()))}
         print(", ".join(f"{n:,} {result.replace('_', ' ')}" for result, n in counts.items()) or "none match")
     bad = [id for id, result in results.items() if result not in good]
@@ -358,9 +359,9 @@ def explain(
             what = (
                 f"{task.taskname} of {task.application}/{task.namespace}, " if answer.HasField("task") else ""
             )
-            print(f"{id}: {what}{answer.state}" + (f" at {broker.address}" if answer.known else ""))
+            say(f"{id}: {what}{answer.state}" + (f" at {broker.address}" if answer.known else ""))
             for finding in answer.findings:
-                print(f"  - {finding.text}")
+                say(f"  - {finding.text}")
             if starts_in is not None:
                 print(f"  - at the rate of this moment it starts in about {span(starts_in)}")
         brokers.complete()
