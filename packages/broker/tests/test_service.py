@@ -283,6 +283,14 @@ async def test_no_worker_is_handed_more_than_one_answer_may_hold(broker: Broker)
     assert len(await broker.fetch(count=2**31)) == 1000
 
 
+async def test_a_token_of_another_length_is_unknown(broker: Broker) -> None:
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    for wrong in (b"", task.claim_token[:-1], task.claim_token + b"x"):
+        assert await broker.report(pb.ClaimedTask(claim_token=wrong)) == pb.OUTCOME_ANSWER_UNKNOWN
+    assert await broker.report(task) == APPLIED
+
+
 async def test_one_wrong_status_in_a_batch_settles_nothing(broker: Broker) -> None:
     await broker.put("a", "b")
     first, second = await broker.fetch(count=2)

@@ -419,6 +419,33 @@ async def test_an_id_taken_for_something_else_is_a_conflict(
     check_store(store)
 
 
+async def test_each_that_is_in_conflict_with_an_id_is_a_dead_letter(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    contents = (b"the first", b"x", b"y", b"x")
+    await insert(store, *(activation("a", clock, content=content) for content in contents))
+    sent_on = [read_back("a", clock, source, 0), read_back("a", clock, source, 1)]
+    sent_on[0].content += 1
+    store.insert(sent_on, {source.id: 2})
+    store.cover(source, 2)
+    await settle_down(store)
+    assert [letter.reason for letter in await take_outbox(store)] == [Reason.CONFLICT] * 4
+    assert claim_one(store).content == activation("a", clock, content=contents[0]).content
+
+
+@pytest.mark.parametrize("contents", [(0, 1), (1, 0)])
+async def test_a_copy_is_no_conflict_where_it_is_not_known_what_it_asks_for(
+    store: Inflight, clock: ManualClock, contents: tuple[int, int]
+) -> None:
+    for content in contents:
+        row = activation("a", clock)
+        row.content = content
+        await insert(store, row)
+    assert (store.memory.rows, store.memory.tally.duplicates) == (1, 1)
+    assert store.outbox.size() == 0
+
+
 async def test_what_nobody_asks_for_ages_out_to_the_dead_letters(tmp_path: Path, clock: ManualClock) -> None:
     day = 86_400_000
     limits = StoreLimits(window_rows_max=2, unclaimable_ms=7 * day)
@@ -526,7 +553,11 @@ async def test_what_another_broker_has_taken_is_adopted(store: Inflight, clock: 
         store.insert([activation("a", clock)], {}, "adopted")
         await settle_down(store)
     assert (store.memory.rows, store.memory.tally.duplicates) == (1, 2)
-    await settled(store, token_of(store, claim_one(store)), Event.COMPLETE)
+    # What is known of it here is newer than what the other one had of it.
+    clock.advance(store.limits.dedup_window_ms // 2)
+    token = token_of(store, claim_one(store))
+    for answer in (Answer.APPLIED, Answer.DUPLICATE):
+        assert await settled(store, token, Event.COMPLETE) is answer
     store.insert([activation("a", clock)], {}, "adopted")
     await settle_down(store)
     assert store.memory.rows == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Route, Status
+from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store import inflight
@@ -56,6 +56,13 @@ async def settled(store: Inflight, token: ClaimToken, event: Event, delay: int |
     answer = store.settle(token, event, store.clock.wall_ms(), delay)
     await settle_down(store)
     return answer.answer if isinstance(answer, Report) else answer
+
+
+async def take_outbox(store: Inflight, route: Route = Route.DEAD_LETTER) -> list[Activation]:
+    taking = asyncio.ensure_future(store.outbox.take(route, 99, BYTES))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    return await taking
 
 
 def reopen(store: Inflight, clock: ManualClock, limits: StoreLimits | None = None) -> Inflight:
@@ -144,6 +151,52 @@ async def test_an_id_is_known_for_the_whole_window_and_not_for_ever(
     store.database.close()
 
 
+async def test_what_is_within_the_window_stays_known_when_what_is_older_goes(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    limits = StoreLimits(dedup_window_ms=8_000)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    for n in range(60):
+        await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+        clock.advance(500)
+        store.forget_finished()
+        await settle_down(store)
+    for _ in range(2):
+        assert all(is_known(store, str(n)) for n in range(45, 60))
+        assert not any(is_known(store, str(n)) for n in range(40))
+        store = reopen(store, clock, limits)
+    store.database.close()
+
+
+async def test_no_more_ids_are_remembered_than_the_bound(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(dedup_ids_max=80))
+    for n in range(20):
+        names = [f"{n}-{i}" for i in range(10)]
+        await insert(
+            store,
+            *(activation(name, clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD) for name in names),
+        )
+        store.forget_finished()
+        await settle_down(store)
+    assert len(store.memory.finished) <= 80 * 9 // 8
+    assert all(is_known(store, f"{n}-{i}") for n in range(12, 20) for i in range(10))
+    store.database.close()
+
+
+async def test_what_was_done_long_before_it_was_dropped_is_new_when_it_comes_again(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    await settled(store, token_of(store, claim(store)[0]), Event.COMPLETE)
+    clock.advance(store.limits.dedup_window_ms // 2)
+    await insert(store, activation("b", clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+    store.drop_uncovered(source, 0)
+    await settle_down(store)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    assert ids(claim(store)) == ["a"]
+
+
 @pytest.mark.parametrize("event", [Event.RETRY, Event.RELEASE, Event.WORKER_DIED, Event.FAIL])
 async def test_the_answer_to_an_outcome_is_repeated_while_its_row_stays(
     tmp_path: Path, clock: ManualClock, event: Event
@@ -164,6 +217,25 @@ async def test_the_answer_to_an_outcome_is_repeated_while_its_row_stays(
         await settle_down(store)
     check_store(store)
     store.database.close()
+
+
+@pytest.mark.parametrize("back_off", [0, 60_000])
+async def test_a_dead_letter_of_what_expired_tells_how_it_failed_before(
+    store: Inflight, clock: ManualClock, back_off: int
+) -> None:
+    """Whoever reported that is still given the same answer."""
+    await insert(store, activation("a", clock, max_attempts=3, expires_ms=5_000))
+    token = token_of(store, claim(store)[0])
+    store.settle(token, Event.RETRY, clock.wall_ms(), back_off, '{"type":"boom"}')
+    await settle_down(store)
+    clock.advance(5_000)
+    await settle_down(store)
+    assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
+    (letter,) = await take_outbox(store)
+    assert (letter.reason, letter.attempts, letter.error) == (Reason.EXPIRED, 1, '{"type":"boom"}')
+    store.outbox.forwarded([letter])
+    assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
+    assert await settled(store, token, Event.COMPLETE) is Answer.STALE
 
 
 # -- leases
@@ -305,10 +377,7 @@ async def test_namespaces_beyond_the_limit_are_dead_letters_that_say_so(
     # Those that are known go on; what came too late takes one place more, for all of it.
     assert len(store.memory.counts) == 4
     assert sorted(ids(claim(store, 99))) == ["n0", "n1", "n2"]
-    taking = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, 99, BYTES))
-    await asyncio.sleep(0)
-    await settle_down(store)
-    letters = await taking
+    letters = await take_outbox(store)
     assert sorted(ids(letters)) == [f"n{n}" for n in range(3, 10)]
     assert all("namespaces" in json.loads(row.error or "")["message"] for row in letters)
     store.outbox.forwarded(letters)
@@ -406,10 +475,7 @@ async def test_a_dead_letter_leaves_after_a_restart(tmp_path: Path, clock: Manua
     await settled(store, token_of(store, claim(store)[0]), Event.FAIL)
     store = reopen(store, clock)
     assert store.outbox.waits(Route.DEAD_LETTER)
-    taking = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, 9, BYTES))
-    await asyncio.sleep(0)
-    await settle_down(store)
-    assert ids(await taking) == ["a"]
+    assert ids(await take_outbox(store)) == ["a"]
     store.database.close()
 
 

@@ -155,6 +155,14 @@ BUGS = (
         tests=(WAITING + "test_after_closing_nothing_is_handed_out",),
     ),
     Bug(
+        "what begins as a token is one",
+        "a token that is none is UNKNOWN",
+        "broker/domain/token.py",
+        old="_LAYOUT.size:\n        return None\n    return ClaimToken._make(_LAYOUT.unpack(data))",
+        new="_LAYOUT.size and len(data) < 28:\n        return None\n    return ClaimToken._make(_LAYOUT.unpack_from(data))",
+        tests=(SERVICE + "test_a_token_of_another_length_is_unknown",),
+    ),
+    Bug(
         "a worker's error without bound",
         "what a worker says is bounded",
         "broker/dispatch/service.py",
