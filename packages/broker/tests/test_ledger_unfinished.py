@@ -59,10 +59,13 @@ async def test_outcomes(tmp_path: Path, event: Event, at_most_once: bool, restar
         store.database.close()
         store = open_store(tmp_path / "s", clock)
         check_store(store) if not store.writer.work_waits() else None
+    before = store.memory.unfinished.places()
+    store.memory.unfinished.dirty.clear()
     store.settle(token, event, clock.wall, retry_delay_ms=500)
     await settle_down(store)
     check_store(store)
     known = store.memory.unfinished.places()
+    assert known == before or store.memory.unfinished.dirty, "what has changed will be recorded"
     gone = event is Event.COMPLETE
     assert (place(source, one.offset) in known) is not gone
     state = known.get(place(source, one.offset))
@@ -114,6 +117,37 @@ async def test_dropped_rows_and_rows_read_again(tmp_path: Path) -> None:
     await settle_down(store)
     check_store(store)
     assert [at & 0xFF for at in store.memory.unfinished.places()] == [0, 1, 2, 3, 4, 5, 6]
+    store.database.close()
+
+
+async def test_what_is_taken_is_to_be_recorded(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    for _ in range(2):
+        store.memory.unfinished.dirty.clear()
+        (row,) = await taken(store, clock, 1)
+        assert store.memory.unfinished.dirty == {place(row.source, row.offset) >> SEGMENT_BITS}
+    store.database.close()
+
+
+async def test_what_is_read_again_has_nothing_of_what_was_dropped(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    source = store.source("tasks", 0)
+
+    async def read() -> None:
+        store.insert([activation("t", clock, source=source.id, offset=0, max_attempts=3)], {source.id: 1})
+        await settle_down(store)
+
+    await read()
+    (row,) = store.claim(None, (), 1, 1 << 20)
+    store.settle(token_of(store, row), Event.RETRY, clock.wall, 0)
+    await settle_down(store)
+    store.drop_uncovered(source, 0)
+    await settle_down(store)
+    await read()
+    check_store(store)
+    assert list(store.memory.unfinished.places().values()) == [None]
     store.database.close()
 
 

@@ -201,6 +201,18 @@ async def test_a_delay_survives_a_restart_and_is_never_early(tmp_path: Path, clo
     store.database.close()
 
 
+async def test_what_became_due_while_the_broker_was_away_is_due(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("delay", clock, delay_ms=5_000))
+    await insert(store, activation("expiry", clock, delay_ms=9_000, expires_ms=5_000))
+    clock.advance(5_000)
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["delay"]
+    assert [row.id for row in await take_outbox(store)] == ["expiry"]
+    store.database.close()
+
+
 @pytest.mark.parametrize("policy", [OnExceeded.DISCARD, OnExceeded.DEADLETTER])
 async def test_what_expires_never_starts(store: Inflight, clock: ManualClock, policy: OnExceeded) -> None:
     await insert(
@@ -477,6 +489,42 @@ async def test_what_nobody_asks_for_ages_out_to_the_dead_letters(tmp_path: Path,
     assert "no worker has asked for namespace 'a' of application 'shop' for 604800 s" in (letter.error or "")
 
 
+async def test_what_came_lately_does_not_age_out(tmp_path: Path, clock: ManualClock) -> None:
+    """Though nobody has asked for its namespace for longer, and most of it is not in memory."""
+    day = 86_400_000
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(window_rows_max=2, unclaimable_ms=day))
+    store.pair("shop", "pay")
+    clock.advance(2 * day)
+    await insert(store, *(activation(str(n), clock) for n in range(5)))
+    clock.advance(day - 1)
+    for _ in range(3):
+        store.unclaimable.look(clock.mono_ms())
+        await settle_down(store)
+    assert store.outbox.size() == 0
+    store.database.close()
+
+
+@pytest.mark.parametrize("asked", [None, (None, ()), ("shop", ()), ("shop", ("mail", "pay"))])
+async def test_what_a_worker_asked_for_lately_stays_and_so_it_does_after_a_restart(
+    tmp_path: Path, clock: ManualClock, asked: tuple[str | None, tuple[str, ...]] | None
+) -> None:
+    day = 86_400_000
+    limits = StoreLimits(unclaimable_ms=day)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, activation("a", clock))
+    clock.advance(2 * day)
+    if asked is None:
+        store = reopen(store, clock, limits)
+        await settle_down(store)
+    else:
+        assert store.claim(*asked, 1, 0) == []
+    assert store.unclaimable.pending() == []
+    store.unclaimable.look(clock.mono_ms())
+    await settle_down(store)
+    assert claim_one(store).id == "a"
+    store.database.close()
+
+
 async def test_the_same_id_is_absorbed_while_it_is_here_and_after_it_left(
     tmp_path: Path, clock: ManualClock
 ) -> None:
@@ -669,11 +717,13 @@ async def test_dead_letters_rest_in_the_store_up_to_the_bound(tmp_path: Path, cl
     await insert(store, *(activation(str(n), clock) for n in range(3)))
     for row in store.claim(None, (), 3, BYTES):
         await settled(store, token_of(store, row), Event.FAIL)
-    store.outbox.rest(await take_outbox(store))
-    await settle_down(store)
-    assert store.outbox.size() == 1
-    assert [letter.id for letter in store.database.dead_letters(0, None, None, None, 10)] == ["0", "1"]
-    check_store(store)
+    for _ in range(2):
+        store.outbox.rest(await take_outbox(store))
+        await settle_down(store)
+        assert store.outbox.size() == 1
+        assert [letter.id for letter in store.database.dead_letters(0, None, None, None, 10)] == ["0", "1"]
+        check_store(store)
+    assert [letter.id for letter in await take_outbox(store)] == ["2"], "it waits for room"
     store.database.close()
 
 
@@ -782,6 +832,24 @@ async def test_what_was_sent_on_is_taken_once(
     check_store(store)
 
 
+async def test_what_came_back_before_it_was_refused_goes_on_as_that(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock))
+    handing = asyncio.ensure_future(store.hand_over(10, running=False))
+    while not handing.done():
+        await asyncio.sleep(0)
+        await settle_down(store)
+    (sent,) = await take_outbox(store, Route.HAND_OVER)
+    source = store.source("tasks", 0)
+    await insert(store, read_back("a", clock, source, 0), taken={source.id: 1})
+    store.outbox.refuse([sent])
+    await settle_down(store)
+    assert [row.offset for row in store.claim(None, (), 9, BYTES)] == [0]
+    await settle_down(store)
+    check_store(store)
+
+
 async def test_what_was_not_stored_is_no_copy_of_itself(tmp_path: Path, clock: ManualClock) -> None:
     """Killed between the tick that holds the row and the one before, it is read again."""
     limits = StoreLimits(batch_rows_max=1)
@@ -830,6 +898,21 @@ async def test_a_namespace_holds_its_share_and_others_have_room(tmp_path: Path, 
     assert store.outbox.size() == 1
     assert sum(n for (_, term), n in store.memory.books.items() if term == "overflow") == 6
     assert store.imbalance() == 0
+
+
+@pytest.mark.parametrize("state", ["delayed", "claimed"])
+async def test_what_waits_for_a_time_or_runs_counts_towards_the_share(
+    tmp_path: Path, clock: ManualClock, state: str
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(rows_max=10))
+    source, delay = store.source("tasks", 0), 60_000 if state == "delayed" else 0
+    rows = [activation(str(n), clock, delay_ms=delay, source=source.id, offset=n) for n in range(5)]
+    await insert(store, *rows, taken={source.id: 5})
+    assert len(store.claim(None, (), 5, BYTES)) == (5 if state == "claimed" else 0)
+    over = activation("over", clock, source=source.id, offset=5)
+    await insert(store, over, taken={source.id: 6})
+    assert over.reason == Reason.OVERFLOW
+    store.database.close()
 
 
 async def test_what_is_taken_to_leave_is_bounded_in_bytes(store: Inflight, clock: ManualClock) -> None:

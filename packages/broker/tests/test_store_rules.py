@@ -13,7 +13,7 @@ from store_helpers import ManualClock, activation, check_store, open_store, sett
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store import inflight
+from penstock_broker.store import database, inflight
 from penstock_broker.store.batch import Answer, Batch, Report, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
@@ -219,6 +219,25 @@ async def test_the_answer_to_an_outcome_is_repeated_while_its_row_stays(
     store.database.close()
 
 
+@pytest.mark.parametrize("event", [Event.COMPLETE, Event.RETRY])
+async def test_the_answer_under_a_forgotten_claim_of_what_is_only_in_the_file_is_repeated(
+    tmp_path: Path, clock: ManualClock, event: Event
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, *(activation(id, clock, max_attempts=3) for id in "ab"))
+    forgotten = token_of(store, claim(store, 2)[1])
+    limits = StoreLimits(window_rows_max=1)
+    store = reopen(store, clock, limits)
+    await settle_down(store)
+    assert forgotten.seq not in store.memory.resident
+    for answer in (Answer.APPLIED, Answer.DUPLICATE):
+        assert await settled(store, forgotten, event, 0) is answer
+    store = reopen(store, clock, limits)
+    await settle_down(store)
+    assert await settled(store, forgotten, event, 0) is Answer.DUPLICATE
+    store.database.close()
+
+
 @pytest.mark.parametrize("back_off", [0, 60_000])
 async def test_a_dead_letter_of_what_expired_tells_how_it_failed_before(
     store: Inflight, clock: ManualClock, back_off: int
@@ -241,17 +260,24 @@ async def test_a_dead_letter_of_what_expired_tells_how_it_failed_before(
 # -- leases
 
 
+@pytest.mark.parametrize("restarted", [False, True])
 async def test_a_client_without_heartbeats_has_until_the_deadline_and_the_grace(
-    store: Inflight, clock: ManualClock
+    tmp_path: Path, clock: ManualClock, restarted: bool
 ) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
     row = activation("a", clock)
     row.deadline_ms = 60_000
     await insert(store, row)
     store.claim(None, (), 1, BYTES, tokenless=True)
+    await settle_down(store)
+    if restarted:
+        clock.advance(30_000)
+        store = reopen(store, clock)
     clock.advance(60_000 + store.limits.grace_ms - 1)
     assert store.lapse(clock.mono_ms()) == 0
-    clock.advance(1_000)
+    clock.advance(store.limits.lease_ms)
     assert store.lapse(clock.mono_ms()) == 1
+    store.database.close()
 
 
 # -- time
@@ -275,14 +301,31 @@ async def test_what_expires_leaves_though_nobody_asks_for_it(store: Inflight, cl
         activation("letter", clock, expires_ms=1_000),
         activation("discarded", clock, expires_ms=1_000, on_exceeded=OnExceeded.DISCARD),
         activation("delayed", clock, expires_ms=1_000, delay_ms=5_000),
+        activation("was delayed", clock, expires_ms=1_000, delay_ms=500),
         activation("stays", clock, expires_ms=1_001),
     )
-    clock.advance(1_000)
-    await settle_down(store)
-    assert store.outbox.size() == 2
+    for _ in range(2):
+        clock.advance(500)
+        await settle_down(store)
+    assert store.outbox.size() == 3
     assert store.memory.books[1, "discarded:expired"] == 1
     assert ids(claim(store, 9)) == ["stays"]
     await settle_down(store)
+    check_store(store)
+
+
+async def test_more_than_one_tick_looks_at_is_due_and_expires_all_the_same(
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "DUE_ROWS_MAX", 3)
+    await insert(
+        store,
+        *(activation(f"due {n}", clock, delay_ms=1_000) for n in range(10)),
+        *(activation(f"late {n}", clock, expires_ms=1_000) for n in range(10)),
+    )
+    clock.advance(1_000)
+    await settle_down(store)
+    assert store.memory.counts[1][Status.PENDING] == store.memory.counts[1][Status.FORWARDING] == 10
     check_store(store)
 
 
@@ -328,8 +371,7 @@ async def test_rows_that_are_dropped_while_they_are_read_leave_nobody_behind_the
         return written
 
     limits = StoreLimits(window_rows_max=2)
-    database = Database(tmp_path / "store.sqlite", limits.lifecycle, 0)
-    store = Inflight(database, clock, limits, write_and_drop)
+    store = Inflight(Database(tmp_path / "store.sqlite", limits.lifecycle, 0), clock, limits, write_and_drop)
     source = store.source("tasks", 0)
     from_log = [activation(f"log-{n}", clock, source=source.id, offset=n) for n in range(4)]
     await insert(store, *from_log, taken={source.id: 4})
@@ -403,6 +445,37 @@ async def test_each_of_those_who_wait_is_told_when_its_own_task_is_covered(
         assert [wait.done() for wait in told] == [n < covered for n in range(4)]
 
 
+async def test_what_left_before_a_restart_is_covered_in_its_place_in_the_log(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(2)]
+    await insert(store, *rows, taken={source.id: 2})
+    await settled(store, token_of(store, claim(store)[0]), Event.COMPLETE)
+    store = reopen(store, clock)
+    store.cover(store.source("tasks", 0), 1)
+    assert [store.is_held(row.id_hash) for row in rows] == [False, True]
+    store.database.close()
+
+
+async def test_an_outcome_of_what_is_only_in_the_file_is_held_over_a_restart(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(window_rows_max=1))
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(3)]
+    await insert(store, *rows, taken={source.id: 3})
+    assert rows[2].seq not in store.memory.resident
+    store.settle_by_id(rows[2].id_hash, Event.COMPLETE, clock.wall_ms())
+    await settle_down(store)
+    store = reopen(store, clock)
+    assert store.is_held(rows[2].id_hash)
+    store.cover(store.source("tasks", 0), 3)
+    assert not store.is_held(rows[2].id_hash)
+    store.database.close()
+
+
 async def test_covered_tasks_stay_when_the_partition_goes(store: Inflight, clock: ManualClock) -> None:
     source = store.source("tasks", 0)
     rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(6)]
@@ -414,6 +487,20 @@ async def test_covered_tasks_stay_when_the_partition_goes(store: Inflight, clock
     assert ids(claim(store, 9)) == ["0", "1", "2", "3"]
     await settle_down(store)
     check_store(store)
+
+
+async def test_what_is_read_again_from_further_back_is_not_covered(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=3), taken={source.id: 4})
+    store.cover(source, 4)
+    store.begin_range(source, 2)
+    again = activation("b", clock, source=source.id, offset=2)
+    await insert(store, again, taken={source.id: 3})
+    for row in claim(store, 2):
+        await settled(store, token_of(store, row), Event.COMPLETE)
+    assert store.is_held(again.id_hash)
 
 
 # -- the order of hand-out

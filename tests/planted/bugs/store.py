@@ -347,6 +347,14 @@ BUGS = (
         tests=(STORE + "test_claims_get_a_full_lease_after_a_restart",),
     ),
     Bug(
+        "after a restart a client without heartbeats has the lease only",
+        "a taskbroker v1 client gets the deadline and the grace",
+        "broker/store/memory.py",
+        old="mono + row.deadline_ms + self.limits.lease_ms",
+        new="mono + self.limits.lease_ms",
+        tests=(RULES + "test_a_client_without_heartbeats_has_until_the_deadline_and_the_grace",),
+    ),
+    Bug(
         "leases judged by time in which the broker stood still",
         "a pause of the broker is nobody's fault",
         "broker/store/inflight.py",
@@ -451,6 +459,14 @@ BUGS = (
         old='WHERE wake_at <= ?1 AND status = 2"',
         new='WHERE wake_at - 500 <= ?1 AND status = 2"',
         tests=(RULES + "test_a_delayed_task_is_not_woken_with_another_that_is_due",),
+    ),
+    Bug(
+        "what became due while the broker was away is not due",
+        "a delay ends",
+        "broker/store/memory.py",
+        old="self.next_wake_at = self.database.next_wake_at(0)",
+        new="self.next_wake_at = self.database.next_wake_at(self.clock.wall_ms())",
+        tests=(STORE + "test_what_became_due_while_the_broker_was_away_is_due",),
     ),
     Bug(
         "what is to expire is not looked at until it is claimed",
@@ -559,6 +575,39 @@ BUGS = (
         new="            not arrivals or size < TICK_BYTES_MAX\n",
         tests=(RULES + "test_a_flood_of_new_tasks_does_not_hold_up_an_outcome",),
     ),
+    # -- what no worker asks for
+    Bug(
+        "a pair that a restart finds was never asked for",
+        "unclaimable from the last request, and from the start of the broker",
+        "broker/store/memory.py",
+        old="        queue.asked_at = self.clock.mono_ms()\n        return queue",
+        new="        return queue",
+        tests=(STORE + "test_what_a_worker_asked_for_lately_stays_and_so_it_does_after_a_restart",),
+    ),
+    Bug(
+        "who asks for all asks for nothing",
+        "unclaimable from the last request, and from the start of the broker",
+        "broker/store/index.py",
+        old="            self._asked_at = mono\n        elif",
+        new="            pass\n        elif",
+        tests=(STORE + "test_what_a_worker_asked_for_lately_stays_and_so_it_does_after_a_restart",),
+    ),
+    Bug(
+        "who asks for an application asks for nothing",
+        "unclaimable from the last request, and from the start of the broker",
+        "broker/store/index.py",
+        old="            if not namespaces:\n                app.asked_at = mono\n",
+        new="",
+        tests=(STORE + "test_what_a_worker_asked_for_lately_stays_and_so_it_does_after_a_restart",),
+    ),
+    Bug(
+        "what came lately ages out with what came before",
+        "unclaimable from the arrival",
+        "broker/store/database.py",
+        old='AND pair = ? AND ready_at <= ?"',
+        new='AND pair = ? AND ?"',
+        tests=(STORE + "test_what_came_lately_does_not_age_out",),
+    ),
     # -- the books
     Bug(
         "books counted twice",
@@ -600,6 +649,22 @@ BUGS = (
         old="        if self.memory.rows <= rows and self.memory.bytes <= size:\n",
         new="        if self.memory.rows <= rows and self.memory.bytes <= 0:\n",
         tests=(STORE + "test_the_intake_pauses_at_the_limit_and_opens_with_room",),
+    ),
+    Bug(
+        "what is delayed is not in a namespace's share",
+        "nobody blocks anybody",
+        "broker/store/memory.py",
+        old="self.share_rows_max - pending - delayed - processing",
+        new="self.share_rows_max - pending - processing",
+        tests=(STORE + "test_what_waits_for_a_time_or_runs_counts_towards_the_share",),
+    ),
+    Bug(
+        "what runs is not in a namespace's share",
+        "nobody blocks anybody",
+        "broker/store/memory.py",
+        old="self.share_rows_max - pending - delayed - processing",
+        new="self.share_rows_max - pending - delayed",
+        tests=(STORE + "test_what_waits_for_a_time_or_runs_counts_towards_the_share",),
     ),
     Bug(
         "namespaces without end",
@@ -677,6 +742,14 @@ BUGS = (
         new="            pass\n",
         tests=(STORE + "test_an_uncovered_outcome_is_held_over_a_restart",),
     ),
+    Bug(
+        "after a restart what left is covered last",
+        "an outcome is answered when it is covered",
+        "broker/store/memory.py",
+        old="            loaded.uncovered = deque(sorted(loaded.uncovered))\n",
+        new="            pass\n",
+        tests=(RULES + "test_what_left_before_a_restart_is_covered_in_its_place_in_the_log",),
+    ),
     # -- the outbox
     Bug(
         "outbox dropped before the acknowledgement",
@@ -693,8 +766,8 @@ BUGS = (
         "a restart forgets the outbox",
         "a dead letter leaves, over any restart",
         "broker/store/memory.py",
-        old="                self._depart(seq, size, reason, source_id, offset)\n            else:\n",
-        new="                pass\n            else:\n",
+        old="                self._depart(seq, size, reason, source_id, offset)\n            self._restore",
+        new="                pass\n            self._restore",
         tests=(RULES + "test_a_dead_letter_leaves_after_a_restart",),
     ),
     Bug(
