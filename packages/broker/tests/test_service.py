@@ -81,6 +81,11 @@ class Broker:
         answer = await self.answered(self.consumers.release_tasks(request.SerializeToString()))
         return pb.ReleaseTasksResponse.FromString(answer).answers[0]
 
+    async def extend(self, task: pb.ClaimedTask, started: bool) -> int:
+        held = pb.HeldClaim(claim_token=task.claim_token, started=started)
+        answer = await self.consumers.extend_claims(pb.ExtendClaimsRequest(claims=[held]).SerializeToString())
+        return pb.ExtendClaimsResponse.FromString(answer).answers[0]
+
     def rows(self) -> list[Activation]:
         """What is in the file."""
         return self.store.database.load([key[0] for key in self.store.database.positions()])
@@ -243,6 +248,82 @@ async def test_a_client_without_tokens_learns_the_attempts_from_the_message(brok
     assert (task.retry_state.attempts, task.retry_state.max_attempts) == (1, 3)
 
 
+async def test_a_client_without_tokens_says_how_a_task_is_tried_again(broker: Broker) -> None:
+    await broker.put("a", "b", max_attempts=2)
+    reports = [
+        pb.SetTaskStatusRequest(
+            id="a", status=TASK_ACTIVATION_STATUS_RETRY, max_attempts=9, delay_on_retry=5
+        ),
+        pb.SetTaskStatusRequest(id="b", status=TASK_ACTIVATION_STATUS_RETRY),
+    ]
+    for report in reports:
+        await broker.answered(broker.consumers.get_task(b""))
+        await broker.answered(broker.consumers.set_task_status(report.SerializeToString()))
+    a, b = broker.rows()
+    assert (a.status, a.max_attempts, a.ready_at) == (Status.DELAYED, 9, broker.clock.wall + 5_000)
+    assert (b.status, b.max_attempts) == (Status.PENDING, 2)
+
+
+async def test_a_client_without_tokens_names_a_namespace_with_its_application(broker: Broker) -> None:
+    await broker.put("a")
+    asked = pb.GetTaskRequest(namespace="pay")
+    with pytest.raises(Refused) as refused:
+        await broker.answered(broker.consumers.get_task(asked.SerializeToString()))
+    assert code_of(refused) is grpc.StatusCode.NOT_FOUND
+    asked.application = "shop"
+    answer = await broker.answered(broker.consumers.get_task(asked.SerializeToString()))
+    assert pb.GetTaskResponse.FromString(answer).task.id == "a"
+
+
+@pytest.mark.parametrize("said", [None, 0, 700])
+async def test_a_task_says_how_long_a_retry_waits_unless_its_worker_does(
+    broker: Broker, said: int | None
+) -> None:
+    row = activation("a", broker.clock, max_attempts=3, body=task_bytes("a"))
+    row.retry_delay_ms = 4_000
+    broker.store.insert([row])
+    await settle_down(broker.store)
+    (task,) = await broker.fetch()
+    outcome = pb.TaskOutcome(claim_token=task.claim_token, status=RETRY, retry_delay_ms=said)
+    request = pb.SetTaskStatusesRequest(outcomes=[outcome])
+    await broker.answered(broker.consumers.set_task_statuses(request.SerializeToString()))
+    (row,) = broker.rows()
+    waits = row.ready_at - broker.clock.wall if row.status is Status.DELAYED else 0
+    assert waits == (4_000 if said is None else said)
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_the_deadline_counts_from_the_heartbeat_that_says_started(
+    broker: Broker, started: bool
+) -> None:
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    lapsed = 0
+    for _ in range(40):
+        broker.clock.advance(1_000)
+        await broker.extend(task, started)
+        lapsed += broker.store.lapse(broker.clock.mono)
+    assert lapsed == started
+
+
+async def test_what_a_worker_does_not_know_is_not_offered_to_it_again_at_once(broker: Broker) -> None:
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    released = pb.ReleasedTask(claim_token=task.claim_token, reason=pb.RELEASE_REASON_UNKNOWN_TASK)
+    request = pb.ReleaseTasksRequest(tasks=[released], worker_id="old")
+    await broker.answered(broker.consumers.release_tasks(request.SerializeToString()))
+    broker.clock.advance(2_000)
+    await settle_down(broker.store)
+
+    async def fetch(worker: str) -> list[str]:
+        asked = pb.GetTasksRequest(worker=pb.WorkerIdentity(worker_id=worker))
+        answer = await broker.answered(broker.consumers.get_tasks(asked.SerializeToString()))
+        return [task.activation.id for task in pb.GetTasksResponse.FromString(answer).tasks]
+
+    assert await fetch("old") == []
+    assert await fetch("new") == ["a"]
+
+
 @pytest.mark.parametrize(
     ("reason", "status"),
     [
@@ -303,3 +384,21 @@ async def test_one_wrong_status_in_a_batch_settles_nothing(broker: Broker) -> No
         await broker.answered(broker.consumers.set_task_statuses(request))
     assert code_of(refused) is grpc.StatusCode.INVALID_ARGUMENT
     assert [await broker.report(task) for task in (first, second)] == [APPLIED, APPLIED]
+
+
+async def test_one_wrong_status_in_a_batch_by_id_settles_nothing(broker: Broker) -> None:
+    await broker.put("a", "b")
+    for _ in range(2):
+        await broker.answered(broker.consumers.get_task(b""))
+    updates = [
+        pb.SetTaskStatusRequest(id="a", status=TASK_ACTIVATION_STATUS_COMPLETE),
+        pb.SetTaskStatusRequest(id="b", status=99),  # type: ignore[arg-type]
+    ]
+    request = pb.SetBatchActivationStatusRequest(updates=updates)
+    with pytest.raises(Refused, match="of task 'b'"):
+        await broker.answered(broker.consumers.set_batch_activation_status(request.SerializeToString()))
+    await settle_down(broker.store)
+    assert [row.id for row in broker.rows()] == ["a", "b"]
+    request.updates[1].status = TASK_ACTIVATION_STATUS_COMPLETE
+    await broker.answered(broker.consumers.set_batch_activation_status(request.SerializeToString()))
+    assert broker.rows() == []

@@ -114,6 +114,20 @@ async def test_a_heartbeat_re_establishes_a_claim_that_a_restart_had_forgotten(
     store.database.close()
 
 
+async def test_a_claim_that_a_heartbeat_re_established_ends_when_its_worker_vanishes(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert store.extend(token, started=False) is Answer.APPLIED
+    clock.advance(store.limits.lease_ms + 1_000)
+    assert store.lapse(clock.mono_ms()) == 1
+    store.database.close()
+
+
 async def test_an_answer_is_repeated_after_a_restart(tmp_path: Path, clock: ManualClock) -> None:
     store = open_store(tmp_path / "store.sqlite", clock)
     await insert(store, activation("a", clock, max_attempts=2))
@@ -764,6 +778,24 @@ async def test_a_client_without_tokens_settles_by_id(tmp_path: Path, clock: Manu
     store.database.close()
 
 
+@pytest.mark.parametrize("written", [False, True])
+async def test_a_client_without_tokens_reports_on_what_it_had_before_a_restart(
+    tmp_path: Path, clock: ManualClock, written: bool
+) -> None:
+    """Whether the claim was in the file or not."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock, max_attempts=3))
+    row = claim_one(store, tokenless=True)
+    if written:
+        await settle_down(store)
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert store.settle_by_id(row.id_hash, Event.RETRY, clock.wall_ms(), retry_delay_ms=0) is Answer.APPLIED
+    await settle_down(store)
+    assert claim_one(store).attempts == 1
+    store.database.close()
+
+
 async def test_everything_is_as_it_was_after_any_restart(tmp_path: Path, clock: ManualClock) -> None:
     store = open_store(tmp_path / "store.sqlite", clock)
     await insert(
@@ -844,10 +876,30 @@ async def test_what_came_back_before_it_was_refused_goes_on_as_that(
     source = store.source("tasks", 0)
     await insert(store, read_back("a", clock, source, 0), taken={source.id: 1})
     store.outbox.refuse([sent])
+    await store.writer.tick()
+    assert store.memory.rows == 1
     await settle_down(store)
     assert [row.offset for row in store.claim(None, (), 9, BYTES)] == [0]
     await settle_down(store)
     check_store(store)
+
+
+async def test_an_answer_is_repeated_when_a_retry_comes_back_before_its_row_is_gone(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    limits = StoreLimits(lifecycle=Limits(retry_topic=True))
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, activation("a", clock, max_attempts=3))
+    token = token_of(store, claim_one(store))
+    assert await settled(store, token, Event.RETRY) is Answer.APPLIED
+    (sent,) = await take_outbox(store, Route.RETRY)
+    source = store.source("tasks", 0)
+    await insert(store, read_back("a", clock, source, 0), taken={source.id: 1})
+    assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
+    store.outbox.forwarded([sent])
+    assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
+    assert claim_one(store).offset == 0
+    store.database.close()
 
 
 async def test_what_was_not_stored_is_no_copy_of_itself(tmp_path: Path, clock: ManualClock) -> None:
@@ -912,6 +964,17 @@ async def test_what_waits_for_a_time_or_runs_counts_towards_the_share(
     over = activation("over", clock, source=source.id, offset=5)
     await insert(store, over, taken={source.id: 6})
     assert over.reason == Reason.OVERFLOW
+    store.database.close()
+
+
+async def test_a_few_large_tasks_are_a_share_too(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(rows_max=1_000, bytes_max=10_000))
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, body=bytes(3_000), source=source.id, offset=n) for n in range(4)]
+    # What came over gRPC is in no log to wait in.
+    rows.append(activation("grpc", clock, body=bytes(3_000)))
+    await insert(store, *rows, taken={source.id: 4})
+    assert [row.id for row in rows if row.reason == Reason.OVERFLOW] == ["2", "3"]
     store.database.close()
 
 

@@ -238,6 +238,75 @@ async def test_the_answer_under_a_forgotten_claim_of_what_is_only_in_the_file_is
     store.database.close()
 
 
+async def reported_while_it_is_read(store: Inflight, report: Callable[[], Answer | Report]) -> list[Report]:
+    """What is reported, while the rows that follow the first are read from the file."""
+    write, reports = store.writer._handoff, []
+
+    async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = await write(tick, batch)
+        if batch.pages and not reports:
+            reports.append(report())
+        return written
+
+    store.writer._handoff = meanwhile
+    assert ids(claim(store)) == ["a"]
+    await settle_down(store)
+    return [report for report in reports if isinstance(report, Report)]
+
+
+@pytest.mark.parametrize("event", [Event.COMPLETE, Event.RETRY])
+async def test_what_is_reported_on_while_it_is_read_is_answered_and_repeated(
+    tmp_path: Path, clock: ManualClock, event: Event
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, *(activation(id, clock, max_attempts=3) for id in "ab"))
+    forgotten = token_of(store, claim(store, 2)[1])
+    store = reopen(store, clock, StoreLimits(window_rows_max=1))
+    await settle_down(store)
+    now = clock.wall_ms()
+    (report,) = await reported_while_it_is_read(store, lambda: store.settle(forgotten, event, now, 60_000))
+    assert report.answer is Answer.APPLIED
+    assert await settled(store, forgotten, event) is Answer.DUPLICATE
+    check_store(store)
+    store.database.close()
+
+
+async def test_a_zombies_report_on_what_is_read_meanwhile_changes_nothing(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, *(activation(id, clock, max_attempts=3) for id in "ab"))
+    zombies = [token_of(store, row) for row in claim(store, 2)]
+    for zombie in zombies:
+        await settled(store, zombie, Event.WORKER_DIED)
+    store = reopen(store, clock, StoreLimits(window_rows_max=1))
+    await settle_down(store)
+    now = clock.wall_ms()
+    (report,) = await reported_while_it_is_read(store, lambda: store.settle(zombies[1], Event.COMPLETE, now))
+    assert report.answer is Answer.STALE
+    assert ids(claim(store)) == ["b"]
+    store.database.close()
+
+
+async def test_a_retry_by_id_of_what_somebody_else_has_claimed_meanwhile_is_stale(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, *(activation(id, clock, max_attempts=3) for id in "ab"))
+    b = claim(store, 2)[1]
+    store = reopen(store, clock, StoreLimits(window_rows_max=1))
+    await settle_down(store)
+    claimed: list[Activation] = []
+    store.writer.on_committed.append(lambda: claimed.extend(claim(store)))
+    now = clock.wall_ms()
+    (report,) = await reported_while_it_is_read(
+        store, lambda: store.settle_by_id(b.id_hash, Event.RETRY, now)
+    )
+    assert report.answer is Answer.STALE
+    assert [(row.id, row.status) for row in claimed] == [("b", Status.PROCESSING)]
+    store.database.close()
+
+
 @pytest.mark.parametrize("back_off", [0, 60_000])
 async def test_a_dead_letter_of_what_expired_tells_how_it_failed_before(
     store: Inflight, clock: ManualClock, back_off: int
@@ -314,18 +383,17 @@ async def test_what_expires_leaves_though_nobody_asks_for_it(store: Inflight, cl
     check_store(store)
 
 
+@pytest.mark.parametrize("what", ["due", "expired"])
 async def test_more_than_one_tick_looks_at_is_due_and_expires_all_the_same(
-    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(database, "DUE_ROWS_MAX", 3)
-    await insert(
-        store,
-        *(activation(f"due {n}", clock, delay_ms=1_000) for n in range(10)),
-        *(activation(f"late {n}", clock, expires_ms=1_000) for n in range(10)),
-    )
+    delay_ms, expires_ms = (1_000, None) if what == "due" else (0, 1_000)
+    how = {"delay_ms": delay_ms, "expires_ms": expires_ms, "on_exceeded": OnExceeded.DISCARD}
+    await insert(store, *(activation(str(n), clock, **how) for n in range(10)))
     clock.advance(1_000)
     await settle_down(store)
-    assert store.memory.counts[1][Status.PENDING] == store.memory.counts[1][Status.FORWARDING] == 10
+    assert store.memory.counts[1][Status.PENDING] == store.memory.rows == (10 if what == "due" else 0)
     check_store(store)
 
 
