@@ -553,6 +553,7 @@ async def test_covered_tasks_stay_when_the_partition_goes(store: Inflight, clock
         store.drop_uncovered(source, boundary)
         await settle_down(store)
     assert ids(claim(store, 9)) == ["0", "1", "2", "3"]
+    assert source.next == 4, "they are not read again"
     await settle_down(store)
     check_store(store)
 
@@ -603,6 +604,40 @@ async def test_what_comes_back_while_a_page_is_read_need_not_be_in_it(
     await settle_down(store)
     check_store(store)
     store.database.close()
+
+
+async def test_what_becomes_due_when_new_tasks_come_is_handed_out(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("late", clock, delay_ms=1_000))
+    clock.advance(1_000)
+    await insert(store, activation("new", clock))
+    check_store(store)
+    assert ids(claim(store, 9)) == ["new", "late"]
+
+
+@pytest.mark.parametrize("running", [False, True])
+async def test_what_is_claimed_while_a_drain_looks_for_tasks_stays_with_its_worker(
+    store: Inflight, clock: ManualClock, running: bool
+) -> None:
+    """Until running ones are to leave, and what must not start twice even then."""
+    await insert(store, activation("a", clock, at_most_once=running))
+    write, claimed = store.writer._handoff, []
+
+    async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = await write(tick, batch)
+        claimed.extend(claim(store))
+        return written
+
+    store.writer._handoff = meanwhile
+    handing = asyncio.ensure_future(store.hand_over(9, running))
+    await asyncio.sleep(0)
+    await store.writer.tick()
+    store.writer._handoff = write
+    await asyncio.sleep(0)
+    await settle_down(store)
+    await handing
+    assert await settled(store, token_of(store, claimed[0]), Event.COMPLETE) is Answer.APPLIED
 
 
 async def test_what_is_dropped_is_in_the_books_when_its_rows_are_gone(

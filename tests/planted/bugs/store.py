@@ -705,6 +705,31 @@ BUGS = (
         new='AND pair = ? AND ?"',
         tests=(STORE + "test_what_came_lately_does_not_age_out",),
     ),
+    Bug(
+        "what is due takes the place of what is new",
+        "what is due is handed out",
+        "broker/store/database.py",
+        old="self._wake(batch.due_at, batch.stamp + 1, written)",
+        new="self._wake(batch.due_at, batch.stamp, written)",
+        tests=(RULES + "test_what_becomes_due_when_new_tasks_come_is_handed_out",),
+    ),
+    # -- drained
+    Bug(
+        "a drain takes what must not start twice from its worker",
+        "an at-most-once task that runs may end",
+        "broker/store/inflight.py",
+        old="row.status is PENDING or (running and not row.at_most_once):",
+        new="row.status is PENDING or running:",
+        tests=(RULES + "test_what_is_claimed_while_a_drain_looks_for_tasks_stays_with_its_worker[True]",),
+    ),
+    Bug(
+        "a drain takes what was claimed this moment from its worker",
+        "a drain lets what runs end within the grace",
+        "broker/store/inflight.py",
+        old="row.status is PENDING or (running and not row.at_most_once):",
+        new="not row.at_most_once:",
+        tests=(RULES + "test_what_is_claimed_while_a_drain_looks_for_tasks_stays_with_its_worker[False]",),
+    ),
     # -- the books
     Bug(
         "books counted twice",
@@ -878,6 +903,14 @@ BUGS = (
         old="                batch.finished.extend((hash_id(row.id), position(row.source, row.offset)))\n",
         new="                pass\n",
         tests=(RULES + "test_an_outcome_of_what_is_only_in_the_file_is_held_over_a_restart",),
+    ),
+    Bug(
+        "what is covered is read again",
+        "the same message again is not run again",
+        "broker/store/inflight.py",
+        old="memory, boundary = self.memory, max(boundary, source.covered)",
+        new="memory = self.memory",
+        tests=(RULES + "test_covered_tasks_stay_when_the_partition_goes",),
     ),
     # -- for the ledger
     Bug(
