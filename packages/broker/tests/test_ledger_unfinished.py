@@ -151,6 +151,25 @@ async def test_what_is_read_again_has_nothing_of_what_was_dropped(tmp_path: Path
     store.database.close()
 
 
+async def test_since_when_nobody_knows_a_task_is_known_after_a_restart(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    await taken(store, clock, 1)
+    (row,) = store.claim(None, (), 1, 1 << 20)
+    since = clock.wall
+    store.settle(token_of(store, row), Event.UNKNOWN_TASK, since)
+    await settle_down(store)
+    clock.advance(60_000)
+    await settle_down(store)
+    for _ in range(2):
+        (state,) = store.memory.unfinished.places().values()
+        assert state is not None
+        assert state.given_back_at == since
+        store.database.close()
+        store = open_store(tmp_path / "s", clock)
+    store.database.close()
+
+
 async def test_rows_over_grpc_are_not_in_it(tmp_path: Path) -> None:
     clock = ManualClock()
     store = open_store(tmp_path / "s", clock)
@@ -213,13 +232,13 @@ async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) 
     store = open_store(tmp_path / "s", clock)
     source = store.source("tasks", 0)
     row = activation("t0", clock, source=source.id, offset=0, max_attempts=3)
-    row.attempts, row.given_back_at = 2, clock.wall_ms()
+    row.attempts, row.lost, row.given_back_at = 2, 1, clock.wall_ms()
     store.insert([row], {source.id: 1}, "restored")
     await settle_down(store)
     for _ in range(2):
         (state,) = store.memory.unfinished.places().values()
         assert state is not None
-        assert (state.attempts, state.given_back_at) == (2, row.given_back_at)
+        assert (state.attempts, state.lost, state.given_back_at) == (2, 1, row.given_back_at)
         store.database.close()
         store = open_store(tmp_path / "s", clock)
         await settle_down(store)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable
 from pathlib import Path
 
+import apsw
 import grpc
 import pytest
 from ingest_helpers import task_bytes
@@ -16,6 +17,7 @@ from penstock_broker.dispatch import service
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Status
+from penstock_broker.store.database import DiskFailing
 from penstock_broker.store.inflight import Inflight
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import (
@@ -306,22 +308,30 @@ async def test_the_deadline_counts_from_the_heartbeat_that_says_started(
     assert lapsed == started
 
 
-async def test_what_a_worker_does_not_know_is_not_offered_to_it_again_at_once(broker: Broker) -> None:
+async def test_what_workers_do_not_know_is_not_offered_to_them_again_at_once(broker: Broker) -> None:
     await broker.put("a")
-    (task,) = await broker.fetch()
-    released = pb.ReleasedTask(claim_token=task.claim_token, reason=pb.RELEASE_REASON_UNKNOWN_TASK)
-    request = pb.ReleaseTasksRequest(tasks=[released], worker_id="old")
-    await broker.answered(broker.consumers.release_tasks(request.SerializeToString()))
-    broker.clock.advance(2_000)
-    await settle_down(broker.store)
 
-    async def fetch(worker: str) -> list[str]:
+    async def fetch(worker: str) -> list[pb.ClaimedTask]:
         asked = pb.GetTasksRequest(worker=pb.WorkerIdentity(worker_id=worker))
         answer = await broker.answered(broker.consumers.get_tasks(asked.SerializeToString()))
-        return [task.activation.id for task in pb.GetTasksResponse.FromString(answer).tasks]
+        return list(pb.GetTasksResponse.FromString(answer).tasks)
 
-    assert await fetch("old") == []
-    assert await fetch("new") == ["a"]
+    for worker in ("old", "older"):
+        (task,) = await fetch(worker)
+        released = pb.ReleasedTask(claim_token=task.claim_token, reason=pb.RELEASE_REASON_UNKNOWN_TASK)
+        request = pb.ReleaseTasksRequest(tasks=[released], worker_id=worker)
+        await broker.answered(broker.consumers.release_tasks(request.SerializeToString()))
+        broker.clock.advance(3_000)
+        await settle_down(broker.store)
+    assert await fetch("old") == await fetch("older") == []
+    assert [task.activation.id for task in await fetch("new")] == ["a"]
+
+
+@pytest.mark.parametrize("call", ["get_task", "get_tasks"])
+async def test_while_the_disk_fails_who_asks_for_work_is_refused_at_once(broker: Broker, call: str) -> None:
+    broker.store.writer.trouble = DiskFailing(apsw.IOError("it fails"))
+    with pytest.raises(DiskFailing):
+        await getattr(broker.consumers, call)(b"")
 
 
 @pytest.mark.parametrize(

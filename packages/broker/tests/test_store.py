@@ -695,7 +695,10 @@ async def test_a_failed_commit_stops_the_store_and_answers_nobody(
     token = token_of(store, claim_one(store))
     await settle_down(store)
 
+    arrived: list[asyncio.Future[None]] = []
+
     def fail(batch: object) -> None:
+        arrived.append(store.insert([activation("meanwhile", clock)]))
         raise OSError("fsync failed")
 
     store.database.write = fail  # type: ignore[method-assign, assignment]
@@ -703,8 +706,10 @@ async def test_a_failed_commit_stops_the_store_and_answers_nobody(
     waiting = store.committed()
     with pytest.raises(OSError, match="fsync"):
         await store.writer.tick()
-    with pytest.raises(StoreStopped):
-        await waiting
+    for answer in (waiting, *arrived):
+        assert answer.done()
+        with pytest.raises(StoreStopped):
+            await answer
     with pytest.raises(StoreStopped):
         store.insert([activation("b", clock)])
 

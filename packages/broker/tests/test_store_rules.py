@@ -465,6 +465,22 @@ async def test_turns_are_kept_from_call_to_call(store: Inflight, clock: ManualCl
     assert sorted(rest[:3]) == sorted(rest[3:]) == ["x", "y", "z"]
 
 
+async def test_one_answer_holds_no_more_bytes_than_asked_for(store: Inflight, clock: ManualClock) -> None:
+    """But one task at a time whatever its size."""
+    await insert(store, *(activation(str(n), clock, body=bytes(3_000)) for n in range(8)))
+    await insert(store, activation("other", clock, namespace="other", body=bytes(3_000)))
+    sizes = [len(store.claim(None, (), 9, bytes_max)) for bytes_max in (7_000, 1, 6_000, 99_000)]
+    assert sizes == [3, 1, 2, 3]
+
+
+async def test_a_broker_that_is_left_hands_nothing_out(store: Inflight, clock: ManualClock) -> None:
+    await insert(store, activation("a", clock))
+    store.claiming = False
+    assert claim(store) == []
+    store.claiming = True
+    assert ids(claim(store)) == ["a"]
+
+
 # -- limits
 
 

@@ -192,6 +192,14 @@ BUGS = (
         tests=(STORE + "test_a_failed_commit_stops_the_store_and_answers_nobody",),
     ),
     Bug(
+        "a failed commit leaves what came meanwhile waiting",
+        "fail-stop: whoever waits is told",
+        "broker/store/writer.py",
+        old="_refuse([*waiting, *(arrival.stored for arrival in self.arrivals), *self._gathered])",
+        new="_refuse([*waiting, *self._gathered])",
+        tests=(STORE + "test_a_failed_commit_stops_the_store_and_answers_nobody",),
+    ),
+    Bug(
         "what left is not written down",
         "an id that finished is known after a restart",
         "broker/store/memory.py",
@@ -713,7 +721,23 @@ BUGS = (
         new="self._wake(batch.due_at, batch.stamp, written)",
         tests=(RULES + "test_what_becomes_due_when_new_tasks_come_is_handed_out",),
     ),
+    Bug(
+        "an answer holds more than a worker takes",
+        "what is handed out can be received",
+        "broker/store/inflight.py",
+        old="                bytes_max -= row.size\n",
+        new="",
+        tests=(RULES + "test_one_answer_holds_no_more_bytes_than_asked_for",),
+    ),
     # -- drained
+    Bug(
+        "a drained broker hands out",
+        "what is handed over runs elsewhere",
+        "broker/store/inflight.py",
+        old="if not self.claiming or self.writer.trouble is not None:",
+        new="if self.writer.trouble is not None:",
+        tests=(RULES + "test_a_broker_that_is_left_hands_nothing_out",),
+    ),
     Bug(
         "a drain takes what must not start twice from its worker",
         "an at-most-once task that runs may end",
@@ -911,6 +935,22 @@ BUGS = (
         old="memory, boundary = self.memory, max(boundary, source.covered)",
         new="memory = self.memory",
         tests=(RULES + "test_covered_tasks_stay_when_the_partition_goes",),
+    ),
+    Bug(
+        "a restart forgets since when nobody knows a task",
+        "losing a disk begins no hour anew",
+        "broker/store/database.py",
+        old=' OR a.given_back_at IS NOT NULL"',
+        new='"',
+        tests=(UNFINISHED + "test_since_when_nobody_knows_a_task_is_known_after_a_restart",),
+    ),
+    Bug(
+        "lost deliveries are not stored with what comes with some",
+        "deliveries are bounded over all brokers",
+        "broker/store/database.py",
+        old="row.spilled, row.attempts, row.lost,\n",
+        new="row.spilled, row.attempts, 0,\n",
+        tests=(UNFINISHED + "test_what_a_restored_task_has_become_is_recorded_anew",),
     ),
     # -- for the ledger
     Bug(
