@@ -907,6 +907,21 @@ async def test_an_answer_is_repeated_when_a_retry_comes_back_before_its_row_is_g
     store.database.close()
 
 
+async def test_a_copy_of_what_was_here_when_it_came_back_is_known_after_a_restart(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock))
+    await insert(store, read_back("a", clock, source, 0), taken={source.id: 1})
+    assert store.memory.tally.duplicates == 1
+    assert await settled(store, token_of(store, claim_one(store)), Event.COMPLETE) is Answer.APPLIED
+    store = reopen(store, clock)
+    await insert(store, read_back("a", clock, source, 1), taken={source.id: 2})
+    assert store.memory.rows == 0, "a copy ran again"
+    store.database.close()
+
+
 async def test_what_was_not_stored_is_no_copy_of_itself(tmp_path: Path, clock: ManualClock) -> None:
     """Killed between the tick that holds the row and the one before, it is read again."""
     limits = StoreLimits(batch_rows_max=1)

@@ -574,6 +574,15 @@ async def test_covered_tasks_stay_when_the_partition_goes(store: Inflight, clock
     check_store(store)
 
 
+async def test_what_waits_for_its_tick_moves_no_range_back(store: Inflight, clock: ManualClock) -> None:
+    source = store.source("tasks", 0)
+    store.insert([activation("a", clock, source=source.id, offset=0)], {source.id: 1})
+    store.begin_range(source, 10)
+    await settle_down(store)
+    assert (source.start, source.next) == (10, 10)
+    assert ids(claim(store)) == ["a"]
+
+
 async def test_what_is_read_again_from_further_back_is_not_covered(
     store: Inflight, clock: ManualClock
 ) -> None:

@@ -4,6 +4,7 @@ from tests.planted.bug import BROKER, Bug
 
 SERVICE = BROKER + "test_service.py::"
 WAITING = BROKER + "test_waiting.py::"
+SERVER = BROKER + "test_server.py::"
 
 BUGS = (
     Bug(
@@ -260,6 +261,30 @@ BUGS = (
         ),
         new="        for outcome in reports.outcomes:\n            event = _event(outcome.status)\n",
         tests=(SERVICE + "test_one_wrong_status_in_a_batch_settles_nothing",),
+    ),
+    Bug(
+        "a broker that stops leaves polls open",
+        "answer open polls empty",
+        "broker/server.py",
+        old="        self.waiting.close()\n",
+        new="",
+        tests=(SERVER + "test_polls_are_answered_empty_when_the_broker_stops",),
+    ),
+    Bug(
+        "healthy on a disk that fails",
+        "health tells the truth",
+        "broker/server.py",
+        old="return self._serving and alive and self.store.writer.trouble is None",
+        new="return self._serving and alive",
+        tests=(SERVER + "test_health_is_that_of_the_disk_and_of_the_parts",),
+    ),
+    Bug(
+        "healthy without its chores",
+        "health tells the truth",
+        "broker/server.py",
+        old="return self._serving and alive and self.store",
+        new="return self._serving and self.store",
+        tests=(SERVER + "test_health_is_that_of_the_disk_and_of_the_parts",),
     ),
     Bug(
         "unsigned calls are served",

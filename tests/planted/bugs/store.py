@@ -339,6 +339,14 @@ BUGS = (
         tests=(STORE + "test_a_client_without_tokens_reports_on_what_it_had_before_a_restart",),
     ),
     Bug(
+        "a restart forgets a copy that was absorbed",
+        "a copy of what was sent on is absorbed",
+        "broker/store/inflight.py",
+        old="        memory.batch.finished.extend((row.sent_on, here))\n",
+        new="",
+        tests=(STORE + "test_a_copy_of_what_was_here_when_it_came_back_is_known_after_a_restart",),
+    ),
+    Bug(
         "a report on what leaves is stale when a copy has come back",
         "what a broker acknowledged, it acknowledges again",
         "broker/store/inflight.py",
@@ -951,6 +959,14 @@ BUGS = (
         old="row.spilled, row.attempts, row.lost,\n",
         new="row.spilled, row.attempts, 0,\n",
         tests=(UNFINISHED + "test_what_a_restored_task_has_become_is_recorded_anew",),
+    ),
+    Bug(
+        "what waited for its tick moves a range back",
+        "what was taken is not read again",
+        "broker/store/writer.py",
+        old="source.next = max(source.next, next_)",
+        new="source.next = next_",
+        tests=(RULES + "test_what_waits_for_its_tick_moves_no_range_back",),
     ),
     # -- for the ledger
     Bug(
