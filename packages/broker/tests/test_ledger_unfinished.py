@@ -170,6 +170,20 @@ async def test_since_when_nobody_knows_a_task_is_known_after_a_restart(tmp_path:
     store.database.close()
 
 
+async def test_what_is_retired_is_to_be_recorded_under_both_names(tmp_path: Path) -> None:
+    """Under the old one, that nothing of it is unfinished: another log has that name now."""
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    (row,) = await taken(store, clock, 1)
+    store.memory.unfinished.dirty.clear()
+    store.retire(store.source("tasks", 0), "tasks of old")
+    await settle_down(store)
+    heir = store.source("tasks", 0)
+    assert heir.id != row.source
+    assert store.memory.unfinished.dirty >= {segment_key(row.source, 0), segment_key(heir.id, 0)}
+    store.database.close()
+
+
 async def test_rows_over_grpc_are_not_in_it(tmp_path: Path) -> None:
     clock = ManualClock()
     store = open_store(tmp_path / "s", clock)

@@ -783,6 +783,18 @@ async def test_a_client_without_tokens_settles_by_id(tmp_path: Path, clock: Manu
     store.database.close()
 
 
+async def test_a_client_without_tokens_cannot_fail_what_waits_in_the_file(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(window_rows_max=1))
+    await insert(store, activation("here", clock), activation("in the file", clock))
+    for event in (Event.FAIL, Event.RETRY):
+        assert store.settle_by_id(hash_id("in the file"), event, clock.wall_ms()) is Answer.STALE
+    await settle_down(store)
+    assert store.memory.counts[1][Status.PENDING] == 2
+    store.database.close()
+
+
 @pytest.mark.parametrize("written", [False, True])
 async def test_a_client_without_tokens_reports_on_what_it_had_before_a_restart(
     tmp_path: Path, clock: ManualClock, written: bool

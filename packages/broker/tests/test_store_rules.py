@@ -583,6 +583,18 @@ async def test_what_waits_for_its_tick_moves_no_range_back(store: Inflight, cloc
     assert ids(claim(store)) == ["a"]
 
 
+async def test_what_is_covered_stays_so_when_older_rows_are_restored(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=3), taken={source.id: 4})
+    store.cover(source, 4)
+    store.begin_restored(source, -1, 2)
+    (row,) = claim(store)
+    await settled(store, token_of(store, row), Event.COMPLETE)
+    assert not store.is_held(row.id_hash)
+
+
 async def test_what_is_read_again_from_further_back_is_not_covered(
     store: Inflight, clock: ManualClock
 ) -> None:

@@ -287,6 +287,14 @@ BUGS = (
         tests=(SERVER + "test_health_is_that_of_the_disk_and_of_the_parts",),
     ),
     Bug(
+        "a dead letter is dropped before it is replayed",
+        "what is replayed is durable before its dead letter is dropped",
+        "broker/dispatch/admin.py",
+        old="        await self._store.answerable(self._store.insert(list(rows.values())))\n        await self._drop(list(rows))\n",
+        new="        await self._drop(list(rows))\n        await self._store.answerable(self._store.insert(list(rows.values())))\n",
+        tests=(BROKER + "test_admin.py::test_a_replay_that_was_not_stored_keeps_its_dead_letter",),
+    ),
+    Bug(
         "unsigned calls are served",
         "with a secret, an unsigned call is refused before it is parsed",
         "broker/dispatch/rpc.py",

@@ -347,6 +347,14 @@ BUGS = (
         tests=(STORE + "test_a_copy_of_what_was_here_when_it_came_back_is_known_after_a_restart",),
     ),
     Bug(
+        "who reports by id may fail what waits in the file",
+        "only what is claimed, or was before a restart, can fail",
+        "broker/store/inflight.py",
+        old="            if event is not Event.COMPLETE and not forgotten:\n                return Answer.STALE\n",
+        new="",
+        tests=(STORE + "test_a_client_without_tokens_cannot_fail_what_waits_in_the_file",),
+    ),
+    Bug(
         "a report on what leaves is stale when a copy has come back",
         "what a broker acknowledged, it acknowledges again",
         "broker/store/inflight.py",
@@ -730,6 +738,14 @@ BUGS = (
         tests=(RULES + "test_what_becomes_due_when_new_tasks_come_is_handed_out",),
     ),
     Bug(
+        "one take holds more than a worker takes",
+        "what is handed out can be received",
+        "broker/store/index.py",
+        old="                self._bytes_left -= row.size\n",
+        new="",
+        tests=(RULES + "test_one_answer_holds_no_more_bytes_than_asked_for",),
+    ),
+    Bug(
         "an answer holds more than a worker takes",
         "what is handed out can be received",
         "broker/store/inflight.py",
@@ -945,6 +961,14 @@ BUGS = (
         tests=(RULES + "test_covered_tasks_stay_when_the_partition_goes",),
     ),
     Bug(
+        "what was recorded of a log that is gone stays",
+        "new tasks are never taken for old ones",
+        "broker/store/ledger.py",
+        old="self.dirty |= {key, segment_key(heir, number)}",
+        new="self.dirty |= {key}",
+        tests=(UNFINISHED + "test_what_is_retired_is_to_be_recorded_under_both_names",),
+    ),
+    Bug(
         "a restart forgets since when nobody knows a task",
         "losing a disk begins no hour anew",
         "broker/store/database.py",
@@ -967,6 +991,14 @@ BUGS = (
         old="source.next = max(source.next, next_)",
         new="source.next = next_",
         tests=(RULES + "test_what_waits_for_its_tick_moves_no_range_back",),
+    ),
+    Bug(
+        "what is restored uncovers what is newer",
+        "an outcome is answered when it is covered",
+        "broker/store/inflight.py",
+        old="source.covered = max(source.covered, covered)",
+        new="source.covered = covered",
+        tests=(RULES + "test_what_is_covered_stays_so_when_older_rows_are_restored",),
     ),
     # -- for the ledger
     Bug(
