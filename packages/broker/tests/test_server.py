@@ -29,7 +29,9 @@ async def broker(tmp_path: Path) -> Broker:
 
 async def test_polls_are_answered_empty_when_the_broker_stops(broker: Broker) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{broker.port}") as channel:
-        get_tasks = channel.unary_unary(f"/{rpc.CONSUMER}/GetTasks")
+        get_tasks: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            f"/{rpc.CONSUMER}/GetTasks"
+        )
         poll = get_tasks(pb.GetTasksRequest(wait_ms=60_000).SerializeToString())
         await until(lambda: len(broker.waiting))
         begun = time.monotonic()

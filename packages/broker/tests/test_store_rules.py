@@ -240,7 +240,8 @@ async def test_the_answer_under_a_forgotten_claim_of_what_is_only_in_the_file_is
 
 async def reported_while_it_is_read(store: Inflight, report: Callable[[], Answer | Report]) -> list[Report]:
     """What is reported, while the rows that follow the first are read from the file."""
-    write, reports = store.writer._handoff, []
+    write = store.writer._handoff
+    reports: list[Answer | Report] = []
 
     async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
         written = await write(tick, batch)
@@ -388,9 +389,11 @@ async def test_more_than_one_tick_looks_at_is_due_and_expires_all_the_same(
     store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(database, "DUE_ROWS_MAX", 3)
-    delay_ms, expires_ms = (1_000, None) if what == "due" else (0, 1_000)
-    how = {"delay_ms": delay_ms, "expires_ms": expires_ms, "on_exceeded": OnExceeded.DISCARD}
-    await insert(store, *(activation(str(n), clock, **how) for n in range(10)))
+    rows = [activation(str(n), clock, delay_ms=1_000) for n in range(10)]
+    if what == "expired":
+        discard = OnExceeded.DISCARD
+        rows = [activation(str(n), clock, expires_ms=1_000, on_exceeded=discard) for n in range(10)]
+    await insert(store, *rows)
     clock.advance(1_000)
     await settle_down(store)
     assert store.memory.counts[1][Status.PENDING] == store.memory.rows == (10 if what == "due" else 0)
