@@ -1000,6 +1000,15 @@ BUGS = (
         new="source.covered = covered",
         tests=(RULES + "test_what_is_covered_stays_so_when_older_rows_are_restored",),
     ),
+    # -- damage
+    Bug(
+        "a claim is handed out once more whatever became of its row",
+        "what changed on the disk is never handed out",
+        "broker/store/database.py",
+        old="return [row for record in records if checksum(row := _load(record)) == record[_CHECKSUM_AT]]",
+        new="return [_load(record) for record in records]",
+        tests=(BROKER + "test_damage.py::test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged",),
+    ),
     # -- for the ledger
     Bug(
         "a retry is not recorded",
