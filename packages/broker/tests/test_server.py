@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import apsw
@@ -14,7 +13,7 @@ from ingest_helpers import until
 from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.dispatch import rpc
-from penstock_broker.server import DRAIN_CALLS_SECONDS, Broker
+from penstock_broker.server import Broker
 from penstock_broker.store.database import DiskFailing
 from penstock_protocol.v1 import consumer_pb2 as pb
 
@@ -34,11 +33,9 @@ async def test_polls_are_answered_empty_when_the_broker_stops(broker: Broker) ->
         )
         poll = get_tasks(pb.GetTasksRequest(wait_ms=60_000).SerializeToString())
         await until(lambda: len(broker.waiting))
-        begun = time.monotonic()
         await broker.stop()
         assert await poll.code() is grpc.StatusCode.OK
         assert not pb.GetTasksResponse.FromString(await poll).tasks
-        assert time.monotonic() - begun < DRAIN_CALLS_SECONDS
 
 
 async def test_health_is_that_of_the_disk_and_of_the_parts(broker: Broker) -> None:
