@@ -56,8 +56,7 @@ PAUSES = {
 STARTS = {
     ("ingest/ledger.py", "ThreadPoolExecutor"),  # the ledger's
     ("ingest/ledger.py", "run_in_executor"),
-    ("server.py", "ThreadPoolExecutor"),  # the writer's
-    ("server.py", "run_in_executor"),
+    ("writer_thread.py", "Thread"),
     ("ingest/consumer.py", "Thread"),  # the consumer's
     ("ingest/publisher.py", "Thread"),  # the producer's
     ("ingest/publisher.py", "to_thread"),

@@ -23,6 +23,7 @@ from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.store.batch import Answer
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.writer import StoreStopped
 from penstock_protocol.replay import ROOT_ID
 from penstock_protocol.v1 import admin_pb2 as pb
 from penstock_protocol.v1 import consumer_pb2
@@ -561,6 +562,24 @@ async def test_a_replay_that_was_interrupted_runs_once(desk: Desk) -> None:
     assert again.result == pb.REPLAY_RESULT_SENT
     assert desk.store.outbox.resting == 0
     assert len(await desk.claim(9)) == 1
+
+
+async def test_a_replay_that_was_not_stored_keeps_its_dead_letter(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await desk.rest(desk.admission.admit(message("root", desk.clock), desk.clock.wall))
+    (letter,) = await desk.letters()
+
+    def stopped(rows: list[Activation]) -> None:
+        raise StoreStopped
+
+    monkeypatch.setattr(desk.store, "insert", stopped)
+    with pytest.raises(StoreStopped):
+        await desk.replay([letter.seq])
+    assert await desk.letters() == [letter]
+    monkeypatch.setattr(desk.store, "room", lambda: 0)
+    with pytest.raises(Refused, match="no room"):
+        await desk.replay([letter.seq])
 
 
 async def test_what_is_no_activation_stays_where_it_is(desk: Desk) -> None:

@@ -13,6 +13,9 @@ from pydantic import ValidationError
 from penstock_broker.config import SECTIONS, Settings
 from penstock_broker.config.expected import default_text, kind, placeholder, schema
 from penstock_broker.config.settings import GIB, KIB, MIB, group_of, is_loopback, size_text
+from penstock_broker.domain.lifecycle import Limits
+from penstock_broker.server import store_limits
+from penstock_broker.store.limits import StoreLimits
 
 CLUSTERS: Any = {"main": {"address": "kafka:9092"}}
 DLQ = {"cluster": "main", "produce_only": True}
@@ -38,6 +41,43 @@ def test_the_defaults_that_operators_know() -> None:
     assert settings.metrics_port_is_default
     assert settings.broker_id == f"{socket.gethostname()}-50051"
     assert settings.db_path == Path("penstock.sqlite")
+
+
+def test_the_store_keeps_to_what_is_set() -> None:
+    settings = Settings(
+        max_pending_count=101,
+        pending_bytes_max=102 * MIB,
+        namespace_share_max=0.25,
+        window_rows_max=103,
+        window_bytes_max=104 * MIB,
+        batch_rows_max=105,
+        dedup_window_seconds=106.5,
+        dedup_ids_max=107,
+        dead_letters_rest_max=108,
+        lease_seconds=10.5,
+        deadline_grace_seconds=2.5,
+        unclaimable_seconds=109.5,
+        max_deliveries=9,
+        unknown_task_seconds=110.5,
+        kafka_retry_topic="retries",
+    )
+    assert store_limits(settings) == StoreLimits(
+        rows_max=101,
+        bytes_max=102 * MIB,
+        namespace_share_max=0.25,
+        window_rows_max=103,
+        window_bytes_max=104 * MIB,
+        batch_rows_max=105,
+        dedup_window_ms=106_500,
+        dedup_ids_max=107,
+        dead_letters_rest_max=108,
+        lease_ms=10_500,
+        grace_ms=2_500,
+        unclaimable_ms=109_500,
+        lifecycle=Limits(max_deliveries=9, unknown_task_ms=110_500, retry_topic=True),
+    )
+    # Without Kafka there is no topic in which they could wait.
+    assert not store_limits(Settings(ingest="grpc", kafka_retry_topic="retries")).lifecycle.retry_topic
 
 
 def test_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

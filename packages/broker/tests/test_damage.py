@@ -185,6 +185,21 @@ async def test_a_damaged_row_is_set_aside_and_counted_and_the_others_go_on(tmp_p
     store.database.close()
 
 
+async def test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, [activation(id, clock) for id in ("sound", "damaged")])
+    claims = [(row.seq, row.claim) for row in store.claim(None, (), 2, BYTES)]
+    await settle_down(store)
+    change = "UPDATE activation SET body = ? WHERE id = 'damaged'"
+    store.database.connection.execute(change, (b"another body",))
+    asked = asyncio.ensure_future(store.claimed_again(claims))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    assert [row.id for row in await asked] == ["sound"]
+    store.database.close()
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [("status", 9), ("pair", 77), ("source", 5), ("attempts", -1), ("id", b"\xff\xfe"), ("ready_at", -1)],

@@ -59,10 +59,13 @@ async def test_outcomes(tmp_path: Path, event: Event, at_most_once: bool, restar
         store.database.close()
         store = open_store(tmp_path / "s", clock)
         check_store(store) if not store.writer.work_waits() else None
+    before = store.memory.unfinished.places()
+    store.memory.unfinished.dirty.clear()
     store.settle(token, event, clock.wall, retry_delay_ms=500)
     await settle_down(store)
     check_store(store)
     known = store.memory.unfinished.places()
+    assert known == before or store.memory.unfinished.dirty, "what has changed will be recorded"
     gone = event is Event.COMPLETE
     assert (place(source, one.offset) in known) is not gone
     state = known.get(place(source, one.offset))
@@ -114,6 +117,70 @@ async def test_dropped_rows_and_rows_read_again(tmp_path: Path) -> None:
     await settle_down(store)
     check_store(store)
     assert [at & 0xFF for at in store.memory.unfinished.places()] == [0, 1, 2, 3, 4, 5, 6]
+    store.database.close()
+
+
+async def test_what_is_taken_is_to_be_recorded(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    for _ in range(2):
+        store.memory.unfinished.dirty.clear()
+        (row,) = await taken(store, clock, 1)
+        assert store.memory.unfinished.dirty == {place(row.source, row.offset) >> SEGMENT_BITS}
+    store.database.close()
+
+
+async def test_what_is_read_again_has_nothing_of_what_was_dropped(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    source = store.source("tasks", 0)
+
+    async def read() -> None:
+        store.insert([activation("t", clock, source=source.id, offset=0, max_attempts=3)], {source.id: 1})
+        await settle_down(store)
+
+    await read()
+    (row,) = store.claim(None, (), 1, 1 << 20)
+    store.settle(token_of(store, row), Event.RETRY, clock.wall, 0)
+    await settle_down(store)
+    store.drop_uncovered(source, 0)
+    await settle_down(store)
+    await read()
+    check_store(store)
+    assert list(store.memory.unfinished.places().values()) == [None]
+    store.database.close()
+
+
+async def test_since_when_nobody_knows_a_task_is_known_after_a_restart(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    await taken(store, clock, 1)
+    (row,) = store.claim(None, (), 1, 1 << 20)
+    since = clock.wall
+    store.settle(token_of(store, row), Event.UNKNOWN_TASK, since)
+    await settle_down(store)
+    clock.advance(60_000)
+    await settle_down(store)
+    for _ in range(2):
+        (state,) = store.memory.unfinished.places().values()
+        assert state is not None
+        assert state.given_back_at == since
+        store.database.close()
+        store = open_store(tmp_path / "s", clock)
+    store.database.close()
+
+
+async def test_what_is_retired_is_to_be_recorded_under_both_names(tmp_path: Path) -> None:
+    """Under the old one, that nothing of it is unfinished: another log has that name now."""
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    (row,) = await taken(store, clock, 1)
+    store.memory.unfinished.dirty.clear()
+    store.retire(store.source("tasks", 0), "tasks of old")
+    await settle_down(store)
+    heir = store.source("tasks", 0)
+    assert heir.id != row.source
+    assert store.memory.unfinished.dirty >= {segment_key(row.source, 0), segment_key(heir.id, 0)}
     store.database.close()
 
 
@@ -179,13 +246,13 @@ async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) 
     store = open_store(tmp_path / "s", clock)
     source = store.source("tasks", 0)
     row = activation("t0", clock, source=source.id, offset=0, max_attempts=3)
-    row.attempts, row.given_back_at = 2, clock.wall_ms()
+    row.attempts, row.lost, row.given_back_at = 2, 1, clock.wall_ms()
     store.insert([row], {source.id: 1}, "restored")
     await settle_down(store)
     for _ in range(2):
         (state,) = store.memory.unfinished.places().values()
         assert state is not None
-        assert (state.attempts, state.given_back_at) == (2, row.given_back_at)
+        assert (state.attempts, state.lost, state.given_back_at) == (2, 1, row.given_back_at)
         store.database.close()
         store = open_store(tmp_path / "s", clock)
         await settle_down(store)

@@ -114,7 +114,7 @@ def failed(starts: int, event: Event = Event.RETRY, **how: Any) -> list[Change]:
 @pytest.mark.parametrize("event", [Event.RETRY, Event.DEADLINE_EXCEEDED])
 def test_max_attempts_counts_starts(max_attempts: int, starts: int, event: Event) -> None:
     changes = failed(9, event, max_attempts=max_attempts)
-    assert len(changes) == starts
+    assert [change.attempts for change in changes] == list(range(1, starts + 1))
     assert changes[-1].status is Status.FORWARDING
     assert changes[-1].reason == Reason.ATTEMPTS_EXHAUSTED
 
@@ -127,7 +127,7 @@ def test_exhausted_without_a_dead_letter_policy_is_discarded_and_counted() -> No
 
 def test_lost_deliveries_are_bounded_apart_and_never_discarded() -> None:
     changes = failed(9, Event.LEASE_LOST, max_attempts=1, on_exceeded=OnExceeded.DISCARD)
-    assert len(changes) == LIMITS.max_deliveries
+    assert [change.lost for change in changes] == list(range(1, LIMITS.max_deliveries + 1))
     assert all(change.attempts == 0 for change in changes)
     assert (changes[-1].status, changes[-1].reason) == (Status.FORWARDING, Reason.MAX_DELIVERIES)
 
@@ -182,6 +182,26 @@ def test_what_no_worker_can_run_is_a_dead_letter_whatever_its_policy(
         change = decide(activation, event, NOW, LIMITS)
         assert change.status is Status.FORWARDING
         assert change.reason == event.value.replace(" ", "_")
+
+
+@pytest.mark.parametrize("event", [Event.HAND_OVER, Event.OVERFLOW])
+def test_what_goes_on_elsewhere_is_not_due_earlier_there(event: Event) -> None:
+    activation = row(Status.DELAYED)
+    activation.ready_at = NOW + 5_000
+    assert decide(activation, event, NOW, LIMITS).ready_at == NOW + 5_000
+
+
+def test_what_stays_because_it_is_too_large_is_not_due_earlier() -> None:
+    activation = row(Status.FORWARDING, reason=Reason.HANDED_OVER)
+    activation.ready_at = NOW + 5_000
+    change = decide(activation, Event.REFUSED, NOW, LIMITS)
+    assert (change.status, change.ready_at) == (Status.DELAYED, NOW + 5_000)
+
+
+@pytest.mark.parametrize("status", [Status.PENDING, Status.DELAYED])
+def test_an_at_most_once_task_that_never_started_is_handed_over(status: Status) -> None:
+    change = decide(row(status, at_most_once=True), Event.HAND_OVER, NOW, LIMITS)
+    assert change.reason == Reason.HANDED_OVER
 
 
 def test_the_drawing_is_the_table() -> None:

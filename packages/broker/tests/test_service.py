@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable
 from pathlib import Path
 
+import apsw
 import grpc
 import pytest
 from ingest_helpers import task_bytes
@@ -18,6 +19,7 @@ from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
+from penstock_broker.store.database import DiskFailing
 from penstock_broker.store.inflight import Inflight
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import (
@@ -82,6 +84,11 @@ class Broker:
         request = pb.ReleaseTasksRequest(tasks=[released])
         answer = await self.answered(self.consumers.release_tasks(request.SerializeToString()))
         return pb.ReleaseTasksResponse.FromString(answer).answers[0]
+
+    async def extend(self, task: pb.ClaimedTask, started: bool) -> int:
+        held = pb.HeldClaim(claim_token=task.claim_token, started=started)
+        answer = await self.consumers.extend_claims(pb.ExtendClaimsRequest(claims=[held]).SerializeToString())
+        return pb.ExtendClaimsResponse.FromString(answer).answers[0]
 
     def rows(self) -> list[Activation]:
         """What is in the file."""
@@ -245,6 +252,90 @@ async def test_a_client_without_tokens_learns_the_attempts_from_the_message(brok
     assert (task.retry_state.attempts, task.retry_state.max_attempts) == (1, 3)
 
 
+async def test_a_client_without_tokens_says_how_a_task_is_tried_again(broker: Broker) -> None:
+    await broker.put("a", "b", max_attempts=2)
+    reports = [
+        pb.SetTaskStatusRequest(
+            id="a", status=TASK_ACTIVATION_STATUS_RETRY, max_attempts=9, delay_on_retry=5
+        ),
+        pb.SetTaskStatusRequest(id="b", status=TASK_ACTIVATION_STATUS_RETRY),
+    ]
+    for report in reports:
+        await broker.answered(broker.consumers.get_task(b""))
+        await broker.answered(broker.consumers.set_task_status(report.SerializeToString()))
+    a, b = broker.rows()
+    assert (a.status, a.max_attempts, a.ready_at) == (Status.DELAYED, 9, broker.clock.wall + 5_000)
+    assert (b.status, b.max_attempts) == (Status.PENDING, 2)
+
+
+async def test_a_client_without_tokens_names_a_namespace_with_its_application(broker: Broker) -> None:
+    await broker.put("a")
+    asked = pb.GetTaskRequest(namespace="pay")
+    with pytest.raises(Refused) as refused:
+        await broker.answered(broker.consumers.get_task(asked.SerializeToString()))
+    assert code_of(refused) is grpc.StatusCode.NOT_FOUND
+    asked.application = "shop"
+    answer = await broker.answered(broker.consumers.get_task(asked.SerializeToString()))
+    assert pb.GetTaskResponse.FromString(answer).task.id == "a"
+
+
+@pytest.mark.parametrize("said", [None, 0, 700])
+async def test_a_task_says_how_long_a_retry_waits_unless_its_worker_does(
+    broker: Broker, said: int | None
+) -> None:
+    row = activation("a", broker.clock, max_attempts=3, body=task_bytes("a"))
+    row.retry_delay_ms = 4_000
+    broker.store.insert([row])
+    await settle_down(broker.store)
+    (task,) = await broker.fetch()
+    outcome = pb.TaskOutcome(claim_token=task.claim_token, status=RETRY, retry_delay_ms=said)
+    request = pb.SetTaskStatusesRequest(outcomes=[outcome])
+    await broker.answered(broker.consumers.set_task_statuses(request.SerializeToString()))
+    (row,) = broker.rows()
+    waits = row.ready_at - broker.clock.wall if row.status is Status.DELAYED else 0
+    assert waits == (4_000 if said is None else said)
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_the_deadline_counts_from_the_heartbeat_that_says_started(
+    broker: Broker, started: bool
+) -> None:
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    lapsed = 0
+    for _ in range(40):
+        broker.clock.advance(1_000)
+        await broker.extend(task, started)
+        lapsed += broker.store.lapse(broker.clock.mono)
+    assert lapsed == started
+
+
+async def test_what_workers_do_not_know_is_not_offered_to_them_again_at_once(broker: Broker) -> None:
+    await broker.put("a")
+
+    async def fetch(worker: str) -> list[pb.ClaimedTask]:
+        asked = pb.GetTasksRequest(worker=pb.WorkerIdentity(worker_id=worker))
+        answer = await broker.answered(broker.consumers.get_tasks(asked.SerializeToString()))
+        return list(pb.GetTasksResponse.FromString(answer).tasks)
+
+    for worker in ("old", "older"):
+        (task,) = await fetch(worker)
+        released = pb.ReleasedTask(claim_token=task.claim_token, reason=pb.RELEASE_REASON_UNKNOWN_TASK)
+        request = pb.ReleaseTasksRequest(tasks=[released], worker_id=worker)
+        await broker.answered(broker.consumers.release_tasks(request.SerializeToString()))
+        broker.clock.advance(3_000)
+        await settle_down(broker.store)
+    assert await fetch("old") == await fetch("older") == []
+    assert [task.activation.id for task in await fetch("new")] == ["a"]
+
+
+@pytest.mark.parametrize("call", ["get_task", "get_tasks"])
+async def test_while_the_disk_fails_who_asks_for_work_is_refused_at_once(broker: Broker, call: str) -> None:
+    broker.store.writer.trouble = DiskFailing(apsw.IOError("it fails"))
+    with pytest.raises(DiskFailing):
+        await getattr(broker.consumers, call)(b"")
+
+
 @pytest.mark.parametrize(
     ("reason", "status"),
     [
@@ -329,6 +420,14 @@ async def test_no_worker_is_handed_more_than_one_answer_may_hold(broker: Broker)
     assert len(await broker.fetch(count=2**31)) == 1000
 
 
+async def test_a_token_of_another_length_is_unknown(broker: Broker) -> None:
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    for wrong in (b"", task.claim_token[:-1], task.claim_token + b"x"):
+        assert await broker.report(pb.ClaimedTask(claim_token=wrong)) == pb.OUTCOME_ANSWER_UNKNOWN
+    assert await broker.report(task) == APPLIED
+
+
 async def test_one_wrong_status_in_a_batch_settles_nothing(broker: Broker) -> None:
     await broker.put("a", "b")
     first, second = await broker.fetch(count=2)
@@ -341,3 +440,21 @@ async def test_one_wrong_status_in_a_batch_settles_nothing(broker: Broker) -> No
         await broker.answered(broker.consumers.set_task_statuses(request))
     assert code_of(refused) is grpc.StatusCode.INVALID_ARGUMENT
     assert [await broker.report(task) for task in (first, second)] == [APPLIED, APPLIED]
+
+
+async def test_one_wrong_status_in_a_batch_by_id_settles_nothing(broker: Broker) -> None:
+    await broker.put("a", "b")
+    for _ in range(2):
+        await broker.answered(broker.consumers.get_task(b""))
+    updates = [
+        pb.SetTaskStatusRequest(id="a", status=TASK_ACTIVATION_STATUS_COMPLETE),
+        pb.SetTaskStatusRequest(id="b", status=99),  # type: ignore[arg-type]
+    ]
+    request = pb.SetBatchActivationStatusRequest(updates=updates)
+    with pytest.raises(Refused, match="of task 'b'"):
+        await broker.answered(broker.consumers.set_batch_activation_status(request.SerializeToString()))
+    await settle_down(broker.store)
+    assert [row.id for row in broker.rows()] == ["a", "b"]
+    request.updates[1].status = TASK_ACTIVATION_STATUS_COMPLETE
+    await broker.answered(broker.consumers.set_batch_activation_status(request.SerializeToString()))
+    assert broker.rows() == []

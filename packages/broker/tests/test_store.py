@@ -115,6 +115,20 @@ async def test_a_heartbeat_re_establishes_a_claim_that_a_restart_had_forgotten(
     store.database.close()
 
 
+async def test_a_claim_that_a_heartbeat_re_established_ends_when_its_worker_vanishes(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert store.extend(token, started=False) is Answer.APPLIED
+    clock.advance(store.limits.lease_ms + 1_000)
+    assert store.lapse(clock.mono_ms()) == 1
+    store.database.close()
+
+
 async def test_an_answer_is_repeated_after_a_restart(tmp_path: Path, clock: ManualClock) -> None:
     store = open_store(tmp_path / "store.sqlite", clock)
     await insert(store, activation("a", clock, max_attempts=2))
@@ -200,6 +214,18 @@ async def test_a_delay_survives_a_restart_and_is_never_early(tmp_path: Path, clo
     clock.advance(1)
     await settle_down(store)
     assert claim_one(store).id == "a"
+    store.database.close()
+
+
+async def test_what_became_due_while_the_broker_was_away_is_due(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("delay", clock, delay_ms=5_000))
+    await insert(store, activation("expiry", clock, delay_ms=9_000, expires_ms=5_000))
+    clock.advance(5_000)
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["delay"]
+    assert [row.id for row in await take_outbox(store)] == ["expiry"]
     store.database.close()
 
 
@@ -421,6 +447,33 @@ async def test_an_id_taken_for_something_else_is_a_conflict(
     check_store(store)
 
 
+async def test_each_that_is_in_conflict_with_an_id_is_a_dead_letter(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    contents = (b"the first", b"x", b"y", b"x")
+    await insert(store, *(activation("a", clock, content=content) for content in contents))
+    sent_on = [read_back("a", clock, source, 0), read_back("a", clock, source, 1)]
+    sent_on[0].content += 1
+    store.insert(sent_on, {source.id: 2})
+    store.cover(source, 2)
+    await settle_down(store)
+    assert [letter.reason for letter in await take_outbox(store)] == [Reason.CONFLICT] * 4
+    assert claim_one(store).content == activation("a", clock, content=contents[0]).content
+
+
+@pytest.mark.parametrize("contents", [(0, 1), (1, 0)])
+async def test_a_copy_is_no_conflict_where_it_is_not_known_what_it_asks_for(
+    store: Inflight, clock: ManualClock, contents: tuple[int, int]
+) -> None:
+    for content in contents:
+        row = activation("a", clock)
+        row.content = content
+        await insert(store, row)
+    assert (store.memory.rows, store.memory.tally.duplicates) == (1, 1)
+    assert store.outbox.size() == 0
+
+
 async def test_what_nobody_asks_for_ages_out_to_the_dead_letters(tmp_path: Path, clock: ManualClock) -> None:
     day = 86_400_000
     limits = StoreLimits(window_rows_max=2, unclaimable_ms=7 * day)
@@ -450,6 +503,42 @@ async def test_what_nobody_asks_for_ages_out_to_the_dead_letters(tmp_path: Path,
     (letter, *others) = await take_outbox(store)
     assert (letter.reason, len(others)) == (Reason.UNCLAIMED, 4)
     assert "no worker has asked for namespace 'a' of application 'shop' for 604800 s" in (letter.error or "")
+
+
+async def test_what_came_lately_does_not_age_out(tmp_path: Path, clock: ManualClock) -> None:
+    """Though nobody has asked for its namespace for longer, and most of it is not in memory."""
+    day = 86_400_000
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(window_rows_max=2, unclaimable_ms=day))
+    store.pair("shop", "pay")
+    clock.advance(2 * day)
+    await insert(store, *(activation(str(n), clock) for n in range(5)))
+    clock.advance(day - 1)
+    for _ in range(3):
+        store.unclaimable.look(clock.mono_ms())
+        await settle_down(store)
+    assert store.outbox.size() == 0
+    store.database.close()
+
+
+@pytest.mark.parametrize("asked", [None, (None, ()), ("shop", ()), ("shop", ("mail", "pay"))])
+async def test_what_a_worker_asked_for_lately_stays_and_so_it_does_after_a_restart(
+    tmp_path: Path, clock: ManualClock, asked: tuple[str | None, tuple[str, ...]] | None
+) -> None:
+    day = 86_400_000
+    limits = StoreLimits(unclaimable_ms=day)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, activation("a", clock))
+    clock.advance(2 * day)
+    if asked is None:
+        store = reopen(store, clock, limits)
+        await settle_down(store)
+    else:
+        assert store.claim(*asked, 1, 0) == []
+    assert store.unclaimable.pending() == []
+    store.unclaimable.look(clock.mono_ms())
+    await settle_down(store)
+    assert claim_one(store).id == "a"
+    store.database.close()
 
 
 async def test_the_same_id_is_absorbed_while_it_is_here_and_after_it_left(
@@ -528,7 +617,11 @@ async def test_what_another_broker_has_taken_is_adopted(store: Inflight, clock: 
         store.insert([activation("a", clock)], {}, "adopted")
         await settle_down(store)
     assert (store.memory.rows, store.memory.tally.duplicates) == (1, 2)
-    await settled(store, token_of(store, claim_one(store)), Event.COMPLETE)
+    # What is known of it here is newer than what the other one had of it.
+    clock.advance(store.limits.dedup_window_ms // 2)
+    token = token_of(store, claim_one(store))
+    for answer in (Answer.APPLIED, Answer.DUPLICATE):
+        assert await settled(store, token, Event.COMPLETE) is answer
     store.insert([activation("a", clock)], {}, "adopted")
     await settle_down(store)
     assert store.memory.rows == 0
@@ -604,7 +697,10 @@ async def test_a_failed_commit_stops_the_store_and_answers_nobody(
     token = token_of(store, claim_one(store))
     await settle_down(store)
 
+    arrived: list[asyncio.Future[None]] = []
+
     def fail(batch: object) -> None:
+        arrived.append(store.insert([activation("meanwhile", clock)]))
         raise OSError("fsync failed")
 
     store.database.write = fail  # type: ignore[method-assign, assignment]
@@ -612,8 +708,10 @@ async def test_a_failed_commit_stops_the_store_and_answers_nobody(
     waiting = store.committed()
     with pytest.raises(OSError, match="fsync"):
         await store.writer.tick()
-    with pytest.raises(StoreStopped):
-        await waiting
+    for answer in (waiting, *arrived):
+        assert answer.done()
+        with pytest.raises(StoreStopped):
+            await answer
     with pytest.raises(StoreStopped):
         store.insert([activation("b", clock)])
 
@@ -640,11 +738,13 @@ async def test_dead_letters_rest_in_the_store_up_to_the_bound(tmp_path: Path, cl
     await insert(store, *(activation(str(n), clock) for n in range(3)))
     for row in store.claim(None, (), 3, BYTES):
         await settled(store, token_of(store, row), Event.FAIL)
-    store.outbox.rest(await take_outbox(store))
-    await settle_down(store)
-    assert store.outbox.size() == 1
-    assert [letter.id for letter in store.database.dead_letters(0, None, None, None, 10)] == ["0", "1"]
-    check_store(store)
+    for _ in range(2):
+        store.outbox.rest(await take_outbox(store))
+        await settle_down(store)
+        assert store.outbox.size() == 1
+        assert [letter.id for letter in store.database.dead_letters(0, None, None, None, 10)] == ["0", "1"]
+        check_store(store)
+    assert [letter.id for letter in await take_outbox(store)] == ["2"], "it waits for room"
     store.database.close()
 
 
@@ -682,6 +782,36 @@ async def test_a_client_without_tokens_settles_by_id(tmp_path: Path, clock: Manu
     assert store.settle_by_id(lost.id_hash, Event.FAIL, clock.wall_ms()) is Answer.APPLIED
     await settle_down(store)
     check_store(store)
+    store.database.close()
+
+
+async def test_a_client_without_tokens_cannot_fail_what_waits_in_the_file(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(window_rows_max=1))
+    await insert(store, activation("here", clock), activation("in the file", clock))
+    for event in (Event.FAIL, Event.RETRY):
+        assert store.settle_by_id(hash_id("in the file"), event, clock.wall_ms()) is Answer.STALE
+    await settle_down(store)
+    assert store.memory.counts[1][Status.PENDING] == 2
+    store.database.close()
+
+
+@pytest.mark.parametrize("written", [False, True])
+async def test_a_client_without_tokens_reports_on_what_it_had_before_a_restart(
+    tmp_path: Path, clock: ManualClock, written: bool
+) -> None:
+    """Whether the claim was in the file or not."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock, max_attempts=3))
+    row = claim_one(store, tokenless=True)
+    if written:
+        await settle_down(store)
+    store = reopen(store, clock)
+    await settle_down(store)
+    assert store.settle_by_id(row.id_hash, Event.RETRY, clock.wall_ms(), retry_delay_ms=0) is Answer.APPLIED
+    await settle_down(store)
+    assert claim_one(store).attempts == 1
     store.database.close()
 
 
@@ -751,6 +881,59 @@ async def test_what_was_sent_on_is_taken_once(
     assert store.memory.rows == 0, "a copy ran again"
     assert store.memory.books[1, "done"] == 1
     check_store(store)
+
+
+async def test_what_came_back_before_it_was_refused_goes_on_as_that(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock))
+    handing = asyncio.ensure_future(store.hand_over(10, running=False))
+    while not handing.done():
+        await asyncio.sleep(0)
+        await settle_down(store)
+    (sent,) = await take_outbox(store, Route.HAND_OVER)
+    source = store.source("tasks", 0)
+    await insert(store, read_back("a", clock, source, 0), taken={source.id: 1})
+    store.outbox.refuse([sent])
+    await store.writer.tick()
+    assert store.memory.rows == 1
+    await settle_down(store)
+    assert [row.offset for row in store.claim(None, (), 9, BYTES)] == [0]
+    await settle_down(store)
+    check_store(store)
+
+
+async def test_an_answer_is_repeated_when_a_retry_comes_back_before_its_row_is_gone(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    limits = StoreLimits(lifecycle=Limits(retry_topic=True))
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, activation("a", clock, max_attempts=3))
+    token = token_of(store, claim_one(store))
+    assert await settled(store, token, Event.RETRY) is Answer.APPLIED
+    (sent,) = await take_outbox(store, Route.RETRY)
+    source = store.source("tasks", 0)
+    await insert(store, read_back("a", clock, source, 0), taken={source.id: 1})
+    assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
+    store.outbox.forwarded([sent])
+    assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
+    assert claim_one(store).offset == 0
+    store.database.close()
+
+
+async def test_a_copy_of_what_was_here_when_it_came_back_is_known_after_a_restart(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock))
+    await insert(store, read_back("a", clock, source, 0), taken={source.id: 1})
+    assert store.memory.tally.duplicates == 1
+    assert await settled(store, token_of(store, claim_one(store)), Event.COMPLETE) is Answer.APPLIED
+    store = reopen(store, clock)
+    await insert(store, read_back("a", clock, source, 1), taken={source.id: 2})
+    assert store.memory.rows == 0, "a copy ran again"
+    store.database.close()
 
 
 async def test_what_was_not_stored_is_no_copy_of_itself(tmp_path: Path, clock: ManualClock) -> None:
@@ -825,6 +1008,32 @@ async def test_a_namespace_at_its_share_is_two_lines_of_the_log(tmp_path: Path, 
         "a namespace holds its share of the store",
         "a namespace has room in its share again",
     ]
+
+
+@pytest.mark.parametrize("state", ["delayed", "claimed"])
+async def test_what_waits_for_a_time_or_runs_counts_towards_the_share(
+    tmp_path: Path, clock: ManualClock, state: str
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(rows_max=10))
+    source, delay = store.source("tasks", 0), 60_000 if state == "delayed" else 0
+    rows = [activation(str(n), clock, delay_ms=delay, source=source.id, offset=n) for n in range(5)]
+    await insert(store, *rows, taken={source.id: 5})
+    assert len(store.claim(None, (), 5, BYTES)) == (5 if state == "claimed" else 0)
+    over = activation("over", clock, source=source.id, offset=5)
+    await insert(store, over, taken={source.id: 6})
+    assert over.reason == Reason.OVERFLOW
+    store.database.close()
+
+
+async def test_a_few_large_tasks_are_a_share_too(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(rows_max=1_000, bytes_max=10_000))
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, body=bytes(3_000), source=source.id, offset=n) for n in range(4)]
+    # What came over gRPC is in no log to wait in.
+    rows.append(activation("grpc", clock, body=bytes(3_000)))
+    await insert(store, *rows, taken={source.id: 4})
+    assert [row.id for row in rows if row.reason == Reason.OVERFLOW] == ["2", "3"]
+    store.database.close()
 
 
 async def test_what_is_taken_to_leave_is_bounded_in_bytes(store: Inflight, clock: ManualClock) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
-from penstock_broker.domain.activation import Activation, OnExceeded, Route, Status
+from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store import inflight
+from penstock_broker.store import database, inflight
 from penstock_broker.store.batch import Answer, Batch, Report, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
@@ -56,6 +56,13 @@ async def settled(store: Inflight, token: ClaimToken, event: Event, delay: int |
     answer = store.settle(token, event, store.clock.wall_ms(), delay)
     await settle_down(store)
     return answer.answer if isinstance(answer, Report) else answer
+
+
+async def take_outbox(store: Inflight, route: Route = Route.DEAD_LETTER) -> list[Activation]:
+    taking = asyncio.ensure_future(store.outbox.take(route, 99, BYTES))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    return await taking
 
 
 def reopen(store: Inflight, clock: ManualClock, limits: StoreLimits | None = None) -> Inflight:
@@ -144,6 +151,52 @@ async def test_an_id_is_known_for_the_whole_window_and_not_for_ever(
     store.database.close()
 
 
+async def test_what_is_within_the_window_stays_known_when_what_is_older_goes(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    limits = StoreLimits(dedup_window_ms=8_000)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    for n in range(60):
+        await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+        clock.advance(500)
+        store.forget_finished()
+        await settle_down(store)
+    for _ in range(2):
+        assert all(is_known(store, str(n)) for n in range(45, 60))
+        assert not any(is_known(store, str(n)) for n in range(40))
+        store = reopen(store, clock, limits)
+    store.database.close()
+
+
+async def test_no_more_ids_are_remembered_than_the_bound(tmp_path: Path, clock: ManualClock) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(dedup_ids_max=80))
+    for n in range(20):
+        names = [f"{n}-{i}" for i in range(10)]
+        await insert(
+            store,
+            *(activation(name, clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD) for name in names),
+        )
+        store.forget_finished()
+        await settle_down(store)
+    assert len(store.memory.finished) <= 80 * 9 // 8
+    assert all(is_known(store, f"{n}-{i}") for n in range(12, 20) for i in range(10))
+    store.database.close()
+
+
+async def test_what_was_done_long_before_it_was_dropped_is_new_when_it_comes_again(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    await settled(store, token_of(store, claim(store)[0]), Event.COMPLETE)
+    clock.advance(store.limits.dedup_window_ms // 2)
+    await insert(store, activation("b", clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+    store.drop_uncovered(source, 0)
+    await settle_down(store)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    assert ids(claim(store)) == ["a"]
+
+
 @pytest.mark.parametrize("event", [Event.RETRY, Event.RELEASE, Event.WORKER_DIED, Event.FAIL])
 async def test_the_answer_to_an_outcome_is_repeated_while_its_row_stays(
     tmp_path: Path, clock: ManualClock, event: Event
@@ -166,20 +219,135 @@ async def test_the_answer_to_an_outcome_is_repeated_while_its_row_stays(
     store.database.close()
 
 
+@pytest.mark.parametrize("event", [Event.COMPLETE, Event.RETRY])
+async def test_the_answer_under_a_forgotten_claim_of_what_is_only_in_the_file_is_repeated(
+    tmp_path: Path, clock: ManualClock, event: Event
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, *(activation(id, clock, max_attempts=3) for id in "ab"))
+    forgotten = token_of(store, claim(store, 2)[1])
+    limits = StoreLimits(window_rows_max=1)
+    store = reopen(store, clock, limits)
+    await settle_down(store)
+    assert forgotten.seq not in store.memory.resident
+    for answer in (Answer.APPLIED, Answer.DUPLICATE):
+        assert await settled(store, forgotten, event, 0) is answer
+    store = reopen(store, clock, limits)
+    await settle_down(store)
+    assert await settled(store, forgotten, event, 0) is Answer.DUPLICATE
+    store.database.close()
+
+
+async def reported_while_it_is_read(store: Inflight, report: Callable[[], Answer | Report]) -> list[Report]:
+    """What is reported, while the rows that follow the first are read from the file."""
+    write = store.writer._handoff
+    reports: list[Answer | Report] = []
+
+    async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = await write(tick, batch)
+        if batch.pages and not reports:
+            reports.append(report())
+        return written
+
+    store.writer._handoff = meanwhile
+    assert ids(claim(store)) == ["a"]
+    await settle_down(store)
+    return [report for report in reports if isinstance(report, Report)]
+
+
+@pytest.mark.parametrize("event", [Event.COMPLETE, Event.RETRY])
+async def test_what_is_reported_on_while_it_is_read_is_answered_and_repeated(
+    tmp_path: Path, clock: ManualClock, event: Event
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, *(activation(id, clock, max_attempts=3) for id in "ab"))
+    forgotten = token_of(store, claim(store, 2)[1])
+    store = reopen(store, clock, StoreLimits(window_rows_max=1))
+    await settle_down(store)
+    now = clock.wall_ms()
+    (report,) = await reported_while_it_is_read(store, lambda: store.settle(forgotten, event, now, 60_000))
+    assert report.answer is Answer.APPLIED
+    assert await settled(store, forgotten, event) is Answer.DUPLICATE
+    check_store(store)
+    store.database.close()
+
+
+async def test_a_zombies_report_on_what_is_read_meanwhile_changes_nothing(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, *(activation(id, clock, max_attempts=3) for id in "ab"))
+    zombies = [token_of(store, row) for row in claim(store, 2)]
+    for zombie in zombies:
+        await settled(store, zombie, Event.WORKER_DIED)
+    store = reopen(store, clock, StoreLimits(window_rows_max=1))
+    await settle_down(store)
+    now = clock.wall_ms()
+    (report,) = await reported_while_it_is_read(store, lambda: store.settle(zombies[1], Event.COMPLETE, now))
+    assert report.answer is Answer.STALE
+    assert ids(claim(store)) == ["b"]
+    store.database.close()
+
+
+async def test_a_retry_by_id_of_what_somebody_else_has_claimed_meanwhile_is_stale(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, *(activation(id, clock, max_attempts=3) for id in "ab"))
+    b = claim(store, 2)[1]
+    store = reopen(store, clock, StoreLimits(window_rows_max=1))
+    await settle_down(store)
+    claimed: list[Activation] = []
+    store.writer.on_committed.append(lambda: claimed.extend(claim(store)))
+    now = clock.wall_ms()
+    (report,) = await reported_while_it_is_read(
+        store, lambda: store.settle_by_id(b.id_hash, Event.RETRY, now)
+    )
+    assert report.answer is Answer.STALE
+    assert [(row.id, row.status) for row in claimed] == [("b", Status.PROCESSING)]
+    store.database.close()
+
+
+@pytest.mark.parametrize("back_off", [0, 60_000])
+async def test_a_dead_letter_of_what_expired_tells_how_it_failed_before(
+    store: Inflight, clock: ManualClock, back_off: int
+) -> None:
+    """Whoever reported that is still given the same answer."""
+    await insert(store, activation("a", clock, max_attempts=3, expires_ms=5_000))
+    token = token_of(store, claim(store)[0])
+    store.settle(token, Event.RETRY, clock.wall_ms(), back_off, '{"type":"boom"}')
+    await settle_down(store)
+    clock.advance(5_000)
+    await settle_down(store)
+    assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
+    (letter,) = await take_outbox(store)
+    assert (letter.reason, letter.attempts, letter.error) == (Reason.EXPIRED, 1, '{"type":"boom"}')
+    store.outbox.forwarded([letter])
+    assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
+    assert await settled(store, token, Event.COMPLETE) is Answer.STALE
+
+
 # -- leases
 
 
+@pytest.mark.parametrize("restarted", [False, True])
 async def test_a_client_without_heartbeats_has_until_the_deadline_and_the_grace(
-    store: Inflight, clock: ManualClock
+    tmp_path: Path, clock: ManualClock, restarted: bool
 ) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
     row = activation("a", clock)
     row.deadline_ms = 60_000
     await insert(store, row)
     store.claim(None, (), 1, BYTES, tokenless=True)
+    await settle_down(store)
+    if restarted:
+        clock.advance(30_000)
+        store = reopen(store, clock)
     clock.advance(60_000 + store.limits.grace_ms - 1)
     assert store.lapse(clock.mono_ms()) == 0
-    clock.advance(1_000)
+    clock.advance(store.limits.lease_ms)
     assert store.lapse(clock.mono_ms()) == 1
+    store.database.close()
 
 
 # -- time
@@ -203,14 +371,32 @@ async def test_what_expires_leaves_though_nobody_asks_for_it(store: Inflight, cl
         activation("letter", clock, expires_ms=1_000),
         activation("discarded", clock, expires_ms=1_000, on_exceeded=OnExceeded.DISCARD),
         activation("delayed", clock, expires_ms=1_000, delay_ms=5_000),
+        activation("was delayed", clock, expires_ms=1_000, delay_ms=500),
         activation("stays", clock, expires_ms=1_001),
     )
-    clock.advance(1_000)
-    await settle_down(store)
-    assert store.outbox.size() == 2
+    for _ in range(2):
+        clock.advance(500)
+        await settle_down(store)
+    assert store.outbox.size() == 3
     assert store.memory.books[1, "discarded:expired"] == 1
     assert ids(claim(store, 9)) == ["stays"]
     await settle_down(store)
+    check_store(store)
+
+
+@pytest.mark.parametrize("what", ["due", "expired"])
+async def test_more_than_one_tick_looks_at_is_due_and_expires_all_the_same(
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(database, "DUE_ROWS_MAX", 3)
+    rows = [activation(str(n), clock, delay_ms=1_000) for n in range(10)]
+    if what == "expired":
+        discard = OnExceeded.DISCARD
+        rows = [activation(str(n), clock, expires_ms=1_000, on_exceeded=discard) for n in range(10)]
+    await insert(store, *rows)
+    clock.advance(1_000)
+    await settle_down(store)
+    assert store.memory.counts[1][Status.PENDING] == store.memory.rows == (10 if what == "due" else 0)
     check_store(store)
 
 
@@ -256,8 +442,7 @@ async def test_rows_that_are_dropped_while_they_are_read_leave_nobody_behind_the
         return written
 
     limits = StoreLimits(window_rows_max=2)
-    database = Database(tmp_path / "store.sqlite", limits.lifecycle, 0)
-    store = Inflight(database, clock, limits, write_and_drop)
+    store = Inflight(Database(tmp_path / "store.sqlite", limits.lifecycle, 0), clock, limits, write_and_drop)
     source = store.source("tasks", 0)
     from_log = [activation(f"log-{n}", clock, source=source.id, offset=n) for n in range(4)]
     await insert(store, *from_log, taken={source.id: 4})
@@ -283,6 +468,22 @@ async def test_turns_are_kept_from_call_to_call(store: Inflight, clock: ManualCl
     assert sorted(rest[:3]) == sorted(rest[3:]) == ["x", "y", "z"]
 
 
+async def test_one_answer_holds_no_more_bytes_than_asked_for(store: Inflight, clock: ManualClock) -> None:
+    """But one task at a time whatever its size."""
+    await insert(store, *(activation(str(n), clock, body=bytes(3_000)) for n in range(8)))
+    await insert(store, activation("other", clock, namespace="other", body=bytes(3_000)))
+    sizes = [len(store.claim(None, (), 9, bytes_max)) for bytes_max in (7_000, 1, 6_000, 99_000)]
+    assert sizes == [3, 1, 2, 3]
+
+
+async def test_a_broker_that_is_left_hands_nothing_out(store: Inflight, clock: ManualClock) -> None:
+    await insert(store, activation("a", clock))
+    store.claiming = False
+    assert claim(store) == []
+    store.claiming = True
+    assert ids(claim(store)) == ["a"]
+
+
 # -- limits
 
 
@@ -305,10 +506,7 @@ async def test_namespaces_beyond_the_limit_are_dead_letters_that_say_so(
     # Those that are known go on; what came too late takes one place more, for all of it.
     assert len(store.memory.counts) == 4
     assert sorted(ids(claim(store, 99))) == ["n0", "n1", "n2"]
-    taking = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, 99, BYTES))
-    await asyncio.sleep(0)
-    await settle_down(store)
-    letters = await taking
+    letters = await take_outbox(store)
     assert sorted(ids(letters)) == [f"n{n}" for n in range(3, 10)]
     assert all("namespaces" in json.loads(row.error or "")["message"] for row in letters)
     store.outbox.forwarded(letters)
@@ -334,6 +532,37 @@ async def test_each_of_those_who_wait_is_told_when_its_own_task_is_covered(
         assert [wait.done() for wait in told] == [n < covered for n in range(4)]
 
 
+async def test_what_left_before_a_restart_is_covered_in_its_place_in_the_log(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(2)]
+    await insert(store, *rows, taken={source.id: 2})
+    await settled(store, token_of(store, claim(store)[0]), Event.COMPLETE)
+    store = reopen(store, clock)
+    store.cover(store.source("tasks", 0), 1)
+    assert [store.is_held(row.id_hash) for row in rows] == [False, True]
+    store.database.close()
+
+
+async def test_an_outcome_of_what_is_only_in_the_file_is_held_over_a_restart(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(window_rows_max=1))
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(3)]
+    await insert(store, *rows, taken={source.id: 3})
+    assert rows[2].seq not in store.memory.resident
+    store.settle_by_id(rows[2].id_hash, Event.COMPLETE, clock.wall_ms())
+    await settle_down(store)
+    store = reopen(store, clock)
+    assert store.is_held(rows[2].id_hash)
+    store.cover(store.source("tasks", 0), 3)
+    assert not store.is_held(rows[2].id_hash)
+    store.database.close()
+
+
 async def test_covered_tasks_stay_when_the_partition_goes(store: Inflight, clock: ManualClock) -> None:
     source = store.source("tasks", 0)
     rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(6)]
@@ -343,8 +572,44 @@ async def test_covered_tasks_stay_when_the_partition_goes(store: Inflight, clock
         store.drop_uncovered(source, boundary)
         await settle_down(store)
     assert ids(claim(store, 9)) == ["0", "1", "2", "3"]
+    assert source.next == 4, "they are not read again"
     await settle_down(store)
     check_store(store)
+
+
+async def test_what_waits_for_its_tick_moves_no_range_back(store: Inflight, clock: ManualClock) -> None:
+    source = store.source("tasks", 0)
+    store.insert([activation("a", clock, source=source.id, offset=0)], {source.id: 1})
+    store.begin_range(source, 10)
+    await settle_down(store)
+    assert (source.start, source.next) == (10, 10)
+    assert ids(claim(store)) == ["a"]
+
+
+async def test_what_is_covered_stays_so_when_older_rows_are_restored(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=3), taken={source.id: 4})
+    store.cover(source, 4)
+    store.begin_restored(source, -1, 2)
+    (row,) = claim(store)
+    await settled(store, token_of(store, row), Event.COMPLETE)
+    assert not store.is_held(row.id_hash)
+
+
+async def test_what_is_read_again_from_further_back_is_not_covered(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=3), taken={source.id: 4})
+    store.cover(source, 4)
+    store.begin_range(source, 2)
+    again = activation("b", clock, source=source.id, offset=2)
+    await insert(store, again, taken={source.id: 3})
+    for row in claim(store, 2):
+        await settled(store, token_of(store, row), Event.COMPLETE)
+    assert store.is_held(again.id_hash)
 
 
 # -- the order of hand-out
@@ -381,6 +646,40 @@ async def test_what_comes_back_while_a_page_is_read_need_not_be_in_it(
     store.database.close()
 
 
+async def test_what_becomes_due_when_new_tasks_come_is_handed_out(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("late", clock, delay_ms=1_000))
+    clock.advance(1_000)
+    await insert(store, activation("new", clock))
+    check_store(store)
+    assert ids(claim(store, 9)) == ["new", "late"]
+
+
+@pytest.mark.parametrize("running", [False, True])
+async def test_what_is_claimed_while_a_drain_looks_for_tasks_stays_with_its_worker(
+    store: Inflight, clock: ManualClock, running: bool
+) -> None:
+    """Until running ones are to leave, and what must not start twice even then."""
+    await insert(store, activation("a", clock, at_most_once=running))
+    write, claimed = store.writer._handoff, []
+
+    async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = await write(tick, batch)
+        claimed.extend(claim(store))
+        return written
+
+    store.writer._handoff = meanwhile
+    handing = asyncio.ensure_future(store.hand_over(9, running))
+    await asyncio.sleep(0)
+    await store.writer.tick()
+    store.writer._handoff = write
+    await asyncio.sleep(0)
+    await settle_down(store)
+    await handing
+    assert await settled(store, token_of(store, claimed[0]), Event.COMPLETE) is Answer.APPLIED
+
+
 async def test_what_is_dropped_is_in_the_books_when_its_rows_are_gone(
     tmp_path: Path, clock: ManualClock
 ) -> None:
@@ -406,10 +705,7 @@ async def test_a_dead_letter_leaves_after_a_restart(tmp_path: Path, clock: Manua
     await settled(store, token_of(store, claim(store)[0]), Event.FAIL)
     store = reopen(store, clock)
     assert store.outbox.waits(Route.DEAD_LETTER)
-    taking = asyncio.ensure_future(store.outbox.take(Route.DEAD_LETTER, 9, BYTES))
-    await asyncio.sleep(0)
-    await settle_down(store)
-    assert ids(await taking) == ["a"]
+    assert ids(await take_outbox(store)) == ["a"]
     store.database.close()
 
 

@@ -724,10 +724,11 @@ class Database:
         )
 
     def positions(self) -> Iterator[tuple[int, int, str, int, int, int, int, str | None]]:
-        """(seq, status, id, content, source, offset, size, reason) of every row."""
+        """(seq, status, id, content, source, offset, size, reason) of every row, in the order of ``seq``."""
         return iter(
             self.connection.execute(
                 "SELECT seq, status, id, content, source, log_offset, size, reason FROM activation"
+                " ORDER BY seq"
             )
         )
 

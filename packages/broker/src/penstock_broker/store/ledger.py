@@ -110,7 +110,6 @@ class Unfinished:
         segment = self._segments.get(key)
         if segment is None:
             segment = self._segments[key] = bytearray(SEGMENT_OFFSETS)
-            self.dirty.add(key)
         segment[offset & _IN_SEGMENT] = 1
 
     def left(self, places: Iterable[int]) -> None:

@@ -146,12 +146,10 @@ class Memory:
 
     def _load_rows(self) -> None:
         for seq, status, id, content, source_id, offset, size, reason in self.database.positions():
-            id_hash, entry = hash_id(id), seq << CONTENT_BITS | content
+            id_hash = hash_id(id)
+            self.live[id_hash] = seq << CONTENT_BITS | content
             if status == FORWARDING:
-                self.live.setdefault(id_hash, entry)
                 self._depart(seq, size, reason, source_id, offset)
-            else:
-                self.live[id_hash] = entry
             self._restore_uncovered(source_id, offset, seq, id_hash)
             self.unfinished.add(source_id, offset)
         for row in self.database.with_state():
