@@ -5,6 +5,7 @@ from tests.planted.bug import CLIENT, PROTOCOL, WORKER, Bug
 RUNS = WORKER + "test_worker.py::"
 EXECUTION = WORKER + "test_execution.py::"
 PAYLOAD = PROTOCOL + "test_payload.py::"
+LETTERS = CLIENT + "test_letters.py::"
 
 BUGS = (
     Bug(
@@ -237,6 +238,54 @@ BUGS = (
         old="            future.set_exception(failure)\n",
         new="            future.set_result(None)\n",
         tests=(CLIENT + "test_transports.py::test_without_kafka_sending_is_bounded_and_says_so",),
+    ),
+    Bug(
+        "a dead letter that is replayed again has the id it had",
+        "a replay runs",
+        "client/cli/letters.py",
+        old='        number = 1 + (letter.handled or {}).get("number", 0)\n        activation =',
+        new="        number = 1\n        activation =",
+        tests=(LETTERS + "test_each_time_it_is_replayed_it_has_another_id",),
+    ),
+    Bug(
+        "a discarded letter forgets how often it was replayed",
+        "a replay runs",
+        "client/cli/letters.py",
+        old='self._record(letter, "discarded", number=(letter.handled or {}).get("number", 0))',
+        new='self._record(letter, "discarded", number=0)',
+        tests=(LETTERS + "test_each_time_it_is_replayed_it_has_another_id",),
+    ),
+    Bug(
+        "a dead letter is replayed to another topic",
+        "a replay asks for the same",
+        "client/cli/letters.py",
+        old='        topic = letter.story.get("origin-topic") or self._to\n',
+        new="        topic = self._to\n",
+        tests=(LETTERS + "test_a_dead_letter_is_replayed_to_where_it_came_from",),
+    ),
+    Bug(
+        "a replay has no key",
+        "what may be sent twice meets in one partition",
+        "client/cli/letters.py",
+        old="self._produce(topic, activation.SerializeToString(), activation.id, sent)",
+        new='self._produce(topic, activation.SerializeToString(), "", sent)',
+        tests=(LETTERS + "test_a_dead_letter_is_replayed_to_where_it_came_from",),
+    ),
+    Bug(
+        "a replay is written down before it is acknowledged",
+        "nothing is discarded silently",
+        "client/cli/letters.py",
+        old="            if error is not None:\n                self._failed(error)\n            else:\n                self._done.ids",
+        new="            if error or not error:\n                self._done.ids",
+        tests=(LETTERS + "test_what_was_not_acknowledged_is_not_written_down_as_replayed",),
+    ),
+    Bug(
+        "each place of dead letters counts for itself",
+        "no more is done than was counted and confirmed",
+        "client/cli/dlq.py",
+        old="islice(place.read(wanted), total - handled)",
+        new="islice(place.read(wanted), total)",
+        tests=(LETTERS + "test_no_more_are_handled_than_were_asked_for",),
     ),
     Bug(
         "a task that may run once is retried",
