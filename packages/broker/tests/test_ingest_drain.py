@@ -16,6 +16,7 @@ from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.direct import Draining
+from penstock_broker.ingest.drain import Drain
 from penstock_broker.ingest.parts import Ingest
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Answer
@@ -108,6 +109,24 @@ async def test_what_is_running_may_end(kafka: MockKafka, tmp_path: Path) -> None
             await store.committed()
         report = await draining
         assert (report.left, report.ended, report.handed_over) == ({}, 10, 0)
+
+
+async def test_it_ends_when_the_ledger_says_what_has_left(tmp_path: Path) -> None:
+    recorded = asyncio.Event()
+
+    async def in_the_ledger() -> None:
+        await recorded.wait()
+
+    async with running_store(tmp_path / "store.sqlite") as store:
+        store.recorded = in_the_ledger
+        drain = Drain(store, [], can_hand_over=True)
+        ends = asyncio.create_task(drain.run(0))
+        await until(lambda: drain.report().phase not in ("", "finishing tasks"))
+        await store.committed()
+        await asyncio.sleep(0.05)
+        assert not ends.done()
+        recorded.set()
+        assert (await ends).phase == "drained"
 
 
 async def test_with_kafka_away_it_says_what_is_left(

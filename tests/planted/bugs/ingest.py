@@ -10,6 +10,7 @@ OWNERSHIP = BROKER + "test_ingest_ownership.py::"
 DIRECT = BROKER + "test_ingest_direct.py::"
 UPKEEP = BROKER + "test_chores.py::"
 TAILS = BROKER + "test_ingest_tails.py::"
+WRITES = BROKER + "test_ledger_writes.py::"
 
 BUGS = (
     # -- offsets
@@ -310,6 +311,74 @@ BUGS = (
         tests=("tests/e2e/test_fence.py::test_nothing_is_written_after_the_fence",),
     ),
     Bug(
+        "what has left is not taken out of the ledger at a start",
+        "what was acknowledged half a second before a disk is lost never runs again",
+        "broker/ingest/ledger.py",
+        old=(
+            "        for topic, partition, number in account.segments:\n"
+            "            unfinished.dirty.add(segment_key(self.store.source(topic, partition).id, number))\n"
+        ),
+        new="",
+        tests=(WRITES + "test_what_was_not_recorded_before_a_crash_is_at_the_next_start",),
+    ),
+    Bug(
+        "what is passed while the ledger is written waits for its heartbeat",
+        "what was acknowledged half a second before a disk is lost never runs again",
+        "broker/ingest/ledger.py",
+        old="        if not (self._waiters or unfinished.dirty or unfinished.dirty_ranges):\n",
+        new="        if not (self._waiters or unfinished.dirty):\n",
+        tests=(WRITES + "test_what_changes_while_it_is_written_is_written_next",),
+        hangs=True,
+    ),
+    Bug(
+        "who asks while the ledger is written is told by that write",
+        "at most once, also after the loss of the disk",
+        "broker/ingest/ledger.py",
+        old="        self._say_written()\n        for waiter in waiters:\n",
+        new="        self._say_written()\n        for waiter in waiters + self._taken_waiters():\n",
+        tests=(WRITES + "test_who_asks_while_it_is_written_waits_for_the_next",),
+    ),
+    Bug(
+        "what is not durable yet counts as recorded",
+        "at most once, also after the loss of the disk",
+        "broker/ingest/ledger.py",
+        old="        await self.store.committed()\n        if self.off:\n",
+        new="        if self.off:\n",
+        tests=(WRITES + "test_what_is_not_durable_yet_is_waited_for",),
+    ),
+    Bug(
+        "who waits for a write that failed waits for ever",
+        "everything but a fail-stop recovers by itself",
+        "broker/ingest/ledger.py",
+        old="            self._waiters = waiters + self._waiters\n",
+        new="",
+        tests=(WRITES + "test_what_an_adopter_says_is_said_again_when_it_was_not_taken",),
+        hangs=True,
+    ),
+    Bug(
+        "what an adopter says is lost with a write that failed",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger.py",
+        old="            self._more = more + self._more\n",
+        new="",
+        tests=(WRITES + "test_what_an_adopter_says_is_said_again_when_it_was_not_taken",),
+    ),
+    Bug(
+        "a ledger that is told to end overhears it",
+        "told to end, a broker does within ten seconds",
+        "broker/ingest/ledger.py",
+        old=(
+            "                async with asyncio.timeout_at(begun + RECORD_EVERY_SECONDS):\n"
+            "                    await self._wake.wait()\n"
+        ),
+        new=(
+            "                with contextlib.suppress(asyncio.CancelledError):\n"
+            "                    await asyncio.wait_for(self._wake.wait(), 0.4)\n"
+        ),
+        tests=(WRITES + "test_it_ends_at_the_moment_of_a_change",),
+        hangs=True,
+    ),
+    Bug(
         "two brokers adopt the same one",
         "a task that was adopted is run by one broker",
         "broker/ingest/ledger_adopt.py",
@@ -327,6 +396,15 @@ BUGS = (
             BROKER
             + "test_ledger_adopt.py::test_an_adoption_that_ended_unasked_is_not_the_answer_to_the_next_one",
         ),
+    ),
+    # -- draining
+    Bug(
+        "a drain ends before the ledger says so",
+        "a drained broker may go with its disk",
+        "broker/ingest/drain.py",
+        old="                await self._store.recorded()\n",
+        new="                await asyncio.sleep(0)\n",
+        tests=(BROKER + "test_ingest_drain.py::test_it_ends_when_the_ledger_says_what_has_left",),
     ),
     # -- taking
     Bug(
@@ -517,6 +595,39 @@ BUGS = (
         old="            self._store.outbox.give_back(self.route, [failure.row for failure in failed])\n",
         new="",
         tests=(FORWARDER + "test_a_failed_publish_keeps_the_row_and_raises_an_alarm",),
+        hangs=True,
+    ),
+    Bug(
+        "what a full queue does not take has left",
+        "a failed publish keeps the row, and it leaves later",
+        "broker/ingest/publisher.py",
+        old="self._loop.call_soon(answered, KafkaError(KafkaError._QUEUE_FULL))",
+        new="self._loop.call_soon(answered, None)",
+        tests=(FORWARDER + "test_what_a_full_queue_does_not_take_is_not_safe",),
+    ),
+    Bug(
+        "a producer that cannot go on is kept",
+        "a failed publish keeps the row, and it leaves later",
+        "broker/ingest/publisher.py",
+        old="            self._producer = self._make_producer()\n        answers",
+        new="        answers",
+        tests=(FORWARDER + "test_a_producer_that_cannot_go_on_is_followed_by_another",),
+    ),
+    Bug(
+        "what must not start twice leaves though the ledger is silent",
+        "at most once, also after the loss of the disk",
+        "broker/ingest/forwarder.py",
+        old='            self._raise_alarm("the ledger cannot be written", "the ledger")\n        else:\n',
+        new='            self._raise_alarm("the ledger cannot be written", "the ledger")\n        finally:\n',
+        tests=(FORWARDER + "test_what_must_not_start_twice_leaves_when_the_ledger_says_that_it_does",),
+    ),
+    Bug(
+        "what waited for the ledger in vain never leaves",
+        "everything but a fail-stop recovers by itself",
+        "broker/ingest/forwarder.py",
+        old="            self._store.outbox.give_back(self.route, once)\n",
+        new="",
+        tests=(FORWARDER + "test_what_must_not_start_twice_leaves_when_the_ledger_says_that_it_does",),
         hangs=True,
     ),
     Bug(
