@@ -111,6 +111,23 @@ async def test_what_is_running_may_end(kafka: MockKafka, tmp_path: Path) -> None
         assert (report.left, report.ended, report.handed_over) == ({}, 10, 0)
 
 
+async def test_for_the_last_half_of_its_time_what_runs_may_end_and_nothing_starts(
+    kafka: MockKafka, tmp_path: Path
+) -> None:
+    async with ingesting(kafka_settings(kafka, tmp_path / "store.sqlite")) as (store, ingest):
+        await insert(store, task_bytes("running"), task_bytes("waiting"))
+        (row,) = store.claim(None, (), 1, 1 << 20)
+        draining = asyncio.create_task(ingest.drain(8))
+        await until(lambda: (report := ingest.drain_report()) and report.phase == "handing over")
+        await insert(store, task_bytes("late"))
+        assert store.claim(None, (), 1, 1 << 20) == []
+        await until(lambda: (report := ingest.drain_report()) and report.handed_over == 2)
+        answer = store.settle(token(store, row), Event.COMPLETE, store.clock.wall_ms())
+        assert answer is Answer.APPLIED
+        report = await draining
+        assert (report.left, report.handed_over) == ({}, 2)
+
+
 async def test_it_ends_when_the_ledger_says_what_has_left(tmp_path: Path) -> None:
     recorded = asyncio.Event()
 

@@ -10,6 +10,8 @@ OWNERSHIP = BROKER + "test_ingest_ownership.py::"
 DIRECT = BROKER + "test_ingest_direct.py::"
 UPKEEP = BROKER + "test_chores.py::"
 TAILS = BROKER + "test_ingest_tails.py::"
+DRAIN = BROKER + "test_ingest_drain.py::"
+SENT_ON = BROKER + "test_ingest_sent_on.py::"
 WRITES = BROKER + "test_ledger_writes.py::"
 
 BUGS = (
@@ -157,6 +159,62 @@ BUGS = (
         old="    if committed <= end:\n",
         new="    if committed < end:\n",
         tests=(OWNERSHIP + "test_where_reading_starts",),
+    ),
+    Bug(
+        "what was lost is committed",
+        "no offset of a partition that is not owned",
+        "broker/ingest/poller.py",
+        old="        self._forget(numbers)\n        if not (self._fenced",
+        new="        if not (self._fenced",
+        tests=(KAFKA + "test_what_was_lost_is_not_committed_any_more",),
+    ),
+    Bug(
+        "a commit that one partition is refused covers",
+        "a row is covered when a commit has passed it",
+        "broker/ingest/poller.py",
+        old="if (e := error or p.error) is not None else None",
+        new="if (e := error) is not None else None",
+        tests=(KAFKA + "test_a_commit_is_refused_for_each_partition_by_itself",),
+    ),
+    Bug(
+        "a last commit that one partition is refused covers",
+        "a row is covered when a commit has passed it",
+        "broker/ingest/poller.py",
+        old="        return next((str(a.error) for a in answers or () if a.error is not None), None)\n",
+        new="        return None if answers else None\n",
+        tests=(KAFKA + "test_a_commit_is_refused_for_each_partition_by_itself",),
+    ),
+    Bug(
+        "an offset that Kafka does not tell is none",
+        "what was acknowledged is not run again",
+        "broker/ingest/poller.py",
+        old="            if answer.error is not None:\n                raise KafkaException(answer.error)\n",
+        new="",
+        tests=(KAFKA + "test_an_offset_that_kafka_does_not_tell_is_not_none",),
+    ),
+    Bug(
+        "a revoked partition that the loop had no time for is kept",
+        "what another broker may run does not start here",
+        "broker/ingest/poller.py",
+        old="            self._loop.tell(self._lose, numbers)\n\n    def _lose",
+        new="            pass\n\n    def _lose",
+        tests=(KAFKA + "test_what_the_event_loop_has_no_time_to_give_up_is_lost",),
+    ),
+    Bug(
+        "who is fenced keeps its partitions",
+        "what another broker may run does not start here",
+        "broker/ingest/poller.py",
+        old="            self._loop.tell(self._lose, lost)\n            raise\n",
+        new="            raise\n",
+        tests=(KAFKA + "test_who_is_fenced_loses_all_and_waits_for_no_answer",),
+    ),
+    Bug(
+        "who is fenced waits for the answer to its commit for ever",
+        "a row is covered in the end",
+        "broker/ingest/poller.py",
+        old="                self._unanswered = False\n                self._loop.tell(self._intake.commit_done, [])\n",
+        new="                self._unanswered = False\n",
+        tests=(KAFKA + "test_who_is_fenced_loses_all_and_waits_for_no_answer",),
     ),
     # -- what others have taken
     Bug(
@@ -397,7 +455,41 @@ BUGS = (
             + "test_ledger_adopt.py::test_an_adoption_that_ended_unasked_is_not_the_answer_to_the_next_one",
         ),
     ),
+    # -- sent on
+    Bug(
+        "who sends a task on is part of its forward id",
+        "what was sent on twice is run once",
+        "broker/ingest/sent_on.py",
+        old="/{row.attempts}/{row.reason}",
+        new="/{broker_id}/{row.attempts}/{row.reason}",
+        tests=(SENT_ON + "test_whoever_sends_it_on_it_has_the_same_forward_id",),
+    ),
+    Bug(
+        "a message is cut that was encoded anew on its way",
+        "stored bytes are served as stored",
+        "broker/ingest/sent_on.py",
+        old="            if _unchanged(original) == _unchanged(message):\n",
+        new="            if original.id == message.id:\n",
+        tests=(SENT_ON + "test_what_grew_when_it_was_encoded_anew_is_not_cut_by_as_much",),
+    ),
     # -- draining
+    Bug(
+        "what runs is handed over while it may end",
+        "a drain lets what runs end, for its grace time",
+        "broker/ingest/drain.py",
+        old="running=late)",
+        new="running=True)",
+        tests=(DRAIN + "test_for_the_last_half_of_its_time_what_runs_may_end_and_nothing_starts",),
+        hangs=True,
+    ),
+    Bug(
+        "what is to be handed over is handed out",
+        "a drain lets what runs end, and starts nothing",
+        "broker/ingest/drain.py",
+        old="            self._store.claiming = False\n",
+        new="",
+        tests=(DRAIN + "test_for_the_last_half_of_its_time_what_runs_may_end_and_nothing_starts",),
+    ),
     Bug(
         "a drain ends before the ledger says so",
         "a drained broker may go with its disk",
