@@ -18,6 +18,7 @@ from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest.consumer import KafkaConsumer
 from penstock_broker.ingest.intake import Begun, Found, Position
+from penstock_broker.ingest.kafka import consumer_config, producer_config
 from penstock_broker.ingest.ownership import Me, Owner, decode, encode
 from penstock_broker.ingest.poller import Poller, _Fenced
 from penstock_broker.store.database import Database
@@ -49,6 +50,17 @@ async def rows_of(store: Inflight) -> list[Activation]:
         return database.load([key[0] for key in database.positions()])
 
     return sorted(await store.read(load), key=lambda row: row.offset)
+
+
+def test_what_kafka_acknowledges_is_on_all_replicas_and_offsets_are_committed_here(
+    settings: Settings,
+) -> None:
+    config = producer_config(settings, lambda error: None, 1000)
+    assert (config["acks"], config["enable.idempotence"]) == ("all", True)
+    config = consumer_config(settings, lambda error: None, None, None)
+    assert not config["enable.auto.commit"]
+    assert not config["enable.auto.offset.store"]
+    assert config["auto.offset.reset"] == "error"
 
 
 async def test_messages_are_stored_committed_and_covered(kafka: MockKafka, settings: Settings) -> None:

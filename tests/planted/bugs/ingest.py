@@ -216,6 +216,22 @@ BUGS = (
         new="                self._unanswered = False\n",
         tests=(KAFKA + "test_who_is_fenced_loses_all_and_waits_for_no_answer",),
     ),
+    Bug(
+        "the client commits offsets by itself",
+        "no offset leaves before the commit of its rows",
+        "broker/ingest/kafka.py",
+        old='        "enable.auto.commit": False,\n        "enable.auto.offset.store": False,\n        # Where',
+        new='        "enable.auto.commit": True,\n        "enable.auto.offset.store": True,\n        # Where',
+        tests=(KAFKA + "test_what_kafka_acknowledges_is_on_all_replicas_and_offsets_are_committed_here",),
+    ),
+    Bug(
+        "what is on one replica has left",
+        "a dead letter leaves when the log has acknowledged it",
+        "broker/ingest/kafka.py",
+        old='        "enable.idempotence": True,\n        "acks": "all",\n',
+        new='        "enable.idempotence": False,\n        "acks": 1,\n',
+        tests=(KAFKA + "test_what_kafka_acknowledges_is_on_all_replicas_and_offsets_are_committed_here",),
+    ),
     # -- what others have taken
     Bug(
         "the tail is not read",
