@@ -442,7 +442,7 @@ BUGS = (
         "told to end, a broker does within ten seconds",
         "broker/ingest/ledger.py",
         old=(
-            "                async with asyncio.timeout_at(begun + RECORD_EVERY_SECONDS):\n"
+            "                async with asyncio.timeout(pause):\n"
             "                    await self._wake.wait()\n"
         ),
         new=(

@@ -304,12 +304,12 @@ class Ledger:
         unfinished = self.store.memory.unfinished
         if not (self._waiters or unfinished.dirty or unfinished.dirty_ranges):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(begun + HEARTBEAT_SECONDS):
+                async with asyncio.timeout(begun + HEARTBEAT_SECONDS - loop.time()):
                     await self._wake.wait()
-        while not self._waiters and loop.time() < begun + RECORD_EVERY_SECONDS:
+        while not self._waiters and (pause := begun + RECORD_EVERY_SECONDS - loop.time()) > 0:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(begun + RECORD_EVERY_SECONDS):
+                async with asyncio.timeout(pause):
                     await self._wake.wait()
 
     async def _reopen(self) -> None:
