@@ -16,6 +16,7 @@ from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.direct import Draining
+from penstock_broker.ingest.drain import Drain
 from penstock_broker.ingest.parts import Ingest
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Answer
@@ -113,6 +114,41 @@ async def test_what_is_running_may_end(kafka: MockKafka, tmp_path: Path) -> None
             await store.committed()
         report = await draining
         assert (report.left, report.ended, report.handed_over) == ({}, 10, 0)
+
+
+async def test_for_the_last_half_of_its_time_what_runs_may_end_and_nothing_starts(
+    kafka: MockKafka, tmp_path: Path
+) -> None:
+    async with ingesting(kafka_settings(kafka, tmp_path / "store.sqlite")) as (store, ingest):
+        await insert(store, task_bytes("running"), task_bytes("waiting"))
+        (row,) = store.claim(None, (), 1, 1 << 20)
+        draining = asyncio.create_task(ingest.drain(8))
+        await until(lambda: (report := ingest.drain_report()) and report.phase == "handing over")
+        await insert(store, task_bytes("late"))
+        assert store.claim(None, (), 1, 1 << 20) == []
+        await until(lambda: (report := ingest.drain_report()) and report.handed_over == 2)
+        answer = store.settle(token(store, row), Event.COMPLETE, store.clock.wall_ms())
+        assert answer is Answer.APPLIED
+        report = await draining
+        assert (report.left, report.handed_over) == ({}, 2)
+
+
+async def test_it_ends_when_the_ledger_says_what_has_left(tmp_path: Path) -> None:
+    recorded = asyncio.Event()
+
+    async def in_the_ledger() -> None:
+        await recorded.wait()
+
+    async with running_store(tmp_path / "store.sqlite") as store:
+        store.recorded = in_the_ledger
+        drain = Drain(store, [], can_hand_over=True)
+        ends = asyncio.create_task(drain.run(0))
+        await until(lambda: drain.report().phase not in ("", "finishing tasks"))
+        await store.committed()
+        await asyncio.sleep(0.05)
+        assert not ends.done()
+        recorded.set()
+        assert (await ends).phase == "drained"
 
 
 async def test_with_kafka_away_it_says_what_is_left(

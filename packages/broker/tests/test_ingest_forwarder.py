@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 from ingest_helpers import MockKafka, kafka_settings, running_store, until
 from structlog.testing import capture_logs
 
@@ -205,6 +207,39 @@ async def test_a_failed_publish_keeps_the_row_and_raises_an_alarm(
     assert headers_of(message.headers())["penstock-forward-id"] == forward_id(dead("patient"))
 
 
+class Refusing:
+    """A producer that takes nothing."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def produce(self, *message: object, **more: object) -> None:
+        raise self._error
+
+    def poll(self, seconds: float) -> None:
+        time.sleep(0.01)
+
+    def purge(self) -> None: ...
+
+
+async def test_what_a_full_queue_does_not_take_is_not_safe(kafka: MockKafka, tmp_path: Path) -> None:
+    publisher = Publisher(kafka_settings(kafka, tmp_path))
+    publisher._producer = Refusing(BufferError())  # type: ignore[assignment]
+    (error,) = await publisher.publish([Letter("tasks-dlq", "a", b"a", [])])
+    assert error is not None
+    await publisher.stop()
+
+
+async def test_a_producer_that_cannot_go_on_is_followed_by_another(kafka: MockKafka, tmp_path: Path) -> None:
+    publisher = Publisher(kafka_settings(kafka, tmp_path))
+    fatal = KafkaError(KafkaError._FATAL, "out of order", fatal=True)
+    publisher._producer = Refusing(KafkaException(fatal))  # type: ignore[assignment]
+    assert await publisher.publish([Letter("tasks-dlq", "a", b"a", [])]) == [fatal]
+    publisher._on_error(fatal)
+    assert await publisher.publish([Letter("tasks-dlq", "a", b"a", [])]) == [None]
+    await publisher.stop()
+
+
 async def test_without_kafka_dead_letters_rest_in_the_store_up_to_its_bound(store: Inflight) -> None:
     async with forwarding(store, None) as (forwarder, _):
         await store.insert([dead(f"{n}") for n in range(4)])
@@ -236,8 +271,12 @@ async def test_nothing_leaves_before_it_is_covered(kafka: MockKafka, store: Infl
     assert sent == {b"over gRPC", b"offset-0", b"offset-1", b"later"}
 
 
-async def test_what_must_not_start_twice_leaves_when_the_ledger_says_that_it_does(store: Inflight) -> None:
+async def test_what_must_not_start_twice_leaves_when_the_ledger_says_that_it_does(
+    store: Inflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Restored from what it said before, it would start here, and where it went."""
+    monkeypatch.setattr("penstock_broker.ingest.forwarder.BACK_OFF_SECONDS_MIN", 0.01)
+    monkeypatch.setattr("penstock_broker.ingest.forwarder.RECORD_SECONDS_MAX", 0.01)
     sent: list[str] = []
 
     class Taking:
@@ -262,7 +301,10 @@ async def test_what_must_not_start_twice_leaves_when_the_ledger_says_that_it_doe
     )
     forwarder.start()
     await store.hand_over(9, running=False)
-    await until(lambda: sent == ["other"])
+    await until(lambda: sent)
+    await asyncio.sleep(0.1)
+    assert sent == ["other"]
+    assert forwarder.alarm
     recorded.set()
     await until(lambda: store.memory.rows == 0)
     assert sent == ["other", "once"]

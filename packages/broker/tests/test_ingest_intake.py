@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from ingest_helpers import running_store, task_bytes, until
 from store_helpers import ManualClock
 
+from penstock_broker.ingest import intake as intake_module
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.intake import COMMIT_PAUSE_SECONDS, Found, Intake, Position, Tail, keep_orphans
 from penstock_broker.ingest.membership import STALL_MS
@@ -112,6 +114,25 @@ async def test_a_new_partition_is_owned_before_anything_is_read(store: Inflight)
     assert decode(position.metadata) == (Owner(5, broker.me, store.epoch),)
 
 
+async def test_a_partition_begins_when_the_ledger_knows_of_it(store: Inflight) -> None:
+    recorded = asyncio.Event()
+
+    async def in_the_ledger() -> None:
+        await recorded.wait()
+
+    store.recorded = in_the_ledger
+    broker = Broker(store)
+    begins = asyncio.create_task(broker.begin(new()))
+    await until(lambda: broker.intake.readings)
+    broker.intake.commit_soon()
+    await store.committed()
+    await asyncio.sleep(COMMIT_PAUSE_SECONDS)
+    assert not begins.done()
+    assert not broker.kafka.asked
+    recorded.set()
+    assert await begins == [0]
+
+
 async def test_what_others_have_taken_is_to_be_looked_through_before_a_partition_begins(
     store: Inflight,
 ) -> None:
@@ -176,6 +197,23 @@ async def test_nothing_is_committed_while_its_tick_is_being_written(store: Infli
     assert broker.kafka.offsets() == {0: 10}
 
 
+async def test_nothing_is_committed_that_the_store_did_not_take(tmp_path: Path) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        async with running_store(tmp_path / "store.sqlite") as store:
+            broker = Broker(store)
+            await broker.begin(new())
+            broker.answer()
+
+            def fail(batch: Batch) -> Written:
+                raise ZeroDivisionError
+
+            store.database.write = fail  # type: ignore[method-assign]
+            broker.deliver(0, 10)
+            await until(lambda: not broker.intake._storing)
+            await asyncio.sleep(2 * COMMIT_PAUSE_SECONDS)
+    assert len(broker.kafka.asked) == 1
+
+
 async def test_one_commit_at_a_time_and_the_newest_wins(store: Inflight) -> None:
     broker = Broker(store)
     await broker.begin(new())
@@ -220,6 +258,23 @@ async def test_a_revoked_partition_is_committed_as_far_as_it_is_durable(store: I
     assert list(broker.intake.readings) == [0]
     assert broker.intake.unresolved == frozenset()
     assert len(await broker.offsets_held(1)) == 5
+
+
+async def test_what_a_slow_disk_takes_after_the_last_commit_is_dropped(
+    store: Inflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake_module, "LEAVE_SECONDS_MAX", 0)
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.stored()
+    broker.deliver(10, 20)
+    positions = await broker.intake.leave([0])
+    assert [position.offset for position in positions] == [10]
+    await broker.intake.left(positions, None)
+    await broker.stored()
+    assert await broker.offsets_held() == list(range(10))
 
 
 async def test_nothing_is_committed_for_a_partition_that_leaves(store: Inflight) -> None:
@@ -304,6 +359,45 @@ async def test_lost_partitions_are_resolved_from_the_committed_offset(store: Inf
     assert (store.source("tasks", 0).covered, store.source("tasks", 0).next) == (6, 6)
 
 
+async def test_a_partition_that_is_assigned_is_not_resolved_as_if_it_were_not(store: Inflight) -> None:
+    """It may have been assigned while it was looked up."""
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.stored()
+    await broker.intake.resolve([Found(0, 3, (Owner(0, broker.me, store.epoch),))])
+    assert await broker.offsets_held() == list(range(10))
+    assert store.source("tasks", 0).next == 10
+
+
+async def test_what_a_late_tick_brings_is_not_committed_when_the_partition_is_back(
+    store: Inflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake_module, "LEAVE_SECONDS_MAX", 0)
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    disk, write = threading.Event(), store.database.write
+
+    def slow(batch: Batch) -> Written:
+        disk.wait(30)
+        return write(batch)
+
+    store.database.write = slow  # type: ignore[method-assign]
+    broker.deliver(0, 10)
+    leaves = asyncio.create_task(broker.intake.left(await broker.intake.leave([0]), None))
+    await until(lambda: not broker.intake.readings)
+    begins = asyncio.create_task(broker.begin(Found(0, 3, (OTHER, Owner(0, broker.me, store.epoch)))))
+    await until(lambda: broker.intake.readings)
+    disk.set()
+    await leaves
+    assert await begins == [3]
+    await broker.stored()
+    await broker.asked(2)
+    assert broker.kafka.offsets() == {0: 3}
+
+
 async def test_a_late_tick_does_not_move_a_partition_that_came_back(store: Inflight) -> None:
     """Rows that were dropped with the partition must never be passed by a commit."""
     broker = Broker(store)
@@ -363,6 +457,19 @@ async def test_an_offset_moved_ahead_is_an_alarm_with_a_count(store: Inflight) -
     assert len(await broker.offsets_held()) == 10
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 10), (10, 10), (0, 30)])
+async def test_without_an_offset_of_the_group_it_goes_on_where_it_was(
+    store: Inflight, low: int, high: int
+) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.stored()
+    assert await broker.begin(Found(0, None, (), low, high)) == [10]
+    assert broker.intake.offsets_skipped == 0
+
+
 @pytest.mark.parametrize(("low", "high", "start", "skipped"), [(0, 3, 0, 0), (20, 30, 20, 10)])
 async def test_an_offset_outside_the_log_goes_to_its_beginning(
     store: Inflight, low: int, high: int, start: int, skipped: int
@@ -403,19 +510,33 @@ async def test_rows_of_another_topic_are_kept(store: Inflight) -> None:
     assert store.source("tasks", 0).covered == 10
 
 
+async def test_rows_of_another_topic_are_kept_though_less_of_it_was_read_again(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    broker.answer()
+    broker.deliver(0, 10)
+    await broker.stored()
+    await broker.intake.begin_inside([Found(0, 10, (), 0, 3)])
+    assert keep_orphans(store, "other") == 10
+    assert not store.source("tasks", 0).uncovered
+
+
 async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(store: Inflight) -> None:
     broker = Broker(store)
     assert not await broker.intake.topic_is("old")
     assert await broker.begin(new(high=0)) == [0]
     broker.answer()
     broker.deliver(0, 5)
-    await broker.stored()
+    await broker.asked(2)
     assert not await broker.intake.topic_is("old")
     assert await broker.intake.topic_is("new")
     # An acknowledgement that was on its way is none of the new topic's offsets.
     broker.answer()
+    await asyncio.sleep(2 * COMMIT_PAUSE_SECONDS)
+    assert len(broker.kafka.asked) == 2
     (begun,) = await broker.intake.begin_anew([new(low=2, high=9)])
     assert begun.offset == 2
+    broker.answer()
     assert store.source("tasks", 0).covered <= 2
     old = store.source("tasks@old", 0)
     assert (old.next, old.covered, old.disputed) == (5, 5, False)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
@@ -17,8 +18,9 @@ from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest.consumer import KafkaConsumer
 from penstock_broker.ingest.intake import Begun, Found, Position
+from penstock_broker.ingest.kafka import consumer_config, producer_config
 from penstock_broker.ingest.ownership import Me, Owner, decode, encode
-from penstock_broker.ingest.poller import Poller
+from penstock_broker.ingest.poller import Poller, _Fenced
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
@@ -48,6 +50,17 @@ async def rows_of(store: Inflight) -> list[Activation]:
         return database.load([key[0] for key in database.positions()])
 
     return sorted(await store.read(load), key=lambda row: row.offset)
+
+
+def test_what_kafka_acknowledges_is_on_all_replicas_and_offsets_are_committed_here(
+    settings: Settings,
+) -> None:
+    config = producer_config(settings, lambda error: None, 1000)
+    assert (config["acks"], config["enable.idempotence"]) == ("all", True)
+    config = consumer_config(settings, lambda error: None, None, None)
+    assert not config["enable.auto.commit"]
+    assert not config["enable.auto.offset.store"]
+    assert config["auto.offset.reset"] == "error"
 
 
 async def test_messages_are_stored_committed_and_covered(kafka: MockKafka, settings: Settings) -> None:
@@ -136,6 +149,15 @@ class Asked:
     def resume(self, partitions: list[TopicPartition]) -> None: ...
 
 
+class Answered(NamedTuple):
+    """What Kafka says of a partition."""
+
+    partition: int
+    offset: int
+    error: KafkaError | None
+    metadata: str = ""
+
+
 class Told:
     """What a poller tells and asks of the event loop."""
 
@@ -184,6 +206,72 @@ async def test_what_is_revoked_while_the_broker_stops_is_not_committed_any_more(
         poller.hand_commit([Position(0, 5, ""), Position(1, 7, "")])
         poller._commit(asked)  # type: ignore[arg-type]
         assert asked.offsets == [[(0, 5)]]
+
+
+async def test_what_was_lost_is_not_committed_any_more(settings: Settings) -> None:
+    async with running_store(settings.db_path) as store:
+        poller, asked, told = reading_two(store, settings)
+        poller.hand_commit([Position(0, 5, ""), Position(1, 7, "")])
+        poller._on_lost(asked, [TopicPartition("tasks", 1)])  # type: ignore[arg-type]
+        poller._commit(asked)  # type: ignore[arg-type]
+        assert asked.offsets == [[(0, 5)]]
+        assert told.done == [([1],)]
+
+
+async def test_a_commit_is_refused_for_each_partition_by_itself(settings: Settings) -> None:
+    fenced = KafkaError(KafkaError.ILLEGAL_GENERATION)
+    answers = [Answered(0, 5, None), Answered(1, 7, fenced)]
+    async with running_store(settings.db_path) as store:
+        poller, asked, told = reading_two(store, settings)
+        poller._on_commit(None, answers)  # type: ignore[arg-type]
+        assert told.done == [([(0, 5, None), (1, 7, str(fenced))],)]
+        asked.commit = lambda offsets, asynchronous: answers  # type: ignore[assignment, return-value]
+        refused = poller._commit_now(asked, [Position(0, 5, ""), Position(1, 7, "")])  # type: ignore[arg-type]
+        assert refused == str(fenced)
+
+
+async def test_an_offset_that_kafka_does_not_tell_is_not_none(settings: Settings) -> None:
+    """Else the partition would be read from its beginning."""
+    async with running_store(settings.db_path) as store:
+        poller, asked, _ = reading_two(store, settings)
+        unknown = Answered(0, -1001, KafkaError(KafkaError.NOT_COORDINATOR))
+        asked.committed = lambda partitions, timeout: [unknown]  # type: ignore[attr-defined]
+        with pytest.raises(KafkaException):
+            poller._look_up(asked, [0], with_log=False)  # type: ignore[arg-type]
+
+
+async def test_what_the_event_loop_has_no_time_to_give_up_is_lost(settings: Settings) -> None:
+    async with running_store(settings.db_path) as store:
+        poller, asked, told = reading_two(store, settings)
+
+        def ask(asked: Coroutine[None, None, None]) -> None:
+            asked.close()
+            raise TimeoutError
+
+        told.ask = ask  # type: ignore[method-assign]
+        poller._on_revoke(asked, [TopicPartition("tasks", 1)])  # type: ignore[arg-type]
+        assert told.done == [([1],)]
+
+
+async def test_who_is_fenced_loses_all_and_waits_for_no_answer(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fenced(Asked):
+        def subscribe(self, topics: list[str], **callbacks: object) -> None: ...
+
+        def poll(self, seconds: float) -> None:
+            poller._on_error(KafkaError(KafkaError.FENCED_INSTANCE_ID))
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("penstock_broker.ingest.poller.Consumer", lambda config: Fenced())
+    async with running_store(settings.db_path) as store:
+        poller, _, told = reading_two(store, settings)
+        poller.hand_commit([Position(0, 5, "")])
+        with pytest.raises(_Fenced):
+            poller._consume()
+        assert told.done == [([0, 1],), ([],)]
+        assert not list(poller.tracks)
 
 
 async def test_a_full_store_pauses_and_goes_on_without_losing_its_membership(

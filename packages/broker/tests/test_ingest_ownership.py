@@ -61,6 +61,7 @@ def test_boundary(
         pytest.param((), None, (-1, -1), Start(None, None, False), id="nothing known: the reset policy"),
         pytest.param((), None, (5, 30), Start(30, 5, True), id="the group has no offset, the store has"),
         pytest.param(owners((0, A)), 20, (5, 30), Start(30, 30, True), id="mine: go on where I was"),
+        pytest.param(owners((0, A)), 30, (5, 30), Start(30, 30, True), id="mine, and all of it committed"),
         pytest.param(
             owners((0, A)), 30, (5, 20), Start(30, 30, False, 10), id="mine, and moved ahead: an alarm"
         ),

@@ -80,6 +80,17 @@ def test_what_was_encoded_anew_on_its_way_is_not_cut() -> None:
         row = left
 
 
+def test_what_grew_when_it_was_encoded_anew_is_not_cut_by_as_much() -> None:
+    """The attempts now stand before what the message ends with."""
+    state = RetryState(max_attempts=5, on_attempts_exceeded=DEADLETTER)
+    row = admit(TaskActivation(id="id-1", taskname="t", retry_state=state, expires=90).SerializeToString())
+    expires_after = (row.expires_at or 0) - row.received_at
+    row.attempts = 1
+    for _ in range(3):
+        row = admit(TaskActivation.FromString(leave(row)).SerializeToString())
+        assert (row.attempts, row.expires_at) == (1, row.received_at + expires_after)
+
+
 CARRIED = (
     "id", "application", "namespace", "taskname", "received_at", "ready_at", "expires_at", "deadline_ms",
     "max_attempts", "on_exceeded", "at_most_once", "retry_delay_ms", "attempts", "lost", "content",
@@ -111,6 +122,14 @@ def test_a_forward_id_is_that_of_one_activation() -> None:
     hop = SentOn(forward_id="f")
     first, again, other = (admit(task_bytes(id, sent_on=hop)) for id in ("id-1", "id-1", "id-2"))
     assert first.sent_on == again.sent_on != other.sent_on
+
+
+def test_whoever_sends_it_on_it_has_the_same_forward_id() -> None:
+    """Restored or adopted, it may be sent on by another broker once more."""
+    row = admit(task_bytes("id-1"))
+    row.reason = Reason.HANDED_OVER
+    messages = [TaskActivation.FromString(sent_on(row, "tasks", "k", who).value) for who in ("one", "two")]
+    assert len({message.sent_on.forward_id for message in messages}) == 1
 
 
 def test_nobody_sends_on_over_grpc() -> None:

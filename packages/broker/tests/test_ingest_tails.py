@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from ingest_helpers import PARTITIONS, MockKafka, consuming, kafka_settings, running_store, task_bytes, until
 
+from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
-from penstock_broker.domain.activation import Reason
+from penstock_broker.domain.activation import Reason, hash_id
 from penstock_broker.ingest import tails as module
 from penstock_broker.ingest.intake import Tail
 from penstock_broker.ingest.ownership import Me, Owner, encode
@@ -86,6 +87,61 @@ async def test_what_another_broker_took_is_not_run_again(
         await until(lambda: taken(store, 78))
         assert set(await ids_of(store)) == {*left, "new", "newer"}
         assert consumer._poller.tails._consumer is None
+
+
+class Message:
+    """One that was read."""
+
+    def __init__(self, offset: int, id: str) -> None:
+        self._offset, self._id = offset, id
+
+    def error(self) -> None:
+        return None
+
+    def partition(self) -> int:
+        return 0
+
+    def offset(self) -> int:
+        return self._offset
+
+    def key(self) -> bytes:
+        return self._id.encode()
+
+    def value(self) -> bytes:
+        return task_bytes(self._id)
+
+    def timestamp(self) -> tuple[int, int]:
+        return 1, 1
+
+
+class Log:
+    """A consumer of a log that has these messages."""
+
+    def __init__(self, *messages: Message) -> None:
+        self._messages = list(messages)
+
+    def get_watermark_offsets(self, partition: TopicPartition, timeout: float) -> tuple[int, int]:
+        return 0, 100
+
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None: ...
+
+    def incremental_unassign(self, partitions: list[TopicPartition]) -> None: ...
+
+    def close(self) -> None: ...
+
+    def consume(self, count: int, timeout: float) -> list[Message]:
+        messages, self._messages = self._messages, []
+        return messages
+
+
+def test_what_follows_a_tail_that_ends_in_no_message_is_new(settings: Settings) -> None:
+    """As with the end of a transaction, which takes an offset."""
+    told: dict[int, int] = {}
+    tails = Tails(settings, SystemClock(), lambda source, ids, forwards: told.update(ids))
+    tails._consumer = Log(Message(0, "known"), Message(2, "new"))  # type: ignore[assignment]
+    tails.add(Tail(partition=0, source=1, first=0, end=2))
+    assert tails.turn()
+    assert set(told) == {hash_id("known")}
 
 
 async def test_what_was_handed_over_goes_on_once(

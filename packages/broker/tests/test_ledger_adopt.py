@@ -52,9 +52,9 @@ class Books:
     async def succeed(self, into: object, head: Head, broker_id: str) -> None:
         raise _Begins
 
-    async def adopt(self) -> str:
+    async def adopt(self, force: bool = True) -> str:
         try:
-            await adopt(self, [], "gone", force=True)  # type: ignore[arg-type]
+            await adopt(self, [], "gone", force)  # type: ignore[arg-type]
         except _Begins:
             return "begins"
         return "ends"
@@ -93,6 +93,15 @@ async def test_who_has_adopted_it_all_says_so() -> None:
     with pytest.raises(AdoptError, match="already") as raised:
         await Books(TWO, gone=adopted).adopt()
     assert not isinstance(raised.value, AdoptedHere)
+
+
+async def test_who_wrote_within_the_last_minute_is_not_adopted_unless_forced() -> None:
+    now = Books(ONE).store.clock.wall_ms()
+    silent, alive = (head_of(GONE)._replace(written_at=now - ms) for ms in (60_000, 59_999))
+    assert await Books(ONE, gone=silent).adopt(force=False) == "begins"
+    assert await Books(ONE, gone=alive).adopt(force=True) == "begins"
+    with pytest.raises(AdoptError, match="it seems to live"):
+        await Books(ONE, gone=alive).adopt(force=False)
 
 
 class Adopts:

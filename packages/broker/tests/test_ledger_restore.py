@@ -153,5 +153,11 @@ def test_a_row_becomes_what_it_was() -> None:
     assert made(plain._replace(reason="failed", attempts=1)) == (Status.FORWARDING, 1, 0, "failed")
     claimed = plain._replace(claimed=True)
     assert made(claimed, at_most_once=True) == (Status.FORWARDING, 0, 1, "start_unknown")
+    row = activation("x", clock)
+    become(row, STATE, now, limits)
+    assert (row.given_back_at, row.max_attempts, row.retry_delay_ms) == (5, 4, 300)
+    # What is to leave for where it is run on is not due earlier there.
+    become(row, plain._replace(reason="retried", due_at=now + 9), now, limits)
+    assert (row.status, row.ready_at) == (Status.FORWARDING, now + 9)
     # A delay that was over when it was started is over.
     assert made(plain._replace(attempts=1), delay_ms=500) == (Status.PENDING, 1, 0, None)

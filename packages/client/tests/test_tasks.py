@@ -112,6 +112,8 @@ def test_options_of_a_call(app: App, sent: MemoryTransport) -> None:
     task.apply_async((1,), {}, eta=datetime.now(UTC) + timedelta(seconds=30), expires=timedelta(minutes=2))
     assert last(sent).delay in (30, 31)
     assert last(sent).expires == 120
+    task.options(expires=0).delay()
+    assert last(sent).HasField("expires"), "over at once, not never"
     task.apply_async(kwargs={"n": 3}, countdown=0.2)
     assert last(sent).delay == 1, "rounded up: never early"
     assert decode_parameters(last(sent)) == ([], {"n": 3})

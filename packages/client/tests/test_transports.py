@@ -46,6 +46,19 @@ def mock_kafka() -> Iterator[str]:
     del cluster  # it lives as long as the producer
 
 
+def test_what_kafka_acknowledges_is_on_all_replicas(mock_kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[dict[str, object]] = []
+
+    def made(config: dict[str, object]) -> Producer:
+        configs.append(config)
+        return Producer(config)
+
+    monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
+    app = App("a", kafka=mock_kafka, strict_kwargs="off")
+    task_of(app).delay(1).wait(20)
+    assert [(config["acks"], config["enable.idempotence"]) for config in configs] == [("all", True)]
+
+
 def test_through_kafka(mock_kafka: str) -> None:
     app = App("a", kafka=mock_kafka, strict_kwargs="off")
     task = task_of(app)

@@ -78,15 +78,17 @@ def test_integers_keys_and_depth_have_limits() -> None:
         encode_parameters([], {"n": 2**64})
     with pytest.raises(PayloadError, match=r"argument 0 is a dict with the key 7 of type int"):
         encode_parameters([{7: 1}], {})
-    nested: list[object] = []
+    lists: list[object] = []
+    dicts: dict[str, object] = {}
     for _ in range(100):
-        nested = [nested]
-    with pytest.raises(PayloadError, match="nested"):
-        encode_parameters([nested], {})
+        lists, dicts = [lists], {"a": dicts}
     cycle: list[object] = []
     cycle.append(cycle)
-    with pytest.raises(PayloadError, match="nested"):
-        encode_parameters([cycle], {})
+    ring: dict[str, object] = {}
+    ring["a"] = ring
+    for nested in (lists, dicts, cycle, ring):
+        with pytest.raises(PayloadError, match="nested"):
+            encode_parameters([nested], {})
 
 
 def test_a_tuple_becomes_a_list() -> None:
@@ -126,16 +128,32 @@ def frame(data: bytes, size: int) -> bytes:
     return b"".join(stream.compress(data) for _ in range(0, size, len(data))) + stream.flush()
 
 
-def listed(value: bytes, count: int) -> bytes:
-    return b"\x82\xa4args\xdd" + count.to_bytes(4, "big") + value * count + b"\xa6kwargs\x80"
+def listed(value: bytes, count: int, first: bytes = b"\xc0") -> bytes:
+    args = (count + 1).to_bytes(4, "big") + first + value * count
+    return b"\x82\xa4args\xdd" + args + b"\xa6kwargs\x80"
+
+
+def wide(data: bytes) -> bytes:
+    """``data`` as a frame that asks for half a GiB to be read with."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=29, write_content_size=False)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return stream.compress(data) + stream.flush()
+
+
+# What follows would be the length of a text, if the last byte were no type of an extension but a value.
+EXTENSIONS = (b"\xc7\x00\xc6", b"\xc8\x00\x00\xc6", b"\xc9\x00\x00\x00\x00\xc6")
 
 
 MIB = 1 << 20
 BOMBS = {
     "declares 512 MiB": (lambda: zstandard.ZstdCompressor().compress(bytes(512 * MIB)), "declare"),
     "does not say, and is 512 MiB": (lambda: frame(bytes(MIB), 512 * MIB), "decompress to more than"),
+    "asks for a window of 512 MiB": (lambda: wide(b"\x80"), "cannot be decompressed"),
     "4 million lists": (lambda: compress(listed(b"\x90", 4 * MIB - 100)), "values"),
     "a million dicts": (lambda: compress(listed(b"\x81\xa0\xc0", MIB)), "values"),
+    "lists behind a short extension": (lambda: compress(listed(b"\x90", MIB, EXTENSIONS[0])), "values"),
+    "lists behind an extension": (lambda: compress(listed(b"\x90", MIB, EXTENSIONS[1])), "values"),
+    "lists behind a long extension": (lambda: compress(listed(b"\x90", MIB, EXTENSIONS[2])), "values"),
 }
 
 

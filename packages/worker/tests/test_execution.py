@@ -7,10 +7,10 @@ import msgspec
 import pytest
 import worker_tasks
 
-from penstock_client import App
+from penstock_client import App, Exponential, Retry, RetryRequested
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import TaskActivation
-from penstock_worker.execution import Execution
+from penstock_worker.execution import Execution, classify
 from penstock_worker.frames import Assignment, Finished
 
 
@@ -80,6 +80,14 @@ def test_the_retry_policy_decides_what_an_exception_means(
     assert outcome.error.type == type
     assert "worker_tasks.py" in outcome.error.traceback
     assert "execution.py" not in outcome.error.traceback
+
+
+def test_a_retry_waits_as_long_as_its_attempt_asks_for() -> None:
+    policy = Retry(max_attempts=9, backoff=Exponential(base=1, factor=3, jitter=0))
+    task = App("worker-tests", strict_kwargs="off").namespace("tests").task(name="t", retry=policy)(print)
+    for error in (ConnectionError(), RetryRequested(None)):
+        delays = [classify(task, error, attempt).retry_delay_ms for attempt in (1, 2, 3)]
+        assert delays == [1000, 3000, 9000]
 
 
 def test_a_task_asks_for_its_own_retry() -> None:

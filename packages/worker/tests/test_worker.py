@@ -273,6 +273,25 @@ async def test_a_claim_that_is_lost_is_killed_and_not_reported(
     await broker.stop()
 
 
+async def test_what_its_broker_knows_nothing_of_ends_as_it_may_and_is_reported(tmp_path: Path) -> None:
+    """It may have lost its disk: then nobody else runs it."""
+    broker = MemoryBroker(lease_ms=150)
+    await broker.start()
+    gate = tmp_path / "gate"
+    id = broker.put("block", str(gate))
+    async with worker(broker):
+        pid = int(await appears(tmp_path / "gate.started"))
+        broker.revoked[id] = pb.CLAIM_ANSWER_UNKNOWN
+        heartbeats = broker.heartbeats[b"token-1"]
+        await broker.until(lambda: broker.heartbeats[b"token-1"] > heartbeats)
+        await asyncio.sleep(0.5)
+        assert psutil.pid_exists(pid)
+        gate.touch()
+        outcomes = await broker.settled(1)
+    assert outcomes[id].status == COMPLETE
+    await broker.stop()
+
+
 async def test_surplus_of_parallel_polls_is_given_back(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     brokers = [MemoryBroker() for _ in range(3)]

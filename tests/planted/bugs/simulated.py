@@ -14,14 +14,6 @@ BUGS = (
         tests=(f"{FEW}[disk-lost]",),
     ),
     Bug(
-        "a drain ends before the ledger says so",
-        "a drained broker may go with its disk",
-        "broker/ingest/drain.py",
-        old="            await asyncio.wait_for(self._store.recorded(), RECORD_SECONDS_MAX)\n",
-        new="            await asyncio.sleep(0)\n",
-        tests=(f"{FEW}[broker-drained]",),
-    ),
-    Bug(
         "a broker goes on though another one has adopted it",
         "a fenced broker stops",
         "broker/ingest/ledger.py",

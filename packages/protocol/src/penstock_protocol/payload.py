@@ -126,13 +126,10 @@ def _decompress(frame: bytes) -> bytes:
 
     try:
         declared = zstandard.frame_content_size(frame)
-        window = zstandard.get_frame_parameters(frame).window_size
     except zstandard.ZstdError as error:
         raise PayloadError(f"the arguments are no zstd frame: {error}") from None
-    if declared > PAYLOAD_BYTES_MAX or window > PAYLOAD_BYTES_MAX:
-        raise PayloadError(
-            f"the arguments declare {max(declared, window)} bytes; at most {PAYLOAD_BYTES_MAX} are decoded"
-        )
+    if declared > PAYLOAD_BYTES_MAX:
+        raise PayloadError(f"the arguments declare {declared} bytes; at most {PAYLOAD_BYTES_MAX} are decoded")
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=PAYLOAD_BYTES_MAX).stream_reader(frame)
         data = reader.read((declared if declared >= 0 else PAYLOAD_BYTES_MAX) + 1)

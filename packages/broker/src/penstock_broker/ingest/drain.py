@@ -80,7 +80,8 @@ class Drain:
         # What was handed over must not be restored from the ledger, should the disk go with the broker.
         await self._store.committed()
         try:
-            await asyncio.wait_for(self._store.recorded(), RECORD_SECONDS_MAX)
+            async with asyncio.timeout(RECORD_SECONDS_MAX):
+                await self._store.recorded()
             self._is_recorded = True
         except TimeoutError:
             self._is_recorded = False

@@ -108,7 +108,8 @@ class Forwarder:
         if not once:
             return
         try:
-            await asyncio.wait_for(self._store.recorded(), RECORD_SECONDS_MAX)
+            async with asyncio.timeout(RECORD_SECONDS_MAX):
+                await self._store.recorded()
         except TimeoutError:
             self._store.outbox.give_back(self.route, once)
             self._raise_alarm("the ledger cannot be written", "the ledger")
@@ -198,7 +199,8 @@ class Forwarder:
     async def stop(self) -> None:
         """Let a batch under way finish for a moment; what has no answer is sent again, under the same id."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), STOP_SECONDS_MAX)
+            async with asyncio.timeout(STOP_SECONDS_MAX):
+                await self._idle.wait()
         self._task.cancel()
         # If it has failed, ``failed`` has told.
         await asyncio.gather(self._task, return_exceptions=True)

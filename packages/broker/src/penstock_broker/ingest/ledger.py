@@ -248,8 +248,6 @@ class Ledger:
     def _begin(self, account: Account) -> None:
         """All of ours is written first: what the ledger says of it may be from before the last stop."""
         unfinished = self.store.memory.unfinished
-        for topic, partition in account.ranges:
-            unfinished.dirty_ranges.add(self.store.source(topic, partition).id)
         for topic, partition, number in account.segments:
             unfinished.dirty.add(segment_key(self.store.source(topic, partition).id, number))
         unfinished.dirty.update(unfinished.keys())
@@ -303,13 +301,16 @@ class Ledger:
         """Until something has changed and the last write is long enough ago, or somebody waits for one."""
         loop = asyncio.get_running_loop()
         self._wake.clear()
-        if not (self._waiters or self.store.memory.unfinished.dirty):
+        unfinished = self.store.memory.unfinished
+        if not (self._waiters or unfinished.dirty or unfinished.dirty_ranges):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), begun + HEARTBEAT_SECONDS - loop.time())
+                async with asyncio.timeout(begun + HEARTBEAT_SECONDS - loop.time()):
+                    await self._wake.wait()
         while not self._waiters and (pause := begun + RECORD_EVERY_SECONDS - loop.time()) > 0:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
 
     async def _reopen(self) -> None:
         """Somebody may have taken over meanwhile, or has; or Kafka was only away."""
@@ -421,7 +422,8 @@ class Ledger:
         await asyncio.gather(self._task, return_exceptions=True)
         if self.is_open:
             with contextlib.suppress(TimeoutError, StoreStopped, KafkaException, Fenced):
-                await asyncio.wait_for(self._write_once(), STOP_SECONDS_MAX)
+                async with asyncio.timeout(STOP_SECONDS_MAX):
+                    await self._write_once()
         self.log.close()
         self.thread.shutdown(wait=False, cancel_futures=True)
 

@@ -1,0 +1,344 @@
+"""What the ledger says when, and what is restored of it: on a log in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+from ingest_helpers import running_store, task_bytes, until
+from store_helpers import token_of
+
+from penstock_broker.config import Settings
+from penstock_broker.domain.activation import Activation, Reason, Status
+from penstock_broker.domain.lifecycle import Event
+from penstock_broker.errors import Replaced
+from penstock_broker.ingest import ledger as ledger_module
+from penstock_broker.ingest import ledger_adopt
+from penstock_broker.ingest.admission import Admission, AdmissionLimits
+from penstock_broker.ingest.intake import Found
+from penstock_broker.ingest.ledger import Ledger
+from penstock_broker.ingest.ledger_adopt import AdoptReport, adopt
+from penstock_broker.ingest.ledger_log import Message
+from penstock_broker.ingest.ledger_records import Account, Record, read_account
+from penstock_broker.ingest.ledger_restore import Left, restore
+from penstock_broker.ingest.ownership import Owner
+from penstock_broker.store.batch import Batch, Written
+from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.ledger import offsets_of
+from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
+
+GROUP = "penstock-tasks"
+DAY_MS = 86_400_000
+
+
+class Log:
+    """The ledger's topic, and a partition of tasks, which outlive brokers."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.takes = threading.Event()
+        self.takes.set()
+        self.refuses = 0
+        # Writes that have begun.
+        self.begun = 0
+        self.owners: tuple[Owner, ...] = ()
+        # Whether the group still has whoever is asked for.
+        self.has_member = False
+        # Of each write the brokers whose records it has.
+        self.writers: list[set[str]] = []
+        # After a message of the partition.
+        self.breaks = False
+        self.broken = 0
+        # Of the partition: offset -> message.
+        self.tasks: dict[int, Message] = {}
+
+    def write(self, records: Sequence[Record]) -> None:
+        self.begun += 1
+        assert self.takes.wait(30)
+        if self.refuses:
+            self.refuses -= 1
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+        self.records += records
+        self.writers.append({json.loads(key)[2] for key, _ in records if key.startswith(b'["')})
+
+    def account(self, broker_id: str = "broker-1") -> Account:
+        return read_account(self.records, GROUP, broker_id)
+
+    def is_member(self, broker_id: str) -> bool:
+        return self.has_member
+
+    def read(self) -> list[Record]:
+        return list(self.records)
+
+    def is_there(self) -> bool:
+        return True
+
+    def fence(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def look_up(self, topic: str, partitions: Sequence[int] | None) -> list[Found]:
+        end = len(self.tasks)
+        return [Found(0, end, self.owners, 0, end)] if topic == "tasks" and self.tasks else []
+
+    def messages(self, topic: str, partition: int, offsets: Sequence[int]) -> Iterator[list[Message]]:
+        for offset in offsets:
+            if offset in self.tasks:
+                yield [self.tasks[offset]]
+                if self.breaks:
+                    self.broken += 1
+                    raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+
+
+class Broker:
+    """A store with its ledger, which reads one partition."""
+
+    def __init__(self, store: Inflight, ledger: Ledger) -> None:
+        self.store, self.ledger = store, ledger
+        self.source = store.source("tasks", 0)
+        if self.source.start < 0:
+            store.begin_range(self.source, 0)
+        self._admission = Admission(AdmissionLimits())
+
+    async def take(self, first: int, end: int) -> None:
+        """Until it is durable and covered; a message that is none of a task takes the last offset."""
+        now = self.store.clock.wall_ms()
+        rows = [
+            self._admission.admit(task_bytes(f"{n}"), now, self.source.id, n) for n in range(first, end - 1)
+        ]
+        await self.store.insert(rows, {self.source.id: end})
+        self.store.cover(self.source, end)
+        await self.store.committed()
+
+    async def finish(self) -> None:
+        """All that it holds."""
+        for row in self.store.claim(None, (), 1000, 1 << 20):
+            self.store.settle(token_of(self.store, row), Event.COMPLETE, self.store.clock.wall_ms())
+        await self.store.committed()
+
+    async def restore(self, *offsets: int, **more: Any) -> list[Activation]:
+        """What becomes of these."""
+        end = offsets[-1] + 1
+        left = Left("tasks", 0, 0, end, offsets, {}, end, 0)
+        before = set(self.store.memory.resident)
+        await restore(self.ledger, left._replace(**more), "restored")
+        rows = await self.store.read(
+            lambda database: database.load([key[0] for key in database.positions() if key[0] not in before])
+        )
+        return sorted(rows, key=lambda row: row.offset)
+
+
+@contextlib.asynccontextmanager
+async def broker(
+    path: Path, log: Log, killed: bool = False, broker_id: str = "broker-1"
+) -> AsyncIterator[Broker]:
+    """``killed``: it says nothing more at its end."""
+    settings = Settings(kafka_topic="tasks", broker_id=broker_id, db_path=path)
+    async with running_store(path) as store:
+        ledger = Ledger(store, settings)
+        ledger.log = log  # type: ignore[assignment]
+        ledger.log_of = lambda broker_id: log  # type: ignore[assignment, method-assign, return-value]
+        ledger.start()
+        try:
+            await ledger.open(lambda: None)
+            await store.recorded()
+            yield Broker(store, ledger)
+        finally:
+            ledger.is_open = ledger.is_open and not killed
+            log.takes.set()
+            await ledger.stop()
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.sqlite"
+
+
+@pytest.fixture(autouse=True)
+def _waits_for_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(ledger_module, "HEARTBEAT_SECONDS", 3600)
+
+
+async def test_what_was_not_recorded_before_a_crash_is_at_the_next_start(path: Path, log: Log) -> None:
+    async with broker(path, log, killed=True) as one:
+        await one.take(0, 20)
+        await one.store.recorded()
+        log.takes.clear()
+        await one.take(20, 25)
+        await one.finish()
+        log.refuses = 1000
+    log.refuses = 0
+    assert len(log.account().segments) == 1
+    async with broker(path, log):
+        account = log.account()
+        assert account.segments == {}
+        assert account.ranges["tasks", 0] == (0, 25, 25)
+
+
+async def test_what_changes_while_it_is_written_is_written_next(path: Path, log: Log) -> None:
+    """Also where no task came or went: a copy that was absorbed must not be restored as one."""
+    async with broker(path, log) as one:
+        await one.take(0, 10)
+        await one.store.recorded()
+        log.takes.clear()
+        begun = log.begun
+        await one.take(10, 15)
+        await until(lambda: log.begun > begun)
+        await one.take(15, 16)
+        log.takes.set()
+        await until(lambda: log.account().ranges["tasks", 0] == (0, 16, 16))
+
+
+async def test_who_asks_while_it_is_written_waits_for_the_next(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        log.takes.clear()
+        begun = log.begun
+        first = asyncio.ensure_future(one.store.recorded())
+        await until(lambda: log.begun > begun)
+        await one.take(0, 10)
+        second = asyncio.ensure_future(one.store.recorded())
+        await asyncio.sleep(0.01)
+        log.takes.set()
+        await first
+        await second
+        assert log.account().ranges["tasks", 0] == (0, 10, 10)
+
+
+async def test_what_is_not_durable_yet_is_waited_for(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        disk, write = threading.Event(), one.store.database.write
+
+        def slow(batch: Batch) -> Written:
+            disk.wait(30)
+            return write(batch)
+
+        one.store.database.write = slow  # type: ignore[method-assign]
+        takes = asyncio.create_task(one.take(0, 10))
+        await asyncio.sleep(0)
+        waits = asyncio.ensure_future(one.store.recorded())
+        await asyncio.sleep(0.05)
+        told_too_soon = waits.done()
+        disk.set()
+        assert not told_too_soon
+        await takes
+        await waits
+        assert log.account().segments
+
+
+async def test_what_an_adopter_says_is_said_again_when_it_was_not_taken(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        log.refuses = 2
+        await one.ledger.record_with([(b'["broker","other","void"]', b'{"penstock":1}')])
+        assert (b'["broker","other","void"]', b'{"penstock":1}') in log.records
+
+
+async def test_it_ends_at_the_moment_of_a_change(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        await one.take(0, 10)
+    assert log.account().ranges["tasks", 0] == (0, 10, 10)
+
+
+async def test_a_restored_task_is_due_when_it_was(path: Path, log: Log) -> None:
+    """Though a producer's clock would not be believed that says so today."""
+    async with broker(path, log) as one:
+        sent_at = one.store.clock.wall_ms() - 9 * DAY_MS
+        task = TaskActivation(id="a", taskname="t", delay=10 * 86_400)
+        task.received_at.FromMilliseconds(sent_at)
+        log.tasks[0] = Message(0, task.SerializeToString(), sent_at)
+        (row,) = await one.restore(0)
+        assert (row.received_at, row.ready_at) == (sent_at, sent_at + 10 * DAY_MS)
+
+
+async def test_what_may_have_started_unrecorded_does_not_start_again(path: Path, log: Log) -> None:
+    once = task_bytes("once", retry_state=RetryState(at_most_once=True))
+    log.tasks |= {0: Message(0, once, 0), 1: Message(1, task_bytes("often"), 0)}
+    async with broker(path, log) as one:
+        rows = await one.restore(0, 1, unrecorded=True)
+        assert [(row.status, row.reason) for row in rows] == [
+            (Status.FORWARDING, Reason.START_UNKNOWN),
+            (Status.PENDING, None),
+        ]
+
+
+async def test_what_is_missing_is_counted_and_not_looked_for_again(path: Path, log: Log) -> None:
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in (0, 2)}
+    async with broker(path, log) as one:
+        rows = await one.restore(0, 2, 3, 6, end=9, recorded_to=6, expired=1)
+        assert [row.offset for row in rows] == [0, 2]
+        assert one.ledger.unrestorable == 2
+        assert (one.source.start, one.source.next, one.source.covered) == (0, 9, 9)
+
+
+async def test_a_restore_goes_on_with_the_next(path: Path, log: Log) -> None:
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(6)}
+    async with broker(path, log) as one:
+        await one.take(0, 3)
+        assert [row.offset for row in await one.restore(*range(6))] == [3, 4, 5]
+
+
+async def test_a_lost_disk_that_comes_back_while_it_is_restored_is_refused(path: Path, log: Log) -> None:
+    async with broker(path, log) as lost:
+        await lost.take(0, 4)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(3)}
+    log.breaks = True
+    new = path.with_name("new.sqlite")
+    begins = asyncio.create_task(_begin(new, log))
+    await until(lambda: log.broken)
+    begins.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await begins
+    with pytest.raises(Replaced):
+        await _begin(path, log)
+    # The new one goes on where it was.
+    log.breaks = False
+    async with broker(new, log) as heir:
+        assert heir.store.memory.rows == 3
+
+
+async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_adopt, "LOOK_SECONDS", 0.01)
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 4)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    # It took two more, and was lost before it said so.
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(6)}
+    log.has_member = True
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        adopts = asyncio.create_task(adopt(heir.ledger, [], "broker-1", force=True))
+        await asyncio.sleep(0.1)
+        assert heir.store.memory.rows == 0
+        log.has_member = False
+        assert await adopts == AdoptReport("broker-1", 1, 5, 0)
+        assert heir.store.memory.rows == 5
+        account = log.account()
+        assert account.head is not None
+        assert (account.head.successor, account.head.handed) == (heir.ledger.me, True)
+        assert offsets_of(0, next(iter(log.account("broker-2").segments.values()))) == [0, 1, 2, 4, 5]
+        # What the heir has is said with what the other has no more.
+        handed = [writers for writers in log.writers if "broker-1" in writers][-2:]
+        assert handed == [{"broker-1", "broker-2"}] * 2
+    with pytest.raises(Replaced):
+        await _begin(path, log)
+    async with broker(path.with_name("new.sqlite"), log) as again:
+        assert again.store.memory.rows == 0
+
+
+async def _begin(path: Path, log: Log) -> None:
+    async with broker(path, log):
+        pass
