@@ -325,7 +325,10 @@ class Settings(BaseSettings):
     dedup_window_seconds: Seconds = Field(
         default=3600.0, description="Seconds for which the ids of finished tasks are remembered."
     )
-    dedup_ids_max: Rows = Field(default=2_000_000, description="Ids of finished tasks remembered, in rows.")
+    dedup_ids_max: Rows = Field(
+        default=2_000_000,
+        description="Ids remembered, in rows: of finished tasks, and of what others took of partitions that came.",
+    )
 
     shutdown_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
         default=10.0, description="Seconds after SIGTERM within which the broker has stopped."
