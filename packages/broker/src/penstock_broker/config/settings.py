@@ -327,7 +327,7 @@ class Settings(BaseSettings):
     )
     dedup_ids_max: Rows = Field(
         default=2_000_000,
-        description="Ids remembered, in rows: of finished tasks, and of what others took of partitions that came.",
+        description="Ids remembered, in rows: of finished tasks, and of what other brokers took of a partition.",
     )
 
     shutdown_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
