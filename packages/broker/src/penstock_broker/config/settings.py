@@ -327,7 +327,7 @@ class Settings(BaseSettings):
     )
     dedup_ids_max: Rows = Field(
         default=2_000_000,
-        description="Ids remembered, in rows: of finished tasks, and of what other brokers took of a partition.",
+        description="Ids remembered, in rows: of finished tasks, and of what other brokers took before.",
     )
 
     shutdown_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
