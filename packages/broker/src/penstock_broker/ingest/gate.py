@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-IN_FLIGHT_ROWS_MAX = 8192
+IN_FLIGHT_ROWS_MAX = 2048
 IN_FLIGHT_BYTES_MAX = 32 * 1024 * 1024
 # Less room in memory than this part of what fits is worth a wait: small batches cost more.
 LEAD_PART = 4
