@@ -441,3 +441,18 @@ async def test_signals_to_children_do_not_cut_tasks_short(broker: MemoryBroker, 
         gate.touch()
         outcomes = await broker.settled(1)
     assert outcomes[id].status == COMPLETE
+
+
+async def test_a_process_that_a_task_forks_is_its_own(broker: MemoryBroker, tmp_path: Path) -> None:
+    codes = {"exit": "3", "raise": "1", "return": "0"}
+    ids = {how: broker.put("fork", how, str(tmp_path / how)) for how in codes}
+    async with worker(broker) as process:
+        outcomes = await broker.settled(3)
+        later = broker.put("noop")
+        await broker.settled(4)
+        assert process.returncode is None
+        assert len(_children(process.pid)) == 1
+    assert {how: (tmp_path / how).read_text() for how in codes} == codes
+    assert all(outcomes[id].status == COMPLETE for id in ids.values())
+    assert dict(broker.outcomes)[later].status == COMPLETE
+    assert len(broker.outcomes) == 4

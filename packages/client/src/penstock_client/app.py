@@ -11,6 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from penstock_client import forks
@@ -80,6 +81,9 @@ class App:
         self._routes: dict[str, str] = {}
         self._transport = transport
         self._connecting = threading.Lock()
+        # Called with the future of each task that is sent, once it is answered. For a worker, whose tasks
+        # are not done before what they have sent is safe.
+        self.answered: Callable[[Future[None]], None] | None = None
         for namespace, topic in self.settings.route_overrides.items():
             self._check_topic(topic, f"the route of namespace {namespace!r}")
 
