@@ -283,6 +283,7 @@ class Namespace:
     ) -> None:
         if not name or len(name) > 256:
             raise AppError(f"a namespace needs a name of 1 to 256 characters, not {name!r:.100}")
+        _check_policy(retry)
         self.app = app
         self.name = name
         self.retry = retry
@@ -342,6 +343,7 @@ class Namespace:
         if not name:
             raise TypeError(_name_missing(fn))
         _refuse(unsupported)
+        _check_function(fn, name, bind)
         namespace = self if queue is None else self.app.queue(queue)
         policy = _celery_retry(retry, max_retries, default_retry_delay, autoretry_for, retry_backoff)
         if isinstance(policy, _Unset):
@@ -428,6 +430,7 @@ def _celery_retry(
     autoretry_for: Iterable[type[BaseException]] | None,
     backoff: bool | int | float | Backoff | None,
 ) -> RetryOption:
+    _check_policy(retry)
     words = (max_retries, delay, autoretry_for, backoff)
     if all(word is None for word in words):
         return retry
@@ -445,6 +448,23 @@ def _celery_retry(
         wait = backoff
     on = (Exception,) if autoretry_for is None else exception_types("autoretry_for", tuple(autoretry_for))
     return Retry(max_attempts=(3 if max_retries is None else max_retries) + 1, backoff=wait, on=on)
+
+
+def _check_policy(retry: object) -> None:
+    if retry is not None and not isinstance(retry, Retry | _Unset):
+        raise TypeError(f"retry= takes Retry(...) or None, not {retry!r:.100}")
+
+
+def _check_function(fn: Callable[..., Any], name: str, bind: bool) -> None:
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise TypeError(
+            f"task {name!r} ({_place(fn)}) is a generator: called, it would do nothing. Loop inside the task"
+        )
+    first = next(iter(inspect.signature(fn).parameters.values()), None)
+    if bind and (first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD)):
+        raise TypeError(
+            f"task {name!r} ({_place(fn)}) has bind=True, but no place for the context: def f(ctx, ...)"
+        )
 
 
 def _deadline(deadline: Duration) -> int:

@@ -187,6 +187,10 @@ class Task(Generic[P, R]):
         **options: Any,
     ) -> TaskRef:
         """Send it with arguments in a sequence and a mapping; ``options`` are those of ``options()``."""
+        if isinstance(args, str | bytes):
+            raise TypeError(
+                f"args= takes a list or a tuple of arguments, not {args!r:.100}: write ({args!r:.100},)"
+            )
         return self._send(tuple(args), kwargs or {}, self.options(**options)._options)
 
     def _send(self, args: Sequence[object], kwargs: Mapping[str, object], options: Options) -> TaskRef:
