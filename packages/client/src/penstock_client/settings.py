@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from penstock_client.errors import ConfigError, nearest
 from penstock_protocol.payload import PAYLOAD_BYTES_MAX
+from penstock_protocol.signature import secrets_in
 
 KIB, MIB = 1024, 1024 * 1024
 OVERRIDES = "taskworker.route.overrides"
@@ -204,8 +205,8 @@ def _checked(name: str, value: object, origin: str) -> object:
 
 def _first_secret(value: object) -> str:
     """A secret, or of several, as brokers and workers take them, the first: it signs."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = json.loads(value)
+    if isinstance(value, str):
+        value = secrets_in(value)
     secret = value[0] if isinstance(value, list) and value else value
     if not isinstance(secret, str) or not secret:
         raise ValueError("a text, or a list of texts of which the first signs, is expected")
