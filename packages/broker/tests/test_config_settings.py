@@ -193,6 +193,13 @@ def test_the_ways_to_write_secrets(given: object, secrets: tuple[str, ...]) -> N
     assert Settings.model_validate({"grpc_shared_secret": given}).secrets == secrets
 
 
+def test_what_no_call_can_be_signed_with_and_no_file_can_be_called_is_refused() -> None:
+    with pytest.raises(ValidationError, match="not UTF-8"):
+        Settings.model_validate({"grpc_shared_secret": "\udcff"})
+    with pytest.raises(ValidationError, match="path of a file"):
+        Settings.model_validate({"db_path": "/"})
+
+
 def test_secrets_are_not_in_the_repr() -> None:
     assert "hunter2" not in repr(Settings.model_validate({"grpc_shared_secret": "hunter2"}))
 

@@ -111,9 +111,15 @@ def test_variables_of_others_are_not_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_of_several_secrets_the_first_signs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PENSTOCK_GRPC_SHARED_SECRET", '["new", "old"]')
     assert load_settings({}).grpc_shared_secret == "new"
+    monkeypatch.setenv("PENSTOCK_GRPC_SHARED_SECRET", "newer,new")
+    assert load_settings({}).grpc_shared_secret == "newer"
     assert load_settings({"grpc_shared_secret": "given"}).grpc_shared_secret == "given"
     path = tmp_path / "client.yaml"
     path.write_text("grpc_shared_secret: {hush: 1}\n")
+    monkeypatch.setenv("PENSTOCK_GRPC_SHARED_SECRET", "hush\udcff")
+    with pytest.raises(ConfigError, match="not UTF-8") as refusal:
+        load_settings({})
+    assert "hush" not in str(refusal.value)
     monkeypatch.delenv("PENSTOCK_GRPC_SHARED_SECRET")
     with pytest.raises(ConfigError, match=r"grpc_shared_secret = \(hidden\)") as refusal:
         load_settings({}, path)

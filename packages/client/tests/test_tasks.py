@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -325,7 +326,11 @@ def test_backoffs() -> None:
         lambda: Retry(True),
         lambda: Retry(2, on_exceeded="explode"),  # type: ignore[arg-type]
         lambda: Retry(2, on=("ValueError",)),  # type: ignore[arg-type]
+        lambda: Retry(2**40),
+        lambda: Retry(2, backoff=5),  # type: ignore[arg-type]
         lambda: Fixed(-1),
+        lambda: Fixed(float("inf")),
+        lambda: Exponential(cap=1e30),
         lambda: Exponential(factor=0.5),
         lambda: Exponential(jitter=2),
     ],
@@ -518,3 +523,37 @@ def test_types_reach_the_call_site(tmp_path: Path) -> None:
     assert [int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line] == wrong, (
         done.stdout
     )
+
+
+def _generator() -> Iterator[int]:
+    yield 1
+
+
+async def _asynchronous_generator() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "part"),
+    [
+        (_generator, {}, "is a generator"),
+        (_asynchronous_generator, {}, "is a generator"),
+        (lambda: None, {"bind": True}, "no place for the context"),
+        (lambda **kwargs: None, {"bind": True}, "no place for the context"),
+        (lambda: None, {"retry": 3}, "takes Retry"),
+    ],
+)
+def test_declarations_that_cannot_work_are_refused(
+    app: App, fn: Callable[..., Any], options: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(TypeError, match=part):
+        app.namespace("refused").task(name="refused", **options)(fn)
+    assert "refused" not in app.tasks
+
+
+def test_arguments_that_are_no_list_or_have_no_name_are_refused(app: App, sent: MemoryTransport) -> None:
+    task = app.namespace("n").task(name="anything", retry=None)(lambda *args, **kwargs: None)
+    with pytest.raises(TypeError, match="takes a list or a tuple"):
+        task.apply_async("abc")
+    with pytest.raises(PayloadError, match="names must be str"):
+        task.apply_async((), {1: 2})  # type: ignore[dict-item]

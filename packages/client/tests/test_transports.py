@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
 import pytest
 from confluent_kafka import Consumer, Message, Producer
 
 from penstock_client import App, BufferFull, ConfigError, SendError, Task
+from penstock_client.settings import load_settings
+from penstock_client.transports import Outgoing, connect
 from penstock_protocol import signature
 from penstock_protocol.v1 import activation_pb2, producer_pb2
 
@@ -102,6 +104,20 @@ def test_without_kafka_sending_is_bounded_and_says_so(caplog: pytest.LogCaptureF
 def test_nothing_says_where_tasks_go() -> None:
     with pytest.raises(ConfigError, match=r"PENSTOCK_KAFKA for Kafka,.* or PENSTOCK_BROKER"):
         task_of(App("a", strict_kwargs="off")).delay(1)
+
+
+@pytest.mark.parametrize("settings", [{"linger_ms": 1e9}, {"delivery_timeout_seconds": 1e9}])
+def test_settings_that_the_producer_refuses_are_named(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"refuses these settings: .*outside allowed range"):
+        connect(load_settings({"kafka": "127.0.0.1:1", **settings}))
+
+
+def test_a_delivery_timeout_is_never_without_bound() -> None:
+    settings = load_settings({"kafka": "127.0.0.1:1", "delivery_timeout_seconds": 0.0005, "linger_ms": 0})
+    transport, future = connect(settings), Future[None]()
+    transport.send(Outgoing("id", "task", "n", "topic", b"x"), future)
+    assert isinstance(future.exception(10), SendError)
+    transport.close()
 
 
 def test_what_was_sent_is_flushed_at_the_exit(mock_kafka: str) -> None:

@@ -70,6 +70,26 @@ async def test_it_says_what_it_serves_and_warns_when_no_broker_answers(free_port
     assert await process.wait() == 0
 
 
+async def test_what_an_operator_waits_for_in_vain_is_said(free_port: int) -> None:
+    process = await start(
+        "run", "worker_tasks:app", "--rpc-host-list", f"127.0.0.1:{free_port}", "--log-format", "json",
+        "--namespace", "tests", "--namespace", "typo",
+    )  # fmt: skip
+    assert (await log_line(process, "no task is in a namespace that was asked for"))["namespaces"] == ["typo"]
+    process.terminate()
+    await process.communicate()
+
+
+async def test_an_application_that_takes_long_to_load_is_named(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    process = await start("run", "slow:app", "--log-format", "json", PYTHONPATH=str(tmp_path))
+    line = await log_line(process, "still waiting for a child to load the application")
+    assert line["application"] == "slow:app"
+    process.terminate()
+    await process.communicate()
+    assert process.returncode == 0
+
+
 async def test_sigterm_finishes_and_exits_with_0(broker: MemoryBroker, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     id = broker.put("block", str(gate))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 
@@ -7,7 +9,8 @@ import msgspec
 import pytest
 import worker_tasks
 
-from penstock_client import App, Exponential, Retry, RetryRequested
+from penstock_client import App, Exponential, Retry, RetryRequested, SendError, TaskContext
+from penstock_client.durations import Duration
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 from penstock_worker.execution import Execution, classify
@@ -148,3 +151,85 @@ def test_a_task_is_done_only_when_what_it_sent_is_safe() -> None:
     assert outcome.status == pb.TASK_OUTCOME_STATUS_FAILURE
     assert outcome.error is not None
     assert "2 tasks that this one sent" in outcome.error.message
+
+
+class Refusing:
+    """A transport whose broker refuses all; nothing is left to wait for."""
+
+    def send(self, message: object, future: Future[None]) -> None:
+        future.set_exception(SendError("the broker refused it"))
+
+    def flush(self, seconds: float) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+def test_a_task_is_not_done_when_what_it_sent_has_failed_unseen() -> None:
+    app = App("worker-tests", transport=Refusing(), strict_kwargs="off")
+    tests = app.namespace("tests", retry=None)
+    follow_up = tests.task(name="follow up")(lambda: None)
+
+    @tests.task(name="careless")
+    def careless() -> None:
+        follow_up.delay()
+
+    @tests.task(name="careful")
+    def careful() -> None:
+        with pytest.raises(SendError):
+            follow_up.delay().wait()
+
+    @tests.task(name="awaiting")
+    async def awaiting() -> None:
+        with pytest.raises(SendError):
+            await follow_up.delay_async()
+
+    execution, statuses = Execution(app), []
+    for name in ("careless", "careful", "awaiting"):
+        activation = TaskActivation(id="i", taskname=name).SerializeToString()
+        outcome = execution.run(Assignment(1, activation, b"t", 1, None), monotonic()).outcome
+        statuses.append(outcome.status)
+        if outcome.error is not None:
+            assert outcome.error.message == "the broker refused it"
+    complete, failure = pb.TASK_OUTCOME_STATUS_COMPLETE, pb.TASK_OUTCOME_STATUS_FAILURE
+    assert statuses == [failure, complete, complete]
+
+
+class Broken:
+    """A back-off that works when the task is declared, and not when it is needed."""
+
+    def seconds(self, attempt: int) -> float:
+        return float("nan") if attempt > 1 else 0.0
+
+
+def test_a_policy_that_is_broken_fails_the_task_and_not_the_process() -> None:
+    app = App("worker-tests", transport=Refusing(), strict_kwargs="off")
+    tests = app.namespace("tests", retry=Retry(max_attempts=5, backoff=Broken()))
+
+    @tests.task(name="raises")
+    def raises() -> None:
+        raise ConnectionError("the reason")
+
+    @tests.task(name="asks", bind=True)
+    def asks(ctx: TaskContext, /) -> None:
+        raise ctx.retry([30])  # type: ignore[arg-type]
+
+    for name, reason in (("raises", "the reason"), ("asks", "asked to be started again")):
+        activation = TaskActivation(id="i", taskname=name).SerializeToString()
+        outcome = Execution(app).run(Assignment(1, activation, b"t", 2, None), monotonic()).outcome
+        assert outcome.status == pb.TASK_OUTCOME_STATUS_FAILURE
+        assert outcome.error is not None
+        assert reason in outcome.error.traceback
+
+
+@pytest.mark.parametrize("countdown", ["7s", timedelta(seconds=7), 7, 7.0])
+def test_a_countdown_is_a_duration_like_any_other(countdown: Duration) -> None:
+    app = App("worker-tests", transport=Refusing(), strict_kwargs="off")
+
+    @app.namespace("tests", retry=None).task(name="asks", bind=True)
+    def asks(ctx: TaskContext, /) -> None:
+        raise ctx.retry(countdown)
+
+    activation = TaskActivation(id="i", taskname="asks").SerializeToString()
+    outcome = Execution(app).run(Assignment(1, activation, b"t", 1, None), monotonic()).outcome
+    assert (outcome.status, outcome.retry_delay_ms) == (pb.TASK_OUTCOME_STATUS_RETRY, 7000)

@@ -38,13 +38,15 @@ def test_what_is_no_address_is_named(text: str, part: str) -> None:
         ({"PENSTOCK_GRPC_SHARED_SECRET": "b"}, "b"),
         ({"TASKBROKER_GRPC_SHARED_SECRET": '["new", "old"]', "PENSTOCK_GRPC_SHARED_SECRET": "b"}, "new"),
         ({"TASKBROKER_GRPC_SHARED_SECRET": "[]"}, None),
+        # As brokers read the same variable.
+        ({"TASKBROKER_GRPC_SHARED_SECRET": "new, old"}, "new"),
     ],
 )
 def test_secret(environment: dict[str, str], secret: str | None) -> None:
     assert secret_from(environment) == secret
 
 
-@pytest.mark.parametrize("text", ["[x", "[1]", '[""]'])
+@pytest.mark.parametrize("text", ["[x", "[1]", '[""]', "\udcff", '["\\ud800"]'])
 def test_a_broken_list_of_secrets_is_refused_without_showing_it(text: str) -> None:
     with pytest.raises(SettingsError, match="TASKBROKER_GRPC_SHARED_SECRET") as raised:
         secret_from({"TASKBROKER_GRPC_SHARED_SECRET": text})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -13,10 +14,12 @@ from time import monotonic
 import psutil
 import pytest
 from memory_broker import MemoryBroker
-from worker_runs import appears, worker
+from worker_runs import TESTS, appears, worker
 
 from penstock_protocol import signature
 from penstock_protocol.v1 import consumer_pb2 as pb
+from penstock_worker.children import Children
+from penstock_worker.metrics import Metrics
 
 COMPLETE = pb.TASK_OUTCOME_STATUS_COMPLETE
 
@@ -206,6 +209,24 @@ async def test_an_application_that_cannot_be_loaded_again_is_tried_again(
         id = broker.put("noop")
         outcomes = await broker.settled(3)
     assert outcomes[id].status == COMPLETE
+
+
+@pytest.mark.parametrize("call", ["tempfile.TemporaryFile", "os.pipe"])
+async def test_a_child_that_cannot_be_started_is_tried_again(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.chdir(TESTS)
+    children = Children("worker_tasks:app", lambda *_: None, lambda: None, lambda *_: None, Metrics())
+    with monkeypatch.context() as machine:
+        machine.setattr(f"penstock_worker.process.{call}", full)
+        children.start(1)
+        await asyncio.sleep(0.01)
+        assert not list(children)
+    assert (await children.loaded).application == "worker-tests"
+    await children.close()
 
 
 async def test_heartbeats_say_what_has_started(tmp_path: Path) -> None:
@@ -460,3 +481,18 @@ async def test_signals_to_children_do_not_cut_tasks_short(broker: MemoryBroker, 
         gate.touch()
         outcomes = await broker.settled(1)
     assert outcomes[id].status == COMPLETE
+
+
+async def test_a_process_that_a_task_forks_is_its_own(broker: MemoryBroker, tmp_path: Path) -> None:
+    codes = {"exit": "3", "raise": "1", "return": "0"}
+    ids = {how: broker.put("fork", how, str(tmp_path / how)) for how in codes}
+    async with worker(broker) as process:
+        outcomes = await broker.settled(3)
+        later = broker.put("noop")
+        await broker.settled(4)
+        assert process.returncode is None
+        assert len(_children(process.pid)) == 1
+    assert {how: (tmp_path / how).read_text() for how in codes} == codes
+    assert all(outcomes[id].status == COMPLETE for id in ids.values())
+    assert dict(broker.outcomes)[later].status == COMPLETE
+    assert len(broker.outcomes) == 4

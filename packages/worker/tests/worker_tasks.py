@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -88,6 +89,18 @@ def die(how: str, **kwargs: object) -> None:
     if how == "exit":
         os._exit(17)
     os.kill(os.getpid(), getattr(signal, how))
+
+
+@tests.task(name="fork")
+def fork(how: str, path: str, **kwargs: object) -> None:
+    """Ends in both processes, each in its way; the file says how the forked one ended."""
+    pid = os.fork()
+    if pid:
+        Path(path).write_text(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+    elif how == "exit":
+        sys.exit(3)
+    elif how == "raise":
+        raise ValueError("in the forked process")
 
 
 @tests.task(name="two_arguments")

@@ -11,6 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from penstock_client import forks
@@ -80,6 +81,9 @@ class App:
         self._routes: dict[str, str] = {}
         self._transport = transport
         self._connecting = threading.Lock()
+        # Called with the future of each task that is sent, once it is answered. For a worker, whose tasks
+        # are not done before what they have sent is safe.
+        self.answered: Callable[[Future[None]], None] | None = None
         for namespace, topic in self.settings.route_overrides.items():
             self._check_topic(topic, f"the route of namespace {namespace!r}")
 
@@ -279,6 +283,7 @@ class Namespace:
     ) -> None:
         if not name or len(name) > 256:
             raise AppError(f"a namespace needs a name of 1 to 256 characters, not {name!r:.100}")
+        _check_policy(retry)
         self.app = app
         self.name = name
         self.retry = retry
@@ -338,6 +343,7 @@ class Namespace:
         if not name:
             raise TypeError(_name_missing(fn))
         _refuse(unsupported)
+        _check_function(fn, name, bind)
         namespace = self if queue is None else self.app.queue(queue)
         policy = _celery_retry(retry, max_retries, default_retry_delay, autoretry_for, retry_backoff)
         if isinstance(policy, _Unset):
@@ -424,6 +430,7 @@ def _celery_retry(
     autoretry_for: Iterable[type[BaseException]] | None,
     backoff: bool | int | float | Backoff | None,
 ) -> RetryOption:
+    _check_policy(retry)
     words = (max_retries, delay, autoretry_for, backoff)
     if all(word is None for word in words):
         return retry
@@ -441,6 +448,23 @@ def _celery_retry(
         wait = backoff
     on = (Exception,) if autoretry_for is None else exception_types("autoretry_for", tuple(autoretry_for))
     return Retry(max_attempts=(3 if max_retries is None else max_retries) + 1, backoff=wait, on=on)
+
+
+def _check_policy(retry: object) -> None:
+    if retry is not None and not isinstance(retry, Retry | _Unset):
+        raise TypeError(f"retry= takes Retry(...) or None, not {retry!r:.100}")
+
+
+def _check_function(fn: Callable[..., Any], name: str, bind: bool) -> None:
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise TypeError(
+            f"task {name!r} ({_place(fn)}) is a generator: called, it would do nothing. Loop inside the task"
+        )
+    first = next(iter(inspect.signature(fn).parameters.values()), None)
+    if bind and (first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD)):
+        raise TypeError(
+            f"task {name!r} ({_place(fn)}) has bind=True, but no place for the context: def f(ctx, ...)"
+        )
 
 
 def _deadline(deadline: Duration) -> int:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from penstock_client.durations import Duration, seconds
 from penstock_client.errors import RetryRequested
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 
@@ -54,8 +55,10 @@ class TaskContext:
             activation.processing_deadline_duration,
         )
 
-    def retry(self, countdown: float | None = None) -> RetryRequested:
-        """To be raised: start the task again, after ``countdown`` seconds if its attempts allow."""
+    def retry(self, countdown: Duration | None = None) -> RetryRequested:
+        """To be raised: start the task again, after ``countdown`` (seconds) if its attempts allow."""
+        if isinstance(countdown, str | timedelta):
+            countdown = seconds("countdown", countdown)
         return RetryRequested(countdown)
 
     @contextlib.contextmanager

@@ -7,6 +7,8 @@ from datetime import timedelta
 
 Duration = int | float | str | timedelta
 
+# Without end: some three hundred years.
+SECONDS_MAX = 1e10
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _TEXT = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 
@@ -31,6 +33,6 @@ def seconds(name: str, value: Duration) -> float:
         raise TypeError(
             f"{name} is a number of seconds, a timedelta or a text, not {type(value).__qualname__}"
         )
-    if not 0 <= number < 1e10:
+    if not 0 <= number < SECONDS_MAX:
         raise ValueError(f"{name}={value!r}: a duration cannot be negative or without end")
     return number

@@ -16,6 +16,9 @@ class ConfigError(AppError):
 class SendError(Exception):
     """A task was not sent, or it is not known whether it was; the text says which and what to do."""
 
+    # Whoever sent the task has had it raised by wait() or delay_async().
+    raised = False
+
 
 class BufferFull(SendError):
     """Nothing more can be buffered: Kafka or the broker takes tasks more slowly than they are sent."""

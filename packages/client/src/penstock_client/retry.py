@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, Protocol
 
+from penstock_client.durations import SECONDS_MAX
+
 ExceptionTypes = tuple[type[BaseException], ...]
 OnExceeded = Literal["deadletter", "discard"]
 
 
 def _not_negative(name: str, value: float) -> None:
-    if not value >= 0:
+    if not 0 <= value < SECONDS_MAX:
         raise ValueError(f"{name} is a number of seconds and cannot be {value}")
+
+
+# What a message can carry.
+ATTEMPTS_MAX = 2**32 - 1
 
 
 class Verdict(Enum):
@@ -92,8 +98,12 @@ class Retry:
     on_exceeded: OnExceeded = "deadletter"
 
     def __post_init__(self) -> None:
-        if type(self.max_attempts) is not int or self.max_attempts < 1:
-            raise ValueError(f"max_attempts counts starts and must be at least 1, not {self.max_attempts!r}")
+        if type(self.max_attempts) is not int or not 1 <= self.max_attempts <= ATTEMPTS_MAX:
+            raise ValueError(
+                f"max_attempts counts starts and must be from 1 to {ATTEMPTS_MAX}, not {self.max_attempts!r}"
+            )
+        if not callable(getattr(self.backoff, "seconds", None)):
+            raise TypeError(f"backoff= takes Fixed(...) or Exponential(...), not {self.backoff!r}")
         if self.on_exceeded not in ("deadletter", "discard"):
             raise ValueError(f'on_exceeded must be "deadletter" or "discard", not {self.on_exceeded!r}')
         for word in ("on", "exclude", "ignore"):

@@ -204,8 +204,11 @@ def _checked(name: str, value: object, origin: str) -> object:
 
 def _first_secret(value: object) -> str:
     """A secret, or of several, as brokers and workers take them, the first: it signs."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = json.loads(value)
+    # Late: it takes hashlib and hmac along, a twentieth of this package's import.
+    from penstock_protocol.signature import secrets_in
+
+    if isinstance(value, str):
+        value = secrets_in(value)
     secret = value[0] if isinstance(value, list) and value else value
     if not isinstance(secret, str) or not secret:
         raise ValueError("a text, or a list of texts of which the first signs, is expected")

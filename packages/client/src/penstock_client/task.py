@@ -63,6 +63,9 @@ class TaskRef:
                 f"task {self.taskname} ({self.id}) was not acknowledged within {timeout} s; it is still being"
                 " tried, and its future will tell"
             ) from None
+        except SendError as error:
+            error.raised = True
+            raise
         return self
 
     def __repr__(self) -> str:
@@ -184,6 +187,10 @@ class Task(Generic[P, R]):
         **options: Any,
     ) -> TaskRef:
         """Send it with arguments in a sequence and a mapping; ``options`` are those of ``options()``."""
+        if isinstance(args, str | bytes):
+            raise TypeError(
+                f"args= takes a list or a tuple of arguments, not {args!r:.100}: write ({args!r:.100},)"
+            )
         return self._send(tuple(args), kwargs or {}, self.options(**options)._options)
 
     def _send(self, args: Sequence[object], kwargs: Mapping[str, object], options: Options) -> TaskRef:
@@ -212,6 +219,8 @@ class Task(Generic[P, R]):
         future: Future[None] = Future()
         # Under way from here on: a caller who stops waiting must not cancel what will be answered.
         future.set_running_or_notify_cancel()
+        if self.app.answered is not None:
+            future.add_done_callback(self.app.answered)
         self.app.transport.send(outgoing, future)
         ref = TaskRef(id, self.name, future)
         return ref.wait(self.app.settings.send_timeout_seconds) if options.wait else ref
@@ -223,7 +232,11 @@ class Task(Generic[P, R]):
 
         # In a thread: connecting takes time, and so does a full buffer.
         ref = await asyncio.to_thread(self._send, args, kwargs, options)
-        await asyncio.wrap_future(ref.future)
+        try:
+            await asyncio.wrap_future(ref.future)
+        except SendError as error:
+            error.raised = True
+            raise
         return ref
 
     def _parameters(

@@ -42,6 +42,8 @@ def encode_parameters(args: Sequence[object], kwargs: Mapping[str, object]) -> b
         if type(value) not in _SCALARS:
             _check(value, lambda position=position: f"argument {position}", 1)
     for name, value in kwargs.items():
+        if type(name) is not str:
+            raise PayloadError(f"an argument has the name {name!r:.100}; names must be str")
         if type(value) not in _SCALARS:
             _check(value, lambda name=name: f"argument {name!r}", 1)
     try:

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 from collections.abc import Sequence
 
 # Metadata key that carries it.
 HEADER = "sentry-signature"
+
+
+def secrets_in(text: str) -> list[str]:
+    """The secrets in a setting: one, several with commas between, or a JSON list. The first signs.
+
+    Raises ValueError, which does not show them.
+    """
+    text = text.strip()
+    if text.startswith("["):
+        try:
+            secrets = json.loads(text)
+        except ValueError:
+            secrets = [None]
+        if not all(isinstance(secret, str) and secret for secret in secrets):
+            raise ValueError('it is neither a secret nor a JSON list of secrets like ["a", "b"]')
+    else:
+        secrets = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        "".join(secrets).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it is not UTF-8") from None
+    return list(secrets)
 
 
 def sign(secret: str, method_path: str, body: bytes) -> str:

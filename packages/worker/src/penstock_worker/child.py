@@ -126,6 +126,7 @@ def serve(app_path: str, inbox: Inbox, outbox: Outbox) -> None:
     execution = Execution(app)
     outbox.send(Ready(app.name, sorted((task.namespace, task.name) for task in app.tasks.values())))
     finished: Finished | None = None
+    pid = os.getpid()
     while True:
         task = inbox.take_now()
         if task is None:
@@ -138,6 +139,9 @@ def serve(app_path: str, inbox: Inbox, outbox: Outbox) -> None:
         started_at = monotonic()
         outbox.send(Progress(finished, task.number, started_at))
         finished = execution.run(task, started_at)
+        if os.getpid() != pid:
+            # The task has forked, and returned in the process it made as well: it is none of ours.
+            return
 
 
 def die_with_parent() -> None:

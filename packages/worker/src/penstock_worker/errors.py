@@ -38,8 +38,8 @@ def bounded(text: str, limit: int) -> str:
 def _message(exception: BaseException) -> str:
     try:
         return str(exception)
-    # __str__ is the user's code, and the report must go out all the same.
-    except Exception as error:  # noqa: BLE001
+    # __str__ is the user's code, whatever it raises, and the report must go out all the same.
+    except BaseException as error:  # noqa: BLE001
         return f"<its __str__ raised {type(error).__qualname__}>"
 
 
@@ -49,7 +49,7 @@ def _traceback(exception: BaseException) -> str:
             type(exception), exception, _below_ours(exception.__traceback__), limit=-TRACEBACK_FRAMES_MAX
         )
     # As above: formatting calls the user's __str__, and that of every exception in the chain.
-    except Exception as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001
         return f"<the traceback could not be written: {type(error).__qualname__}>"
     return "".join(lines)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
+import os
 from collections.abc import Awaitable
+from concurrent.futures import Future
 from time import monotonic
 from typing import Any
 
@@ -35,6 +38,7 @@ class Execution:
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, assignment: Assignment, started_at: float) -> Finished:
@@ -66,11 +70,16 @@ class Execution:
         except ValueError as error:
             return _failure(error)
         context = TaskContext.from_activation(activation, assignment.attempt, assignment.claim_token)
+        failed: list[SendError] = []
+        self._app.answered = functools.partial(_keep_failure, failed)
         try:
             self._call(task, context, args, kwargs)
-            self._deliver()
+            self._deliver(failed)
         # SystemExit too: it ends the task, not the process.
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
+            if os.getpid() != self._pid:
+                # In a process that the task has forked: that one it ends.
+                raise
             return classify(task, error, assignment.attempt)
         return _COMPLETE
 
@@ -99,11 +108,15 @@ class Execution:
             if inspect.isawaitable(result):
                 self._await(result)
 
-    def _deliver(self) -> None:
+    def _deliver(self, failed: list[SendError]) -> None:
         """What the task has sent is safe before the task counts as done: this process may die next."""
         left = self._app.flush()
         if left:
             raise SendError(f"{left} tasks that this one sent were not acknowledged in time")
+        for error in failed:
+            # One that was raised in the task is the task's to handle.
+            if not error.raised:
+                raise error
 
     def _await(self, awaitable: Awaitable[object]) -> None:
         if self._loop is None:
@@ -116,8 +129,22 @@ class Execution:
         self._loop.run_until_complete(awaited())
 
 
+def _keep_failure(failed: list[SendError], future: Future[None]) -> None:
+    error = future.exception()
+    if isinstance(error, SendError):
+        failed.append(error)
+
+
 def classify(task: Task[..., Any], error: BaseException, attempt: int) -> Outcome:
     """What an exception means: the task's retry policy decides."""
+    try:
+        return _classify(task, error, attempt)
+    # A policy may be the user's code. Its traceback has that of the task's error, too.
+    except Exception as broken:  # noqa: BLE001
+        return _failure(broken)
+
+
+def _classify(task: Task[..., Any], error: BaseException, attempt: int) -> Outcome:
     if isinstance(error, RetryRequested):
         seconds = error.countdown
         if seconds is None and task.retry is not None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import IO
 
 from penstock_worker.claim import Claim
 from penstock_worker.frames import (
@@ -99,8 +100,8 @@ class Child:
         self.kill_reason: KillReason | None = None
         self.withdrawing = False
         self._frames = FrameReader(from_child_decoder)
-        # The child writes its last stack here.
-        self._stack = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is buried
+        # The child writes its last stack here; closed when it is buried.
+        self._stack: IO[bytes]
         self._reader: asyncio.ReadTransport | None = None
         self._writer: asyncio.WriteTransport | None = None
         self._death: Death | None = None
@@ -113,10 +114,13 @@ class Child:
         Raises: OSError when the machine has no more processes, memory or files.
         """
         loop = asyncio.get_running_loop()
-        child_reads, parent_writes = os.pipe()
-        parent_reads, child_writes = os.pipe()
-        given = (child_reads, child_writes, self._stack.fileno())
+        self._stack = tempfile.TemporaryFile()  # noqa: SIM115
+        ends: list[int] = []
         try:
+            ends += os.pipe()
+            ends += os.pipe()
+            child_reads, parent_writes, parent_reads, child_writes = ends
+            given = (child_reads, child_writes, self._stack.fileno())
             # Returns as soon as the interpreter is loaded, within milliseconds.
             process = subprocess.Popen(  # noqa: ASYNC220
                 [sys.executable, "-m", "penstock_worker.child", app_path, *map(str, given)],
@@ -125,12 +129,11 @@ class Child:
                 process_group=0,
             )
         except OSError:
-            os.close(parent_reads)
-            os.close(parent_writes)
+            for end in ends:
+                os.close(end)
             raise
-        finally:
-            os.close(child_reads)
-            os.close(child_writes)
+        os.close(child_reads)
+        os.close(child_writes)
         self.pid = process.pid
         self._reader, _ = await loop.connect_read_pipe(lambda: _Pipe(self), os.fdopen(parent_reads, "rb", 0))
         self._writer, _ = await loop.connect_write_pipe(

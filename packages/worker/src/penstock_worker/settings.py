@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from penstock_protocol.signature import secrets_in
 
 DEFAULT_BROKERS = "127.0.0.1:50051"
 DEFAULT_GRACE_SECONDS = 30.0
@@ -74,22 +75,15 @@ def _address(entry: str) -> str:
 
 
 def secret_from(environment: Mapping[str, str]) -> str | None:
-    """The secret calls are signed with: a string, or the first of a JSON list (rotation).
+    """The secret calls are signed with: of several, as brokers take them, the first.
 
-    Raises: SettingsError when the variable looks like a list and is none.
+    Raises: SettingsError when the variable holds none.
     """
     for variable in SECRET_VARIABLES:
-        text = environment.get(variable, "").strip()
-        if not text.startswith("["):
-            if text:
-                return text
-            continue
         try:
-            secrets = json.loads(text)
-        except ValueError:
-            secrets = None
-        if not (isinstance(secrets, list) and all(isinstance(item, str) and item for item in secrets)):
-            raise SettingsError(f'{variable} is neither a secret nor a JSON list of secrets like ["a", "b"].')
+            secrets = secrets_in(environment.get(variable, ""))
+        except ValueError as error:
+            raise SettingsError(f"{variable}: {error}.") from None
         if secrets:
-            return str(secrets[0])
+            return secrets[0]
     return None

@@ -24,6 +24,8 @@ from penstock_worker.pool import Pool
 from penstock_worker.reporter import WAITING_REPORTS_MAX, Reporter
 from penstock_worker.settings import Settings
 
+# An application that is not there after this long is said to be waited for.
+LOADING_SECONDS = 10.0
 # For the last reports, beyond the grace time.
 FLUSH_SECONDS_MAX = 5.0
 
@@ -72,7 +74,14 @@ class Worker:
         """The application once a child has it; None: told to stop before."""
         stop = asyncio.create_task(self._stop.wait())
         first: set[asyncio.Future[Any]] = {self._pool.children.loaded, stop}
-        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        while not (await asyncio.wait(first, timeout=LOADING_SECONDS, return_when=asyncio.FIRST_COMPLETED))[
+            0
+        ]:
+            log.warning(
+                "still waiting for a child to load the application",
+                application=self._settings.app_path,
+                hint="what do its modules do when they are imported?",
+            )
         stop.cancel()
         return self._pool.children.loaded.result() if self._pool.children.loaded.done() else None
 
@@ -88,6 +97,9 @@ class Worker:
         )
         if not ready.tasks:
             log.warning("no task is registered", hint="name their modules: App(..., imports=['shop.tasks'])")
+        unknown = sorted(set(settings.namespaces) - {namespace for namespace, _ in ready.tasks})
+        if unknown:
+            log.warning("no task is in a namespace that was asked for", namespaces=unknown)
         self._fetcher = self._build_fetcher(ready.application)
         fetching = asyncio.create_task(self._fetcher.run())
         background = [

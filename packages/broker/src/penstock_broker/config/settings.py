@@ -402,6 +402,17 @@ class Settings(BaseSettings):
     def _no_empty_secret(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if not all(secret.get_secret_value() for secret in value):
             raise ValueError("an empty secret would let everyone in")
+        try:
+            "".join(secret.get_secret_value() for secret in value).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it is not UTF-8") from None
+        return value
+
+    @field_validator("db_path")
+    @classmethod
+    def _names_a_file(cls, value: Path) -> Path:
+        if not value.name:
+            raise ValueError("the path of a file is expected")
         return value
 
     @field_validator("log_level", "log_format", mode="before")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -147,17 +146,10 @@ def _addresses(text: str) -> list[str]:
 def _secret(environment: Mapping[str, str]) -> str | None:
     """A secret; of several, as brokers take them, the first."""
     for variable in _SECRETS:
-        text = environment.get(variable, "").strip()
-        if not text.startswith("["):
-            if text:
-                return text
-            continue
         try:
-            secrets = json.loads(text)
-        except ValueError:
-            secrets = None
-        if not isinstance(secrets, list) or not all(isinstance(s, str) and s for s in secrets):
-            raise Failure(f"{variable} is neither a secret nor a JSON list of secrets", code=USAGE)
+            secrets = signature.secrets_in(environment.get(variable, ""))
+        except ValueError as error:
+            raise Failure(f"{variable}: {error}", code=USAGE) from None
         if secrets:
-            return str(secrets[0])
+            return secrets[0]
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -30,14 +31,26 @@ class KafkaTransport:
             )
         self._settings = settings
         self._unreachable = ""
-        self._producer = Producer(
+        try:
+            self._producer = self._connect(settings)
+        except KafkaException as error:
+            raise ConfigError(
+                f"Kafka's producer refuses these settings: {error.args[0].str().strip()}"
+            ) from None
+        self._closing = threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="penstock-kafka", daemon=True)
+        self._poller.start()
+
+    def _connect(self, settings: ClientSettings) -> Producer:
+        return Producer(
             {
                 "bootstrap.servers": settings.kafka,
                 "client.id": "penstock-client",
                 "enable.idempotence": True,
                 "acks": "all",
                 "linger.ms": settings.linger_ms,
-                "delivery.timeout.ms": int(settings.delivery_timeout_seconds * 1000),
+                # 0 would be without bound.
+                "delivery.timeout.ms": math.ceil(settings.delivery_timeout_seconds * 1000),
                 "queue.buffering.max.messages": settings.buffer_messages_max,
                 "message.max.bytes": settings.payload_bytes_max + 64 * 1024,
                 "reconnect.backoff.max.ms": 1000,
@@ -46,9 +59,6 @@ class KafkaTransport:
                 "log_level": 2,
             }
         )
-        self._closing = threading.Event()
-        self._poller = threading.Thread(target=self._poll, name="penstock-kafka", daemon=True)
-        self._poller.start()
 
     def _poll(self) -> None:
         while not self._closing.is_set():
