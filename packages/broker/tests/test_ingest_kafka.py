@@ -274,6 +274,27 @@ async def test_who_is_fenced_loses_all_and_waits_for_no_answer(
         assert not list(poller.tracks)
 
 
+async def test_who_is_fenced_twice_has_a_double_unless_kafka_was_away(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_store(settings.db_path) as store:
+        poller, _, told = reading_two(store, settings)
+        turns, stopping = iter(["fenced", "away", "fenced", "away", "fenced", "fenced"]), threading.Event()
+
+        def consume() -> None:
+            turn = next(turns, None)
+            if turn == "fenced":
+                raise _Fenced(turn)
+            poller._set_connected(False)
+            if turn is None:
+                stopping.set()
+
+        monkeypatch.setattr(poller, "_consume", consume)
+        with pytest.raises(FatalError, match="another broker with the id"):
+            poller.run(told, stopping)  # type: ignore[arg-type]
+        assert not list(turns)
+
+
 async def test_a_full_store_pauses_and_goes_on_without_losing_its_membership(
     kafka: MockKafka, settings: Settings
 ) -> None:

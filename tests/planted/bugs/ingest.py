@@ -15,6 +15,22 @@ SENT_ON = BROKER + "test_ingest_sent_on.py::"
 WRITES = BROKER + "test_ledger_writes.py::"
 
 BUGS = (
+    Bug(
+        "a Kafka that comes and goes is another broker",
+        "reconnects; nothing but a broken promise ends the broker",
+        "broker/ingest/poller.py",
+        old="if again and not self._was_away:",
+        new="if again:",
+        tests=(KAFKA + "test_who_is_fenced_twice_has_a_double_unless_kafka_was_away",),
+    ),
+    Bug(
+        "who is fenced again and again joins again for ever",
+        "two brokers, one id: the second is told",
+        "broker/ingest/poller.py",
+        old="if again and not self._was_away:",
+        new="if False:",
+        tests=(KAFKA + "test_who_is_fenced_twice_has_a_double_unless_kafka_was_away",),
+    ),
     # -- offsets
     Bug(
         "offset committed before the rows",

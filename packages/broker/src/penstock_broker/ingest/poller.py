@@ -42,8 +42,8 @@ LOOK_WHICH_EVERY_MS = 5000
 COMMIT_LAST_MS_MAX = 3000
 # Rows of partitions that were never assigned to us since the start are looked into after this.
 SETTLE_MS_MAX = 20_000
-# Fenced once, Kafka may have mixed up what it knew of this broker before it was away; fenced twice within
-# this, there is another broker of the same id.
+# Fenced after Kafka was away, it has mixed up what it knew of this broker before; fenced twice within this
+# while it was there, there is another broker of the same id.
 FENCED_AGAIN_MS = 60_000
 
 
@@ -76,6 +76,8 @@ class Poller:
         self._to_commit: Sequence[Position] | None = None
         # A commit is on its way.
         self._unanswered = False
+        # Kafka was, since this broker was fenced last.
+        self._was_away = False
         # The client can only be closed: what it says of partitions is of no interest any more.
         self._fenced = False
         self._assigned_once = False
@@ -98,9 +100,10 @@ class Poller:
                 self._consume()
             except _Fenced as fenced:
                 now = self._clock.mono_ms()
-                if fenced_at is not None and now - fenced_at < FENCED_AGAIN_MS:
+                again = fenced_at is not None and now - fenced_at < FENCED_AGAIN_MS
+                if again and not self._was_away:
                     raise self._second_broker() from None
-                fenced_at = now
+                fenced_at, self._was_away = now, False
                 log.warning(
                     "Kafka takes this broker for another member of its group; it joins again",
                     topic=self.topic,
@@ -432,6 +435,7 @@ class Poller:
         self.lags = lags
 
     def _set_connected(self, connected: bool) -> None:
+        self._was_away = self._was_away or not connected
         if connected == self.connected:
             return
         self.connected = connected
