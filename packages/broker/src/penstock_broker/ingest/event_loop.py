@@ -27,14 +27,14 @@ class EventLoop:
         """Have it run there; the future has what it returns or raises."""
         return asyncio.run_coroutine_threadsafe(question, self._loop)
 
-    def ask(self, question: Coroutine[Any, Any, T]) -> T:
+    def ask(self, question: Coroutine[Any, Any, T], seconds: float = ANSWER_SECONDS_MAX) -> T:
         """Have it run there, and wait for what it returns or raises.
 
-        Raises TimeoutError when the loop does not answer; then it is cancelled.
+        Raises TimeoutError when it has no answer within ``seconds``; then it is cancelled.
         """
         future = self.start(question)
         try:
-            return future.result(ANSWER_SECONDS_MAX)
+            return future.result(seconds)
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise TimeoutError("the event loop did not answer") from None

@@ -37,6 +37,8 @@ PAUSE_AFTER_SECONDS = 0.2
 # While it waits for room in memory, commits and their answers wait at most this long.
 PACE_SECONDS = 0.01
 LOOKUP_SECONDS_MAX = 10.0
+# A ledger that cannot be written is not waited for: until this thread polls again, the group stands still.
+BEGIN_SECONDS_MAX = 2.0
 CHORES_EVERY_MS = 1000
 LOOK_WHICH_EVERY_MS = 5000
 COMMIT_LAST_MS_MAX = 3000
@@ -273,7 +275,7 @@ class Poller:
         tails = [t for t in self._loop.ask(self._intake.tails(found)) if not self.tails.is_done(t)]
         waiting = {tail.partition for tail in tails}
         ready = [one for one in found if one.partition not in waiting]
-        return self._loop.ask(self._intake.begin(ready)) if ready else [], tails
+        return self._loop.ask(self._intake.begin(ready), BEGIN_SECONDS_MAX) if ready else [], tails
 
     def _begin_later(self, consumer: Consumer, partitions: list[int]) -> None:
         """These were assigned, and have not begun."""
