@@ -25,6 +25,21 @@ def refused(process: Process, *words: str, code: int = 1) -> None:
         assert word in text, f"{word!r} is not in: {text}"
 
 
+@pytest.mark.timeout(90)
+def test_two_brokers_of_one_id(kafka_pool: Pool) -> None:
+    """Each with a database of its own; they take the group's membership from each other until one is told."""
+    kafka_pool.create_topic(2)
+    # Neither has a ledger, which would tell the second at once that its database is not the one.
+    doubles = [kafka_pool.broker(name, BROKER_ID="double", KAFKA_LEDGER_TOPIC="none") for name in ("a", "b")]
+
+    def told() -> list[str]:
+        ended = [broker for broker in doubles if not broker.running]
+        return [text for broker in ended if "another broker with the id 'double'" in (text := broker.text())]
+
+    eventually("one of them stops", told)
+    assert "each broker needs its own broker_id" in told()[0]
+
+
 @pytest.mark.timeout(60)
 def test_a_port_in_use(direct_pool: Pool) -> None:
     with socket.socket() as other:

@@ -364,6 +364,8 @@ class Poller:
         numbers = [p.partition for p in partitions]
         self._forget(numbers)
         if not (self._fenced or self._stopping.is_set()):
+            # Kafka has not heard of this broker for a session, nor this broker of it.
+            self._was_away = True
             log.warning("partitions lost: another broker may read them", topic=self.topic, partitions=numbers)
             self._loop.tell(self._lose, numbers)
 
