@@ -15,6 +15,7 @@ from asyncio import events
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -39,8 +40,10 @@ class Event:
 class Hub:
     """Time in seconds from 0, the queue, the generator and the history."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, directory: Path) -> None:
+        """``directory``: where the files are. It is another one each time, and no part of the history."""
         self.seed = seed
+        self._directory = str(directory)
         self.random = random.Random(seed)
         self.now = 0.0
         self.steps = 0
@@ -100,7 +103,7 @@ class Hub:
     def tell(self, who: str, what: str) -> None:
         if self._finished:
             return
-        line = f"{self.now:12.6f} {who:<10} {what}"
+        line = f"{self.now:12.6f} {who:<10} {what}".replace(self._directory, "")
         self.lines.append(line)
         self._hash.update(line.encode())
 

@@ -277,7 +277,7 @@ def run_seed(seed: int, *, always_tell: bool = False, kinds: Sequence[str] = ())
     """One history, whatever comes of it. Its last lines when a promise was not kept, or always. ``kinds``:
     of its faults; else the seed says which."""
     directory = Path(tempfile.mkdtemp(prefix="penstock-sim-", dir=_shared_memory()))
-    hub = Hub(seed)
+    hub = Hub(seed, directory)
     collecting = gc.isenabled()
     gc.disable()
     violation = ""
