@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from tests.sim import hub
 from tests.sim.pool import Result, run_seed
 
-CI_SEEDS = 200
+CI_SEEDS = 400
 PROGRESS_SECONDS = 10.0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ingest_helpers import MockKafka, kafka_settings, running_store, task_bytes, until
 
+from penstock_broker import departures
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Activation
 from penstock_broker.domain.lifecycle import Event
@@ -22,7 +23,7 @@ from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Answer
 from penstock_broker.store.inflight import Inflight
 from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
-from penstock_protocol.v1.admin_pb2 import GetStatusResponse
+from penstock_protocol.v1.admin_pb2 import DrainRequest, DrainResponse, GetStatusResponse
 
 
 @pytest.fixture
@@ -149,6 +150,49 @@ async def test_it_ends_when_the_ledger_says_what_has_left(tmp_path: Path) -> Non
         assert not ends.done()
         recorded.set()
         assert (await ends).phase == "drained"
+
+
+async def test_what_ends_while_the_ledger_is_told_is_told_to_it_too(tmp_path: Path) -> None:
+    told: list[int] = []
+
+    async with running_store(tmp_path / "store.sqlite") as store:
+        await insert(store, task_bytes("once", retry_state=RetryState(max_attempts=1, at_most_once=True)))
+        (row,) = store.claim(None, (), 1, 1 << 20)
+
+        async def tell_the_ledger() -> None:
+            told.append(store.memory.rows)
+            if len(told) == 1:
+                store.settle(token(store, row), Event.COMPLETE, store.clock.wall_ms())
+                await store.committed()
+
+        store.recorded = tell_the_ledger
+        assert (await Drain(store, [], can_hand_over=True).run(0)).phase == "drained"
+        assert told == [1, 0]
+
+
+async def test_what_ends_after_a_drain_is_not_recorded_until_the_next(
+    kafka: MockKafka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(departures, "ANSWER_SECONDS", 0.01)
+    async with ingesting(kafka_settings(kafka, tmp_path / "store.sqlite")) as (store, ingest):
+        await insert(store, task_bytes("once", retry_state=RetryState(max_attempts=1, at_most_once=True)))
+        (row,) = store.claim(None, (), 1, 1 << 20)
+        operator = departures.Departures(ingest)
+
+        async def asked() -> DrainResponse:
+            return DrainResponse.FromString(await operator.drain(DrainRequest().SerializeToString()))
+
+        assert not (await asked()).finished
+        await until(lambda: (report := ingest.drain_report()) and report.finished)
+        store.settle(token(store, row), Event.COMPLETE, store.clock.wall_ms())
+        await store.committed()
+        told = await asked()
+        assert told.finished
+        assert [of.state for of in told.left] == ["processing"]
+        assert "drain again when they have ended" in told.reasons[0]
+        while not (told := await asked()).finished:
+            pass
+        assert not told.left
 
 
 async def test_with_kafka_away_it_says_what_is_left(

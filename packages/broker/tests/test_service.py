@@ -197,6 +197,19 @@ async def test_so_it_is_for_a_client_without_tokens(broker: Broker, how: str) ->
     assert pb.GetTaskResponse.FromString(await call).task.id == "a"
 
 
+async def test_nothing_is_claimed_for_a_call_that_is_not_answered_yet(broker: Broker) -> None:
+    """While it waits, the task could be cancelled or its lease could end."""
+    await broker.put("a", "b")
+    answer = await broker.answered(broker.consumers.get_task(b""))
+    first = pb.GetTaskResponse.FromString(answer).task.id
+    report = pb.SetTaskStatusRequest(id=first, status=TASK_ACTIVATION_STATUS_COMPLETE)
+    report.fetch_next_task.SetInParent()
+    call = asyncio.ensure_future(broker.consumers.set_task_status(report.SerializeToString()))
+    await broker.step()
+    assert [task.activation.id for task in await broker.fetch()] == ["b"]
+    assert not pb.SetTaskStatusResponse.FromString(await broker.answered(call)).HasField("task")
+
+
 # -- answers that got lost
 
 

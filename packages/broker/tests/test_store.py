@@ -346,16 +346,24 @@ async def test_an_uncovered_outcome_is_refused_when_another_broker_reads_the_tas
     assert claim_one(store).id == "3"
 
 
-@pytest.mark.parametrize("when", ["stored", "expired"])
+@pytest.mark.parametrize(
+    ("when", "status"),
+    [
+        (lambda batch: batch.rows, Status.PENDING),
+        (lambda batch: batch.rows, Status.FORWARDING),
+        (lambda batch: batch.due_at is not None, Status.PENDING),
+        (lambda batch: batch.reports, Status.DELAYED),
+    ],
+    ids=["stored", "stored to leave", "its expiry noticed", "its expiry written"],
+)
 async def test_a_task_may_be_dropped_in_the_middle_of_a_tick(
-    tmp_path: Path, clock: ManualClock, when: str
+    tmp_path: Path, clock: ManualClock, when: Callable[[Batch], object], status: Status
 ) -> None:
-    """While it is stored, or while its expiry is noticed."""
     drops: list[asyncio.Future[int]] = []
 
     async def handoff(write: Callable[[Batch], Written], batch: Batch) -> Written:
         written = write(batch)
-        if batch.rows if when == "stored" else batch.due_at is not None:
+        if not drops and when(batch):
             drops.append(store.drop_uncovered(source, 0))
         return written
 
@@ -364,10 +372,13 @@ async def test_a_task_may_be_dropped_in_the_middle_of_a_tick(
     store = Inflight(database, clock, limits, handoff)
     source = store.source("tasks", 0)
     row = activation("a", clock, source=source.id, offset=0, expires_ms=1000)
+    row.on_exceeded = OnExceeded.DEADLETTER
+    row.status, row.ready_at = status, row.ready_at + 5000 * (status is Status.DELAYED)
+    row.reason = Reason.EXPIRED if status is Status.FORWARDING else None
     await insert(store, row, taken={source.id: 1})
     clock.advance(1000)
     await settle_down(store)
-    assert sum([await drop for drop in drops]) == 1
+    assert [await drop for drop in drops] == [1]
     check_store(store)
     store.database.close()
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
-from penstock_broker.dispatch.service import Consumers
+from penstock_broker.dispatch.service import COVER_SECONDS_MAX, Consumers
 from penstock_broker.dispatch.waiting import Waiting, Wanted
 from penstock_broker.domain.activation import Activation
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.store.inflight import Inflight
-from penstock_protocol.v1.consumer_pb2 import GetTasksRequest, GetTasksResponse
+from penstock_broker.store.leases import BUCKET_MS
+from penstock_protocol.v1.consumer_pb2 import GetTasksRequest
+from penstock_protocol.v1.raw_pb2 import RawGetTasksResponse
 
 ANY = Wanted(None, ())
 
@@ -116,13 +118,32 @@ async def test_after_closing_nothing_is_handed_out(store: Inflight) -> None:
     assert await waiting.wait(ANY, 1, 30) == []
 
 
-async def test_a_claim_whose_lease_ends_before_it_is_durable_is_not_handed_out(store: Inflight) -> None:
+async def poll_for_what_must_be_durable(store: Inflight) -> asyncio.Task[bytes]:
+    """It has claimed two tasks, and waits for the tick that stores so."""
     consumers = Consumers(store, Waiting(store, 1 << 20))
     store.insert([activation("once", store.clock, at_most_once=True), activation("often", store.clock)])  # type: ignore[arg-type]
     await settle_down(store)
     poll = asyncio.create_task(consumers.get_tasks(GetTasksRequest(max_tasks=2).SerializeToString()))
     await asyncio.sleep(0)
-    store.clock.advance(store.limits.lease_ms + 1000)  # type: ignore[attr-defined]
+    return poll
+
+
+async def test_a_lease_starts_when_the_claim_is_handed_out(store: Inflight) -> None:
+    poll = await poll_for_what_must_be_durable(store)
+    clock = store.clock
+    clock.advance(store.limits.lease_ms + 1000)  # type: ignore[attr-defined]
+    assert store.lapse(clock.mono_ms()) == 0
+    await settle_down(store)
+    assert len(RawGetTasksResponse.FromString(await poll).tasks) == 2
+    clock.advance(store.limits.lease_ms - 1)  # type: ignore[attr-defined]
+    assert store.lapse(clock.mono_ms()) == 0
+    clock.advance(BUCKET_MS + 1)  # type: ignore[attr-defined]
+    assert store.lapse(clock.mono_ms()) == 2
+
+
+async def test_a_claim_that_is_lost_before_it_is_durable_is_not_handed_out(store: Inflight) -> None:
+    poll = await poll_for_what_must_be_durable(store)
+    store.clock.advance(store.limits.lease_ms + round(COVER_SECONDS_MAX * 1000) + BUCKET_MS)  # type: ignore[attr-defined]
     assert store.lapse(store.clock.mono_ms()) == 2
     await settle_down(store)
-    assert not GetTasksResponse.FromString(await poll).tasks
+    assert not RawGetTasksResponse.FromString(await poll).tasks

@@ -48,6 +48,37 @@ BUGS = (
         tests=(SERVICE + "test_so_it_is_for_a_client_without_tokens",),
     ),
     Bug(
+        "a lease starts before the claim may be handed out",
+        "whoever is handed a claim has the whole lease to say that it lives",
+        "broker/dispatch/service.py",
+        old="        self.store.start_leases(_still_claimed(rows))\n",
+        new="",
+        tests=(WAITING + "test_a_lease_starts_when_the_claim_is_handed_out",),
+    ),
+    Bug(
+        "a claim is lost while it is being made durable",
+        "a claim that nobody was told of is no lost delivery",
+        "broker/dispatch/service.py",
+        old="        self.store.start_leases(rows, round(COVER_SECONDS_MAX * 1000))\n",
+        new="",
+        tests=(WAITING + "test_a_lease_starts_when_the_claim_is_handed_out",),
+    ),
+    Bug(
+        "the next task is claimed before the report is answered",
+        "what is handed out is held at that moment",
+        "broker/dispatch/service.py",
+        old="        await self._finish([self._settle_by_id(report)], [hash_id(report.id)])\n"
+        "        response = raw_pb2.RawSetTaskStatusResponse()\n"
+        "        # Not before: what is claimed is handed out at once.\n"
+        '        if report.HasField("fetch_next_task") and (rows := await self._claim_one(report.fetch_next_task)):\n',
+        new="        settled = self._settle_by_id(report)\n"
+        '        rows = await self._claim_one(report.fetch_next_task) if report.HasField("fetch_next_task") else []\n'
+        "        await self._finish([settled], [hash_id(report.id)])\n"
+        "        response = raw_pb2.RawSetTaskStatusResponse()\n"
+        "        if rows:\n",
+        tests=(SERVICE + "test_nothing_is_claimed_for_a_call_that_is_not_answered_yet",),
+    ),
+    Bug(
         "claim of an at-most-once task not in the ledger",
         "at most once, also after the loss of the disk",
         "broker/dispatch/service.py",
@@ -61,8 +92,8 @@ BUGS = (
         "what was claimed for a call that failed stays claimed",
         "what nobody received is handed out again",
         "broker/dispatch/service.py",
-        old="        except BaseException:\n            self.store.release(rows)\n            raise\n\n    async def _finish(",
-        new="        except BaseException:\n            raise\n\n    async def _finish(",
+        old="        except BaseException:\n            self.store.release(rows)\n",
+        new="        except BaseException:\n",
         tests=(SERVICE + "test_what_was_claimed_for_a_call_that_failed_goes_back",),
     ),
     Bug(

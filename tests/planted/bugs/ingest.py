@@ -653,6 +653,22 @@ BUGS = (
         new="                await asyncio.sleep(0)\n",
         tests=(BROKER + "test_ingest_drain.py::test_it_ends_when_the_ledger_says_what_has_left",),
     ),
+    Bug(
+        "what ends while a drain is recorded is not",
+        "a drained broker may go with its disk",
+        "broker/ingest/drain.py",
+        old="            if was_empty or not self._is_empty():\n",
+        new="            if True:\n",
+        tests=(DRAIN + "test_what_ends_while_the_ledger_is_told_is_told_to_it_too",),
+    ),
+    Bug(
+        "what ends after a drain is told as drained",
+        "a drained broker may go with its disk",
+        "broker/departures.py",
+        old="            report = draining.result()\n",
+        new="            report = self._ingest.drain_report()\n",
+        tests=(DRAIN + "test_what_ends_after_a_drain_is_not_recorded_until_the_next",),
+    ),
     # -- taking
     Bug(
         "a broker that stops commits what is revoked",

@@ -463,8 +463,8 @@ BUGS = (
         "a client without heartbeats gets a lease",
         "a taskbroker v1 client gets the deadline and the grace",
         "broker/store/inflight.py",
-        old="mono + (row.deadline_ms + limits.grace_ms if tokenless else limits.lease_ms)",
-        new="mono + limits.lease_ms",
+        old="start + (row.deadline_ms + grace_ms if row.tokenless else lease_ms)",
+        new="start + lease_ms",
         tests=(RULES + "test_a_client_without_heartbeats_has_until_the_deadline_and_the_grace",),
     ),
     Bug(
@@ -802,6 +802,14 @@ BUGS = (
         old="                memory.batch.count(row.pair, term)\n",
         new="",
         tests=(RULES + "test_what_expires_before_it_arrives_is_counted",),
+    ),
+    Bug(
+        "what was dropped while it was stored is still to leave",
+        "memory equals the rows",
+        "broker/store/memory.py",
+        old="        if seq in self.dropping:\n            return\n",
+        new="",
+        tests=(STORE + "test_a_task_may_be_dropped_in_the_middle_of_a_tick",),
     ),
     Bug(
         "dropped rows are not in the books",

@@ -15,6 +15,7 @@ import structlog
 
 from penstock_broker.dispatch.rpc import Method
 from penstock_broker.dispatch.service import Refused, parse
+from penstock_broker.ingest.drain import DrainReport
 from penstock_broker.ingest.ledger_adopt import AdoptedHere, AdoptError, AdoptReport
 from penstock_broker.ingest.parts import Ingest
 from penstock_protocol.v1 import admin_pb2 as pb
@@ -32,7 +33,7 @@ class Departures:
 
     def __init__(self, ingest: Ingest) -> None:
         self._ingest = ingest
-        self._draining: asyncio.Task[object] | None = None
+        self._draining: asyncio.Task[DrainReport] | None = None
         self._adopting: asyncio.Task[AdoptReport] | None = None
         self._adopted = ""
         # Of the last adoption, if it ended while nobody asked.
@@ -56,22 +57,24 @@ class Departures:
             self._draining = _start(self._ingest.drain(asked.grace_seconds), "drain")
         draining = self._draining
         await _wait(draining)
-        answer = pb.DrainResponse(phase="leaving the consumer group")
-        if (report := self._ingest.drain_report()) is not None:
-            answer = pb.DrainResponse(
-                finished=draining.done(),
-                phase=report.phase,
-                left=[pb.StateCount(state=state, tasks=tasks) for state, tasks in report.left.items()],
-                ended=report.ended,
-                handed_over=report.handed_over,
-                reasons=report.reasons,
-            )
-        if draining.done():
+        if not draining.done():
+            report = self._ingest.drain_report()
+        else:
             # Asked again, it goes on with what could not leave.
             if draining is self._draining:
                 self._draining = None
-            draining.result()
-        return answer.SerializeToString()
+            # As it ended: of what has left since, the ledger may not know.
+            report = draining.result()
+        if report is None:
+            return pb.DrainResponse(phase="leaving the consumer group").SerializeToString()
+        return pb.DrainResponse(
+            finished=report.finished,
+            phase=report.phase,
+            left=[pb.StateCount(state=state, tasks=tasks) for state, tasks in report.left.items()],
+            ended=report.ended,
+            handed_over=report.handed_over,
+            reasons=report.reasons,
+        ).SerializeToString()
 
     async def adopt(self, request: bytes) -> bytes:
         asked = parse(pb.AdoptRequest, request)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from penstock_broker.ingest.event_loop import EventLoop
 from penstock_broker.store.batch import Batch, Written
 
 _Tick = tuple["asyncio.Future[Written]", Callable[[Batch], Written], Batch]
@@ -20,14 +21,14 @@ class WriterThread:
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop = EventLoop()
         self._ticks: queue.SimpleQueue[_Tick | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
     def run(self, write: Callable[[Batch], Written], batch: Batch) -> asyncio.Future[Written]:
         """What ``write(batch)`` returns or raises."""
-        done: asyncio.Future[Written] = self._loop.create_future()
+        done: asyncio.Future[Written] = asyncio.get_running_loop().create_future()
         self._ticks.put((done, write, batch))
         return done
 
@@ -42,9 +43,9 @@ class WriterThread:
             try:
                 written = write(batch)
             except BaseException as error:  # noqa: BLE001 - whoever waits is told
-                self._loop.call_soon_threadsafe(_tell, done, done.set_exception, error)
+                self._loop.tell(_tell, done, done.set_exception, error)
             else:
-                self._loop.call_soon_threadsafe(_tell, done, done.set_result, written)
+                self._loop.tell(_tell, done, done.set_result, written)
 
 
 def _tell(done: asyncio.Future[Written], end: Callable[[Any], None], what: object) -> None:

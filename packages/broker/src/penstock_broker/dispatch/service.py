@@ -101,17 +101,10 @@ class Consumers:
 
     async def set_task_status(self, request: bytes) -> bytes:
         report = parse(consumer_pb2.SetTaskStatusRequest, request)
-        settled = self._settle_by_id(report)
-        rows: list[Activation] = []
-        if report.HasField("fetch_next_task"):
-            rows = await self._claim_one(report.fetch_next_task)
-        try:
-            await self._finish([settled], [hash_id(report.id)])
-        except BaseException:
-            self.store.release(rows)
-            raise
+        await self._finish([self._settle_by_id(report)], [hash_id(report.id)])
         response = raw_pb2.RawSetTaskStatusResponse()
-        if rows:
+        # Not before: what is claimed is handed out at once.
+        if report.HasField("fetch_next_task") and (rows := await self._claim_one(report.fetch_next_task)):
             response.task = _body(rows[0])
             rows[0].body = None
         return response.SerializeToString()
@@ -254,6 +247,7 @@ class Consumers:
 
     async def _durable(self, rows: Sequence[Activation]) -> None:
         """At-most-once claims are in the rows, and in the ledger, before they are handed out."""
+        self.store.start_leases(rows, round(COVER_SECONDS_MAX * 1000))
         try:
             async with asyncio.timeout(COVER_SECONDS_MAX):
                 from_log = any(row.at_most_once and row.source != NO_SOURCE for row in rows)
@@ -268,6 +262,7 @@ class Consumers:
         except BaseException:
             self.store.release(rows)
             raise
+        self.store.start_leases(_still_claimed(rows))
 
     async def _finish(
         self, settled: Sequence[Answer | Report], ids: Sequence[int]
@@ -328,7 +323,7 @@ def _bounded(*names: str) -> None:
         )
 
 
-def _still_claimed(rows: list[Activation]) -> list[Activation]:
+def _still_claimed(rows: Sequence[Activation]) -> list[Activation]:
     """Without those that were cancelled, became another broker's, or lost their lease, before they could be
     handed out."""
     return [row for row in rows if row.status is PROCESSING]

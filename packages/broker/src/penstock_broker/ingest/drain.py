@@ -77,7 +77,17 @@ class Drain:
             self._enter("handing over")
             while not self._is_empty() and await self._hand_over(until):
                 pass
-        # What was handed over must not be restored from the ledger, should the disk go with the broker.
+        while True:
+            was_empty = self._is_empty()
+            await self._record()
+            if was_empty or not self._is_empty():
+                break  # and not: the last one has ended since
+        self._finished = True
+        self._enter("drained" if self._is_empty() else "ended, with tasks left")
+        return self.report()
+
+    async def _record(self) -> None:
+        """What has left must not be restored from the ledger, should the disk go with the broker."""
         await self._store.committed()
         try:
             async with asyncio.timeout(RECORD_SECONDS_MAX):
@@ -85,9 +95,6 @@ class Drain:
             self._is_recorded = True
         except TimeoutError:
             self._is_recorded = False
-        self._finished = True
-        self._enter("drained" if self._is_empty() else "ended, with tasks left")
-        return self.report()
 
     def _enter(self, phase: str) -> None:
         self._phase = phase

@@ -363,8 +363,7 @@ class Inflight:
         tokenless: bool = False,
     ) -> list[Activation]:
         """Claim the next rows for a worker, but for what it gave back as unknown within the last minute.
-        Their lease starts now; a client without tokens has no heartbeat, so its lease ends after the
-        deadline and the grace.
+        Their lease starts now.
 
         A row whose ``at_most_once`` is set may be handed out once ``committed`` resolves. The caller
         drops the body of a row when it has been sent.
@@ -372,7 +371,7 @@ class Inflight:
         claimed: list[Activation] = []
         if not self.claiming or self.writer.trouble is not None:
             return claimed
-        memory, limits = self.memory, self.limits
+        memory = self.memory
         now, mono = self.clock.wall_ms(), self.clock.mono_ms()
         for look in self.before_claim:
             look(mono)
@@ -400,15 +399,25 @@ class Inflight:
                 row.tokenless = tokenless
                 row.worker = worker
                 row.started = 0
-                row.lease_until = mono + (row.deadline_ms + limits.grace_ms if tokenless else limits.lease_ms)
-                memory.leases.add(row)
                 memory.batch.claims.append(row.seq)
                 claimed.append(row)
         for row in reversed(passed):
             memory.index.put_back(memory.index.pairs[row.pair], row)
         if claimed:
+            self.start_leases(claimed)
             memory.work.set()
         return claimed
+
+    def start_leases(self, claimed: Iterable[Activation], wait_ms: int = 0) -> None:
+        """A lease starts when the claim is handed out: now, or within ``wait_ms``.
+
+        A client without tokens has no heartbeat: its lease ends after the deadline and the grace.
+        """
+        lease_ms, grace_ms, add = self.limits.lease_ms, self.limits.grace_ms, self.memory.leases.add
+        start = self.clock.mono_ms() + wait_ms
+        for row in claimed:
+            row.lease_until = start + (row.deadline_ms + grace_ms if row.tokenless else lease_ms)
+            add(row)
 
     def release(self, rows: Iterable[Activation]) -> None:
         """Claims that were not handed out after all go back."""
@@ -425,6 +434,7 @@ class Inflight:
             if row is not None and row.status is PROCESSING and (row.seq, row.claim) in claims:
                 row.body = loaded.body
                 rows.append(row)
+        self.start_leases(rows)
         return rows
 
     # -- settle

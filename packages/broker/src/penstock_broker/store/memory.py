@@ -293,6 +293,8 @@ class Memory:
 
     def _depart(self, seq: int, size: int, reason: str | None, source_id: int, offset: int) -> None:
         """It does when it is covered: until then another broker may read it, too, and send it."""
+        if seq in self.dropping:
+            return
         self.forwarding.add(seq)
         way_out = Exit(seq, size, route_of(reason))
         if source_id == NO_SOURCE or self.partitions[source_id].is_covered(offset):
