@@ -315,11 +315,11 @@ class Oracle:
         have run, elsewhere. It starts nothing again that must not, but what was sent to it over gRPC."""
         if machine.astray:
             self.counts["handed out by one astray"] += 1
-            task.at_most_once = task.at_most_once and not task.sent_to
+            task.elsewhere |= bool(task.sent_to)
         return machine.astray
 
     def _check_at_most_once(self, machine: BrokerMachine, task: Task) -> None:
-        if task.at_most_once and task.unreleased and not self._is_copy(task):
+        if task.at_most_once and task.unreleased and not (task.elsewhere or self._is_copy(task)):
             self.fail("at most once", f"{task.id} was handed out by {machine.name} once more")
 
     def _is_copy(self, task: Task) -> bool:
@@ -410,7 +410,7 @@ class Oracle:
     def _started(self, task: Task, worker: str) -> None:
         task.starts += 1
         self.counts["started"] += 1
-        if task.at_most_once and task.starts > 1 and not self._is_copy(task):
+        if task.at_most_once and task.starts > 1 and not (task.elsewhere or self._is_copy(task)):
             self.fail("at most once", f"{task.id} was started again, by {worker}")
 
     def _on_answered(self, machine: BrokerMachine, claim: Claim, status: int, answer: int) -> None:

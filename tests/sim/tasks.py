@@ -69,6 +69,8 @@ class Task:
     sent_to: str = ""
     # How often it has reached one.
     sends: int = 0
+    # Sent to a broker, and handed out by one astray: what must not start twice may have started elsewhere.
+    elsewhere: bool = False
     claims: dict[bytes, Claim] = field(default_factory=dict)
     # Hand-outs that were not given back.
     unreleased: int = 0
