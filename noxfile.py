@@ -69,7 +69,16 @@ def show_pyenv_interpreters() -> None:
         os.environ["PYENV_VERSION"] = ":".join(found)
 
 
+def python_of_distribution() -> str:
+    """For figures: a Python as distributions and images build it, profile-guided, where there is one. One
+    that pyenv has built is not, and takes 1.1 to 1.2 times the CPU."""
+    found = (shutil.which(f"python{version}", path="/usr/bin") for version in SUPPORTED)
+    return next(filter(None, found), sys.executable)
+
+
 show_pyenv_interpreters()
+# Else every process that a test starts parses all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def install_locked(session: nox.Session, lock: str) -> None:
@@ -228,13 +237,14 @@ def matrix(session: nox.Session) -> None:
     session.run("tox", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(default=False, python=python_of_distribution())
 def bench(session: nox.Session) -> None:
     """Measure; judges nothing, makes docs/performance.md anew. Short; `-- P3` measures one claim in full."""
+    session.env["UV_COMPILE_BYTECODE"] = "1"  # as pip does
     install_everything(session)
     install_locked(session, "bench")
-    for name in RIVALS:
-        apart(session, name)
+    for name in ("client", *RIVALS):
+        apart(session, name, str(session.python))
     missing = [] if shutil.which("redis-server") else ["redis-server"]
     if shutil.which("go") or Path("/usr/local/go/bin/go").exists():
         found = shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
@@ -270,12 +280,12 @@ def lock(session: nox.Session) -> None:
     write_locks(session, ROOT / "requirements", *session.posargs)
 
 
-def apart(session: nox.Session, lock: str) -> str:
+def apart(session: nox.Session, lock: str, base: str = sys.executable) -> str:
     """An interpreter with what one lock names, apart from the rest (see pyproject.toml)."""
     home = ROOT / ".nox" / lock
     python = str(home / "bin" / "python")
     if not home.exists():
-        session.run(*UV, "venv", "--quiet", "--python", sys.executable, str(home), external=True)
+        session.run(*UV, "venv", "--quiet", "--python", base, str(home), external=True)
     pip = (*UV, "pip", "install", "--quiet", "--python", python)
     session.run(*pip, "--require-hashes", "-r", f"requirements/{lock}.txt", external=True)
     return python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 
 from benchmarks import page
@@ -20,6 +21,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="short, although some are named")
     parser.add_argument("--repeat", type=int, help="runs of each case")
     options = parser.parse_args()
+    # As it is where they are used: nothing that was imported before is parsed again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     wanted = [name.upper() for name in options.claims] or list(page.NAMES)
     if unknown := [name for name in wanted if name not in page.NAMES]:
         parser.error(f"{', '.join(unknown)}: there are {page.NAMES[0]} to {page.NAMES[-1]}")

@@ -198,7 +198,7 @@ def machine() -> dict[str, str]:
         "memory_gib": str(round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)),
         "system": platform.platform(),
         "load_average": f"{os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
+        "python": f"{platform.python_version()} ({Path(sys.executable).resolve()})",
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else ""),
         **{name: version(name) for name in VERSIONS},
     }

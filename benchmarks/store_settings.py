@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import time
 import uuid
-from array import array
 from collections import deque
 from pathlib import Path
 
@@ -71,10 +70,9 @@ def run(pragmas: dict[str, object], checkpoint: int | str, ticks: int) -> tuple[
             seq += ROWS
             if tick >= 0:
                 begun = begun or time.perf_counter()
-                done = array("q", (waiting.popleft() for _ in range(ROWS)))
-                batch.claims = array("q", list(waiting)[:ROWS])
-                batch.gone = done
-                batch.finished = array("q", (n for s in done for n in (s, 1)))
+                batch.gone = [waiting.popleft() for _ in range(ROWS)]
+                batch.claims = list(waiting)[:ROWS]
+                batch.finished = [n for s in batch.gone for n in (s, 1)]
             database.write(batch)
         seconds = time.perf_counter() - begun
         path = folder / "store.sqlite-wal"

@@ -86,7 +86,7 @@ def answer_before_commit(patch: pytest.MonkeyPatch) -> None:
 
 
 def answer_before_cover(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Partitions, "is_held", lambda self, id_hash: False)
+    patch.setattr(Partitions, "all_held", lambda self, ids: [])
 
 
 def token_not_checked(patch: pytest.MonkeyPatch) -> None:

@@ -119,12 +119,13 @@ class Adopts:
             raise end
         return end
 
-    async def drain(self, grace_seconds: float) -> None:
+    async def drain(self, grace_seconds: float) -> DrainReport:
         self.drains = True
         await self.goes_on.wait()
+        return DrainReport(True, "", {}, 0, 0)
 
     def drain_report(self) -> DrainReport | None:
-        return DrainReport(True, "", {}, 0, 0) if self.drains else None
+        return DrainReport(False, "", {}, 0, 0) if self.drains else None
 
 
 async def asked(departures: Departures, broker_id: str = "gone") -> pb.AdoptResponse:

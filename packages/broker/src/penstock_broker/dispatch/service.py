@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import grpc
@@ -192,7 +192,7 @@ class Consumers:
         settled: list[Answer | Report] = []
         ids: list[int] = []
         # A call that is refused has settled nothing.
-        events = [_event(outcome.status) for outcome in reports.outcomes]
+        events = _events(reports.outcomes)
         for outcome, event in zip(reports.outcomes, events, strict=True):
             token = decode_token(outcome.claim_token)
             if token is None:
@@ -270,8 +270,7 @@ class Consumers:
         """Answers, once they are durable and no other broker can run again what they acknowledge."""
         await self.store.answerable(self.store.committed())
         answers = [s.answer if isinstance(s, Report) else s for s in settled]
-        held = [i for i, id_hash in enumerate(ids) if self.store.is_held(id_hash)]
-        if held:
+        if held := self.store.all_held(ids):
             try:
                 async with asyncio.timeout(COVER_SECONDS_MAX):
                     for i in held:
@@ -283,8 +282,9 @@ class Consumers:
                     "the outcome is stored, but Kafka has not acknowledged the offset it depends on:"
                     " repeat the call",
                 ) from None
+        counts = self.store.memory.tally.answers
         for answer in answers:
-            self.store.memory.tally.answers[answer] += 1
+            counts[answer] += 1
         return [_ANSWERS[answer] for answer in answers]
 
 
@@ -345,11 +345,12 @@ def _wanted(asked: consumer_pb2.GetTaskRequest | consumer_pb2.FetchNextTask) -> 
     )
 
 
-def _event(status: consumer_pb2.TaskOutcomeStatus) -> Event:
-    event = _EVENTS.get(status)
-    if event is None:
-        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"status {status} is no outcome")
-    return event
+def _events(outcomes: Iterable[consumer_pb2.TaskOutcome]) -> list[Event]:
+    statuses = [outcome.status for outcome in outcomes]
+    try:
+        return [_EVENTS[status] for status in statuses]
+    except KeyError as unknown:
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"status {unknown} is no outcome") from None
 
 
 def _v1_event(report: consumer_pb2.SetTaskStatusRequest) -> Event:

@@ -51,6 +51,9 @@ class Event(StrEnum):
     REFUSED = "refused"
 
 
+COMPLETE = Event.COMPLETE
+
+
 class Transition(NamedTuple):
     """Where an event may lead, and why in one sentence."""
 
@@ -203,12 +206,16 @@ def _keep(  # noqa: PLR0913 - one for each field that may change
     )
 
 
+# Once for each task, so without _keep and its keywords.
 def _claim(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, PROCESSING, row.ready_at)
+    return Change(
+        PROCESSING, row.ready_at, row.claim, row.attempts, row.lost, row.given_back_at, row.reason, ""
+    )
 
 
 def _done(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _keep(row, GONE, row.ready_at, term="done" if event is Event.COMPLETE else "done:ignored")
+    term = "done" if event is COMPLETE else "done:ignored"
+    return Change(GONE, row.ready_at, row.claim, row.attempts, row.lost, row.given_back_at, row.reason, term)
 
 
 def _give_up(

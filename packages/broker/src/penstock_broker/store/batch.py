@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -140,15 +139,16 @@ class Batch:
     """One tick's work. Claims and outcomes are never refused; rows are limited by the writer."""
 
     rows: list[Activation] = field(default_factory=list)
-    claims: array[int] = field(default_factory=lambda: array("q"))
+    claims: list[int] = field(default_factory=list)
     # Claims that a restart had forgotten, under their epoch: (seq, epoch).
     reclaims: list[tuple[int, int]] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
-    gone: array[int] = field(default_factory=lambda: array("q"))
+    gone: list[int] = field(default_factory=list)
     # Those of ``gone`` whose body has a row of its own.
-    gone_payloads: array[int] = field(default_factory=lambda: array("q"))
-    # (id hash, packed claim and outcome) of those of ``gone`` that may be asked about again.
-    finished: array[int] = field(default_factory=lambda: array("q"))
+    gone_payloads: list[int] = field(default_factory=list)
+    # Of those of ``gone`` that may be asked about again, one after the other: id hash, packed claim and
+    # outcome.
+    finished: list[int] = field(default_factory=list)
     # Wall clock of the tick. Rows that are new take this place in the order of hand-out; rows
     # that come back take the place after it, so that nothing ever enters before what memory holds.
     stamp: int = 0

@@ -471,7 +471,7 @@ class Database:
         if batch.rows:
             self._insert(batch.rows)
         if batch.finished:
-            c.execute("INSERT INTO finished VALUES (?, ?)", (batch.stamp, batch.finished.tobytes()))
+            c.execute("INSERT INTO finished VALUES (?, ?)", (batch.stamp, array("q", batch.finished)))
         for call in batch.calls:
             call(self)
         if batch.books:
@@ -490,7 +490,7 @@ class Database:
             self.connection.execute(
                 "UPDATE activation SET status = 3, wake_at = NULL, spilled = 0, claim_epoch = ?"
                 " WHERE status = 1 AND seq IN carray(?)",
-                (self.epoch, apsw.carray(batch.claims)),
+                (self.epoch, apsw.carray(array("q", batch.claims))),
             )
         if batch.reclaims:
             self.connection.executemany(
@@ -508,11 +508,11 @@ class Database:
                 payloads.append((row.seq, body))
                 body = None
             values += (
-                row.seq, int(row.status), row.pair, row.ready_at,
+                row.seq, row.status, row.pair, row.ready_at,
                 wake_at(row.status, row.ready_at, row.expires_at), row.spilled, row.attempts, row.lost,
                 row.given_back_at,
                 row.reason, row.error, row.source, row.offset, row.received_at, row.expires_at,
-                row.deadline_ms, row.max_attempts, int(row.on_exceeded), int(row.at_most_once),
+                row.deadline_ms, row.max_attempts, row.on_exceeded, row.at_most_once,
                 row.retry_delay_ms, row.id, row.taskname, row.content, checksum(row), row.size, body,
             )  # fmt: skip
         self._in_chunks(values, _INSERT_WIDTH, _INSERT_SQL)
@@ -531,11 +531,11 @@ class Database:
                 at += chunk * width
                 rows -= chunk
 
-    def delete(self, gone: array[int], payloads: array[int]) -> None:
-        if gone:
-            self.connection.execute("DELETE FROM activation WHERE seq IN carray(?)", (apsw.carray(gone),))
-        if payloads:
-            self.connection.execute("DELETE FROM payload WHERE seq IN carray(?)", (apsw.carray(payloads),))
+    def delete(self, gone: Sequence[int], payloads: Sequence[int]) -> None:
+        for table, seqs in (("activation", gone), ("payload", payloads)):
+            if seqs:
+                sql = f"DELETE FROM {table} WHERE seq IN carray(?)"
+                self.connection.execute(sql, (apsw.carray(array("q", seqs)),))
 
     def _settle_cold(self, report: Report, batch: Batch) -> None:
         """Apply an event to a row that memory does not hold, by the same law as to one that it does."""
@@ -558,8 +558,7 @@ class Database:
             return
         report.row, report.change, report.answer = row, change, Answer.APPLIED
         if change.status is Status.GONE:
-            gone = array("q", (row.seq,))
-            self.delete(gone, gone)
+            self.delete([row.seq], [row.seq])
             batch.finished.extend((hash_id(row.id), last_of(row, outcome)))
             if row.source != NO_SOURCE:  # whether it is covered, memory knows
                 batch.finished.extend((hash_id(row.id), position(row.source, row.offset)))

@@ -25,11 +25,8 @@ def pack(epoch: int, claim: int, outcome: int, content: int) -> int:
     The epoch belongs to it: a claim that a restart forgot, and the one that was made anew, have the
     same number.
     """
-    return _report(epoch, claim, outcome) << CONTENT_BITS | content
-
-
-def _report(epoch: int, claim: int, outcome: int) -> int:
-    return ((epoch & _EPOCH_MASK) << 12 | claim & _CLAIM_MASK) << _OUTCOME_BITS | outcome
+    report = ((epoch & _EPOCH_MASK) << 12 | claim & _CLAIM_MASK) << _OUTCOME_BITS | outcome
+    return report << CONTENT_BITS | content
 
 
 def outcome_of(value: int) -> int:
@@ -53,7 +50,7 @@ def is_elsewhere(value: int) -> bool:
 
 def is_report(value: int, epoch: int, claim: int, outcome: int) -> bool:
     """Whether a packed value remembers this outcome of this claim."""
-    return value >> CONTENT_BITS == _report(epoch, claim, outcome)
+    return value >> CONTENT_BITS == pack(epoch, claim, outcome, 0) >> CONTENT_BITS
 
 
 def place(source: int, offset: int) -> int:
@@ -96,6 +93,7 @@ class Finished:
     def __init__(self, window_ms: int, ids_max: int) -> None:
         self.window_ms = window_ms
         self._bucket_ids_max = max(1, ids_max // BUCKETS)
+        self._bucket_ms = window_ms // BUCKETS
         # (wall clock of the first entry, id hash -> packed claim and outcome), newest first
         self._buckets: deque[tuple[int, dict[int, int]]] = deque()
 
@@ -144,7 +142,7 @@ class Finished:
     def _bucket(self, now: int) -> dict[int, int]:
         if self._buckets:
             since, entries = self._buckets[0]
-            if now - since < self.window_ms // BUCKETS and len(entries) < self._bucket_ids_max:
+            if now - since < self._bucket_ms and len(entries) < self._bucket_ids_max:
                 return entries
         self._buckets.appendleft((now, {}))
         return self._buckets[0][1]

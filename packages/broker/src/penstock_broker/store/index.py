@@ -195,10 +195,13 @@ class ReadyIndex:
         if not row.reserved:
             return
         row.reserved = False
-        self.rows -= 1
-        self.bytes -= row.size
-        queue.rows -= 1
-        queue.bytes -= row.size
+        self._give_room(queue, 1, row.size)
+
+    def _give_room(self, queue: PairQueue, rows: int, size: int) -> None:
+        self.rows -= rows
+        self.bytes -= size
+        queue.rows -= rows
+        queue.bytes -= size
 
     def void(self, queue: PairQueue, row: Activation) -> None:
         """A row that waits was settled, expired or dropped. Its place stays until its turn, or until such
@@ -287,12 +290,14 @@ class ReadyIndex:
                 turns.popleft()
 
     def _pop(self, queue: PairQueue, rows: int, taken: list[Activation]) -> None:
-        ready = queue.ready
-        while ready and rows and self._bytes_left > 0:
+        ready, before, size = queue.ready, len(taken), 0
+        while ready and rows and size < self._bytes_left:
             row = ready.popleft()
             # What left while it waited is void.
             if row.reserved:
-                self.unreserve(queue, row)
+                row.reserved = False
                 taken.append(row)
                 rows -= 1
-                self._bytes_left -= row.size
+                size += row.size
+        self._bytes_left -= size
+        self._give_room(queue, len(taken) - before, size)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from array import array
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -413,11 +412,16 @@ class Inflight:
 
         A client without tokens has no heartbeat: its lease ends after the deadline and the grace.
         """
-        lease_ms, grace_ms, add = self.limits.lease_ms, self.limits.grace_ms, self.memory.leases.add
-        start = self.clock.mono_ms() + wait_ms
+        leases, start = self.memory.leases, self.clock.mono_ms() + wait_ms
+        until = start + self.limits.lease_ms
+        due = leases.due(until)
         for row in claimed:
-            row.lease_until = start + (row.deadline_ms + grace_ms if row.tokenless else lease_ms)
-            add(row)
+            if not row.tokenless:
+                row.lease_until = until
+                due.append(row.seq)
+            else:
+                row.lease_until = start + row.deadline_ms + self.limits.grace_ms
+                leases.add(row)
 
     def release(self, rows: Iterable[Activation]) -> None:
         """Claims that were not handed out after all go back."""
@@ -543,6 +547,10 @@ class Inflight:
     def is_held(self, id_hash: int) -> bool:
         """Whether an answer on this id would have to wait for cover."""
         return self.memory.partitions.is_held(id_hash)
+
+    def all_held(self, ids: Sequence[int]) -> list[int]:
+        """Which of these ids, by their place, are held."""
+        return self.memory.partitions.all_held(ids)
 
     # -- leases
 
@@ -691,7 +699,7 @@ class Inflight:
         memory.batch.left += [place(source.id, at) for at, _, _ in source.uncovered if at >= boundary]
         dropped = memory.partitions.drop(source, boundary)
         self._write(source)
-        seqs = array("q")
+        seqs: list[int] = []
         for seq, id_hash in dropped:
             if memory.is_live(id_hash, seq):
                 del memory.live[id_hash]

@@ -24,12 +24,17 @@ class Leases:
         self._order: list[int] = []
 
     def add(self, row: Activation) -> None:
-        key = row.lease_until // BUCKET_MS + 1
+        """A claim, with its lease."""
+        self.due(row.lease_until).append(row.seq)
+
+    def due(self, lease_until: int) -> array[int]:
+        """The bucket for claims, by their seq, whose lease ends then."""
+        key = lease_until // BUCKET_MS + 1
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = array("q")
             heapq.heappush(self._order, key)
-        bucket.append(row.seq)
+        return bucket
 
     def held(self) -> Iterator[Activation]:
         """Every claim."""

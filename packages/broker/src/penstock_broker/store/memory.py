@@ -199,7 +199,7 @@ class Memory:
         """
         change = decide(row, event, now, self.limits.lifecycle, retry_delay_ms)
         batch = self.batch
-        self._account(row, change, outcome)
+        held = self._account(row, change, outcome)
         if change.status is GONE:
             batch.gone.append(row.seq)
             if row.size > INLINE_BODY_BYTES_MAX:
@@ -208,7 +208,7 @@ class Memory:
             batch.finished.extend((row.id_hash, last))
             if row.source != NO_SOURCE:
                 batch.left.append(row.source << OFFSET_BITS | row.offset)
-                if self.partitions.is_held(row.id_hash):
+                if held:
                     batch.finished.extend((row.id_hash, position(row.source, row.offset)))
             batch.count(row.pair, change.term)
             self._left(row, last, now)
@@ -249,11 +249,12 @@ class Memory:
             if row.source != NO_SOURCE:
                 self.unfinished.kept([(at, state_after(row, change))])
 
-    def _account(self, row: Activation, change: Change, outcome: int) -> None:
+    def _account(self, row: Activation, change: Change, outcome: int) -> bool:
+        """Whether it is not covered yet."""
         self.tally.outcomes[outcome] += 1
         self.tally.lost += change.lost - row.lost
         self._count(row, change)
-        self.partitions.hold(row)
+        return self.partitions.hold(row)
 
     def _count(self, row: Activation, change: Change) -> None:
         counts = self.counts[row.pair]

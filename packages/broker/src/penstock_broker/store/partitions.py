@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -103,13 +103,15 @@ class Partitions:
             self._dropped.pop(row.id_hash, None)
         source = self._sources[row.source]
         # One that is restored was covered before.
-        if not source.is_covered(row.offset):
+        if row.offset >= source.covered:
             source.uncovered.append((row.offset, row.seq, row.id_hash))
 
-    def hold(self, row: Activation) -> None:
-        """A row was reported on: until it is covered, answers wait."""
-        if row.source != NO_SOURCE and not (source := self._sources[row.source]).is_covered(row.offset):
-            self._held[row.id_hash] = source, row.offset
+    def hold(self, row: Activation) -> bool:
+        """A row was reported on: until it is covered, answers wait. Whether they do."""
+        if row.source == NO_SOURCE or row.offset < (source := self._sources[row.source]).covered:
+            return False
+        self._held[row.id_hash] = source, row.offset
+        return True
 
     def restore(self, source: Source, offset: int, seq: int, id_hash: int) -> None:
         """At the start: a row that was not covered. Whether it was reported on, and what the log knows of
@@ -119,7 +121,13 @@ class Partitions:
         self._held[id_hash] = source, offset
 
     def is_held(self, id_hash: int) -> bool:
+        """Whether answers on it wait, or it is another broker's."""
         return id_hash in self._held or id_hash in self._dropped
+
+    def all_held(self, ids: Sequence[int]) -> list[int]:
+        """Which of these id hashes, by their place, are held."""
+        held, dropped = self._held, self._dropped
+        return [at for at, id_hash in enumerate(ids) if id_hash in held or id_hash in dropped]
 
     async def covered(self, id_hash: int) -> bool:
         """Wait until no other broker could run again what was reported on. False: one does."""
@@ -139,7 +147,7 @@ class Partitions:
         if row.at_most_once and self.unrecorded:
             return False
         source = self._sources[row.source]
-        return source.is_covered(row.offset) or not (source.disputed or row.at_most_once)
+        return row.offset < source.covered or not (source.disputed or row.at_most_once)
 
     def hold_start(self, row: Activation) -> None:
         """A row waits, outside the order, until it may start."""
