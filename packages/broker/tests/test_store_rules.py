@@ -11,12 +11,13 @@ import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
-from penstock_broker.domain.lifecycle import Event
+from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store import database, inflight
 from penstock_broker.store.batch import Answer, Batch, Report, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.leases import BUCKET_MS
 from penstock_broker.store.limits import StoreLimits
 
 BYTES = 1 << 22
@@ -325,6 +326,32 @@ async def test_a_dead_letter_of_what_expired_tells_how_it_failed_before(
     store.outbox.forwarded([letter])
     assert await settled(store, token, Event.RETRY) is Answer.DUPLICATE
     assert await settled(store, token, Event.COMPLETE) is Answer.STALE
+
+
+async def test_a_report_on_what_left_is_no_repetition_of_one_on_what_came_back(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Both rows have one id, and each its claims from the first."""
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(lifecycle=Limits(retry_topic=True)))
+    tokens = []
+    for sent_on in (0, 77):
+        row = activation("a", clock, max_attempts=3)
+        row.sent_on = sent_on
+        await insert(store, row)
+        if not sent_on:
+            tokens.append(token_of(store, claim(store)[0]))
+            clock.advance(store.limits.lease_ms + BUCKET_MS)
+            store.lapse(clock.mono_ms())
+            await settle_down(store)
+        tokens.append(token_of(store, claim(store)[0]))
+        assert await settled(store, tokens[-1], Event.RETRY) is Answer.APPLIED
+        store.outbox.forwarded(await take_outbox(store, Route.RETRY))
+        await settle_down(store)
+    lost, first, second = tokens
+    assert (lost.claim, first.claim, second.claim) == (0, 1, 0)
+    assert await settled(store, lost, Event.RETRY) is Answer.STALE
+    assert await settled(store, second, Event.RETRY) is Answer.DUPLICATE
+    store.database.close()
 
 
 # -- leases

@@ -156,8 +156,8 @@ BUGS = (
         "a back-off of any length",
         "no bytes of a call end the broker",
         "broker/dispatch/service.py",
-        old="min(outcome.retry_delay_ms, DELAY_MS_MAX)",
-        new="min(outcome.retry_delay_ms, 2 * DELAY_MS_MAX)",
+        old="    return min(milliseconds, DELAY_MS_MAX)\n",
+        new="    return min(milliseconds, 2 * DELAY_MS_MAX)\n",
         tests=(SERVICE + "test_a_back_off_is_ten_years_at_most",),
     ),
     Bug(
@@ -222,8 +222,8 @@ BUGS = (
         "a back-off in seconds is taken for milliseconds",
         "no retry before its back-off is over",
         "broker/dispatch/service.py",
-        old="return min(value * 1000, DELAY_MS_MAX)",
-        new="return min(value, DELAY_MS_MAX)",
+        old="_delay(1000 * report.delay_on_retry)",
+        new="_delay(report.delay_on_retry)",
         tests=(SERVICE + "test_a_client_without_tokens_says_how_a_task_is_tried_again",),
     ),
     Bug(
@@ -246,8 +246,8 @@ BUGS = (
         "who does not say how long a retry waits says at once",
         "no retry before its back-off is over",
         "broker/dispatch/service.py",
-        old='delay = min(outcome.retry_delay_ms, DELAY_MS_MAX) if outcome.HasField("retry_delay_ms") else None',
-        new="delay = min(outcome.retry_delay_ms, DELAY_MS_MAX)",
+        old='_delay(outcome.retry_delay_ms) if outcome.HasField("retry_delay_ms") else None',
+        new="_delay(outcome.retry_delay_ms)",
         tests=(SERVICE + "test_a_task_says_how_long_a_retry_waits_unless_its_worker_does",),
     ),
     Bug(

@@ -18,7 +18,7 @@ from penstock_broker.domain.activation import (
     Activation,
     hash_id,
 )
-from penstock_broker.domain.lifecycle import Event
+from penstock_broker.domain.lifecycle import COMPLETE, Event
 from penstock_broker.domain.token import decode_token, encode_parts
 from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.inflight import Inflight
@@ -123,7 +123,9 @@ class Consumers:
             _v1_event(report),
             self.store.clock.wall_ms(),
             max_attempts=report.max_attempts if report.HasField("max_attempts") else None,
-            retry_delay_ms=_seconds(report.delay_on_retry) if report.HasField("delay_on_retry") else None,
+            retry_delay_ms=(
+                _delay(1000 * report.delay_on_retry) if report.HasField("delay_on_retry") else None
+            ),
         )
 
     # -- penstock.v1: batches with claim tokens
@@ -199,8 +201,10 @@ class Consumers:
                 settled.append(Answer.UNKNOWN)
                 ids.append(0)
                 continue
-            delay = min(outcome.retry_delay_ms, DELAY_MS_MAX) if outcome.HasField("retry_delay_ms") else None
-            error = _error(outcome.error) if outcome.HasField("error") else None
+            delay = error = None
+            if event is not COMPLETE:
+                delay = _delay(outcome.retry_delay_ms) if outcome.HasField("retry_delay_ms") else None
+                error = _error(outcome.error) if outcome.HasField("error") else None
             settled.append(settle(token, event, now, delay, error))
             ids.append(token.id_hash)
         answers = await self._finish(settled, ids)
@@ -363,9 +367,9 @@ def _v1_event(report: consumer_pb2.SetTaskStatusRequest) -> Event:
     return event
 
 
-def _seconds(value: int) -> int:
-    """Milliseconds, bounded."""
-    return min(value * 1000, DELAY_MS_MAX)
+def _delay(milliseconds: int) -> int:
+    """Bounded."""
+    return min(milliseconds, DELAY_MS_MAX)
 
 
 def _error(summary: consumer_pb2.ErrorSummary) -> str:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from penstock_broker.domain.activation import CONTENT_BITS, Activation
+from penstock_broker.domain.token import ClaimToken
 
 BUCKETS = 8
 
@@ -15,17 +16,18 @@ BUCKETS = 8
 OFFSET_BITS = 40
 _OUTCOME_BITS = 4
 _CLAIM_MASK = (1 << 12) - 1
-_EPOCH_MASK = (1 << 20) - 1
+_MADE_MASK = (1 << 20) - 1
 
 
-def pack(epoch: int, claim: int, outcome: int, content: int) -> int:
-    """What is remembered of an activation, in one integer that is not negative: a claim, by its epoch and
-    number, the number of its outcome, and the activation's content.
+def pack(epoch: int, seq: int, claim: int, outcome: int, content: int) -> int:
+    """What is remembered of an activation, in one integer that is not negative: a claim, by its epoch, row
+    and number, the number of its outcome, and the activation's content.
 
-    The epoch belongs to it: a claim that a restart forgot, and the one that was made anew, have the
-    same number.
+    Epoch and row belong to it: a claim that a restart forgot, and the one that was made anew, have the same
+    number, and so have the first claims of a row that left and of the one that came back from the log.
     """
-    report = ((epoch & _EPOCH_MASK) << 12 | claim & _CLAIM_MASK) << _OUTCOME_BITS | outcome
+    made = epoch * 40_503 + seq & _MADE_MASK
+    report = (made << 12 | claim & _CLAIM_MASK) << _OUTCOME_BITS | outcome
     return report << CONTENT_BITS | content
 
 
@@ -40,7 +42,7 @@ _ELSEWHERE = (1 << _OUTCOME_BITS) - 1
 
 def taken_elsewhere(content: int) -> int:
     """What is remembered of an activation that another broker has taken."""
-    return pack(0, 0, _ELSEWHERE, content)
+    return pack(0, 0, 0, _ELSEWHERE, content)
 
 
 def is_elsewhere(value: int) -> bool:
@@ -48,9 +50,10 @@ def is_elsewhere(value: int) -> bool:
     return outcome_of(value) == _ELSEWHERE
 
 
-def is_report(value: int, epoch: int, claim: int, outcome: int) -> bool:
-    """Whether a packed value remembers this outcome of this claim."""
-    return value >> CONTENT_BITS == pack(epoch, claim, outcome, 0) >> CONTENT_BITS
+def is_report(value: int, token: ClaimToken, outcome: int) -> bool:
+    """Whether a packed value remembers this outcome of the claim."""
+    report = pack(token.epoch, token.seq, token.claim, outcome, 0)
+    return value >> CONTENT_BITS == report >> CONTENT_BITS
 
 
 def place(source: int, offset: int) -> int:
@@ -80,8 +83,8 @@ def last_of(row: Activation, outcome: int) -> int:
     Without an outcome (time, or the log, made it leave) those of the claim before.
     """
     if outcome:
-        return pack(row.claim_epoch, row.claim, outcome, row.content)
-    return pack(row.claim_epoch, max(0, row.claim - 1), row.last_outcome, row.content)
+        return pack(row.claim_epoch, row.seq, row.claim, outcome, row.content)
+    return pack(row.claim_epoch, row.seq, max(0, row.claim - 1), row.last_outcome, row.content)
 
 
 class Finished:

@@ -498,7 +498,7 @@ class Inflight:
                 )
             )
         last = self.memory.finished.get(token.id_hash)
-        repeated = last is not None and is_report(last, token.epoch, token.claim, outcome)
+        repeated = last is not None and is_report(last, token, outcome)
         return Answer.DUPLICATE if repeated else Answer.STALE
 
     def settle_by_id(

@@ -269,8 +269,9 @@ class Memory:
             self.held_bytes[row.pair] -= row.size
 
     def _left(self, row: Activation, last: int, now: int) -> None:
-        if self.is_live(row.id_hash, row.seq):
-            del self.live[row.id_hash]
+        entry = self.live.pop(row.id_hash, -1)
+        if entry >> CONTENT_BITS not in (-1, row.seq):
+            self.live[row.id_hash] = entry  # of the one that has come back from the log
         self.finished.add(now, row.id_hash, last)
         self.rows -= 1
         self.bytes -= row.size
@@ -396,7 +397,7 @@ class Memory:
         for row in rows:
             row.id_hash = hash_id(row.id)
             # What was dropped while the page was read is counted there.
-            if self.is_live(row.id_hash, row.seq):
+            if row.seq not in self.dropping:
                 self.index.page_in(queue, row)
                 self.enter(row)
         if queue.spilled:
@@ -405,8 +406,8 @@ class Memory:
     def enter(self, row: Activation) -> None:
         """A stored row whose room is reserved takes its place in the order."""
         queue = self.index.pairs[row.pair]
-        if not self.is_live(row.id_hash, row.seq):
-            # Dropped while it was stored: until its row is gone it is one that memory does not hold.
+        if row.seq in self.dropping:
+            # While it was stored: until its row is gone it is one that memory does not hold.
             self.index.unreserve(queue, row)
             queue.spilled += 1
             return
