@@ -14,7 +14,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 
 help:
 	@echo "make demo   a broker, workers and a producer, at work before your eyes (needs Python 3.11 or newer)"
-	@echo "make test   everything that CI checks; about 8 minutes on two cores"
+	@echo "make test   everything that CI checks; about 20 minutes on two cores"
 	@echo "also: setup, style, format, unit, integration-test, kafka"
 
 demo: .venv/.runtime

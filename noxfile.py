@@ -184,7 +184,9 @@ def docs(session: nox.Session) -> None:
 def unit(session: nox.Session) -> None:
     """Unit tests of all packages: seconds, no network beyond loopback."""
     install_everything(session)
-    session.run("pytest", *(session.posargs or ["--numprocesses=2", "packages", "tests/repository"]))
+    # Most of them wait most of the time.
+    spread = ["--numprocesses=4", "--dist=worksteal"]
+    session.run("pytest", *(session.posargs or [*spread, "packages", "tests/repository"]))
 
 
 @nox.session
