@@ -83,7 +83,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure should be. With ``of`` it is a ratio to the same figure of that case, in the same run."""
+    """What a figure should be. With ``of`` it is a ratio to the same figure of that case, in the same run.
+
+    ``why``: what was measured of why it is missed, shown while it is.
+    """
 
     text: str
     case: str
@@ -91,6 +94,7 @@ class Target:
     at_least: float | None = None
     at_most: float | None = None
     of: str | None = None
+    why: str = ""
 
     def value(self, cases: Mapping[str, Any]) -> float | None:
         """None when a case was not measured."""

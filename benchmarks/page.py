@@ -51,9 +51,10 @@ It needs Java 17 and Maven (Kafka is downloaded once), and for P3 and P12 `redis
 `apt-get install redis-server`; elsewhere Redis 7 with `/etc/redis/redis.conf` in its place. The other systems
 come from the locked files `requirements/celery.txt`, `dramatiq.txt` and `taskiq.txt`, each into an
 environment of its own.
-For River, P1 needs Go 1.26, which fetches the modules that `benchmarks/river/go.sum` names, and PostgreSQL:
-`apt-get install postgresql`, or `postgres` on the path. It starts a server of its own. Without them P1 leaves
-River out and says so.
+P2's workers and River in P1 need Go 1.26, which fetches the modules that the `go.sum` files of
+`benchmarks/unary/` and `benchmarks/river/` name; without Go, P2's workers are in Python. River needs
+PostgreSQL as well, from `apt-get install postgresql` or on the path, and starts a server of its own. Without
+them P1 leaves River out and says so.
 No figure decides whether a test passes.
 """
 
@@ -131,6 +132,14 @@ def targets(claim: Claim, result: Result) -> Iterator[str]:
             f"| {claim.name} | {target.text} | {wanted} | {_short(value)} |"
             f" {'met' if target.is_met(value) else '**missed**'} |"
         )
+
+
+def reasons(claim: Claim, result: Result) -> Iterator[str]:
+    """Why targets are missed, as far as it was measured."""
+    for target in claim.targets:
+        value = target.value(result["cases"])
+        if value is not None and target.why and not target.is_met(value):
+            yield f"{claim.name}, {target.text}: {target.why}"
 
 
 def _short(value: float) -> str:
@@ -235,6 +244,9 @@ def write() -> Path:
     lines += [f"- {line}" for claim, result in found for line in slower(claim, result)] or ["- Nowhere."]
     lines += ["", "## Targets", "", "| | what | target | measured | |", "|---|---|---|---|---|"]
     lines += [line for claim, result in found for line in targets(claim, result)]
+    missed = [line for claim, result in found for line in reasons(claim, result)]
+    if missed:
+        lines += ["", "## Why some are missed", "", *(f"- {line}" for line in missed)]
     lines += ["", COMMANDS, PITFALLS]
     for claim, result in found:
         plot(claim, result)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,10 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness import Bench, Figures, say
+from benchmarks import golang
+from benchmarks.harness import Bench, Figures
 from benchmarks.processes import Program, process, wait_until
 
-SOURCE = Path(__file__).parent / "river"
 NEEDS = "Go 1.26 with River's modules, and PostgreSQL"
 WARM_UP_JOBS = 100_000
 
@@ -97,35 +96,21 @@ def _of_children(server: psutil.Process, look: Callable[[psutil.Process], float]
 
 
 def _build(bench: Bench) -> River | None:
-    go, postgres = _find("go", "/usr/local/go/bin"), _find("postgres", "/usr/lib/postgresql/*/bin")
-    if go is None or postgres is None:
+    postgres = golang.find("postgres", "/usr/lib/postgresql/*/bin")
+    program = golang.program(bench, "river") if postgres is not None else None
+    if postgres is None or program is None:
         return None
-    program = bench.folder / "river"
-    say("  building River ...")
-    build = [str(go), "build", "-buildvcs=false", "-o", str(program), "."]
-    if subprocess.run(build, cwd=SOURCE, check=False).returncode:
-        return None
+    version = subprocess.run([str(postgres), "--version"], capture_output=True, text=True, check=True)
     versions = [
-        _said(go, "list", "-m", "-f", "River {{.Version}}", "github.com/riverqueue/river"),
-        _said(go, "env", "GOVERSION").replace("go", "Go "),
-        _said(postgres, "--version").replace("postgres (PostgreSQL)", "PostgreSQL"),
+        golang.said("river", "list", "-m", "-f", "River {{.Version}}", "github.com/riverqueue/river"),
+        golang.said("river", "env", "GOVERSION").replace("go", "Go "),
+        version.stdout.strip().replace("postgres (PostgreSQL)", "PostgreSQL"),
     ]
     database = _new_database(bench, postgres.parent)
     found = River(program, postgres.parent, database, f"Beside {', '.join(versions)}.")
     # Once, so that the files of PostgreSQL's log are there, to be used again.
     _drain(found, 300, WARM_UP_JOBS)
     return found
-
-
-def _find(program: str, pattern: str) -> Path | None:
-    """On the path, or where its package puts it: the newest."""
-    if found := shutil.which(program):
-        return Path(found).resolve()
-    return max(Path("/").glob(f"{pattern}/{program}".lstrip("/")), default=None)
-
-
-def _said(*command: str | Path) -> str:
-    return subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _user() -> dict[str, Any]:
