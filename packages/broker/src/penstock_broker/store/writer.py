@@ -99,6 +99,8 @@ class Writer:
     async def catch_up(self) -> None:
         """Write ticks until nothing waits for one."""
         while self.work_waits():
+            # What the loop is about to do takes part, and the writer's thread gets the GIL at once.
+            await asyncio.sleep(0)
             await self.tick()
 
     def stop(self) -> None:
