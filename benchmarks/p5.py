@@ -77,6 +77,12 @@ def _percentiles(latencies: Sequence[float]) -> Figures:
     }
 
 
+WHY = (
+    f'"{ALONE}" takes the most of it. The rest, in a copy that says when each stage is reached: 0.5 ms '
+    "from the consumer's poll to the transaction, 0.7 for that (durable before it is handed out), 0.24 "
+    "until it is claimed, 0.8 for the answer over gRPC, 0.5 through the pipe to the child."
+)
+
 CLAIM = Claim(
     name="P5",
     title="Idle latency: from `delay()` to the first line of the function",
@@ -97,7 +103,7 @@ CLAIM = Claim(
         Case(ALONE, "", partial(kafka_alone, tasks=bench.size(200, 1_000))),
     ],
     targets=(
-        Target("p50 in ms", "Penstock", "p50_ms", at_most=5),
+        Target("p50 in ms", "Penstock", "p50_ms", at_most=5, why=WHY),
         Target("p99 in ms", "Penstock", "p99_ms", at_most=20),
     ),
     elsewhere=(

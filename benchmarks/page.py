@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.harness import RESULTS, ROOT, Claim, Figure
+from benchmarks.harness import OURS, RESULTS, ROOT, Claim, Figure
 
 mpl.use("svg")
 # The same figures make the same bytes, and text stays text.
@@ -22,7 +22,6 @@ from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 NAMES = tuple(f"P{n}" for n in range(1, 13))
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = ROOT / "docs" / "performance"
-OURS = "Penstock"
 # What is shown beside the systems to say where the time goes: "gRPC alone".
 NO_SYSTEM = " alone"
 
@@ -136,10 +135,13 @@ def targets(claim: Claim, result: Result) -> Iterator[str]:
 
 def reasons(claim: Claim, result: Result) -> Iterator[str]:
     """Why targets are missed, as far as it was measured."""
+    missed: dict[str, list[str]] = {}
     for target in claim.targets:
         value = target.value(result["cases"])
         if value is not None and target.why and not target.is_met(value):
-            yield f"{claim.name}, {target.text}: {target.why}"
+            missed.setdefault(target.why, []).append(target.text)
+    for why, texts in missed.items():
+        yield f"{claim.name}, {'; '.join(texts)}: {why}"
 
 
 def _short(value: float) -> str:

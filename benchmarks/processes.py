@@ -21,7 +21,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.harness import ROOT
+from benchmarks.harness import ROOT, NotWithinError
 from tests.kafka_server import free_port
 
 SERVE_SECONDS_MAX = 120.0
@@ -33,7 +33,7 @@ def wait_until(what: str, condition: Callable[[], object], seconds: float = STAL
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise SystemExit(f"not within {seconds:g} s: {what}")
+            raise NotWithinError(f"not within {seconds:g} s: {what}")
         time.sleep(LOOK_SECONDS)
 
 

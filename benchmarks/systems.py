@@ -30,7 +30,7 @@ from tests.kafka_server import free_port
 CHILDREN = 2
 PRODUCERS = 2
 WARM_UP_TASKS = 400
-RUN_SECONDS_MAX = 600.0
+RUN_SECONDS_MAX = 180.0
 
 
 @dataclass

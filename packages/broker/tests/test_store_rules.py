@@ -13,7 +13,7 @@ from store_helpers import ManualClock, activation, check_store, open_store, sett
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store import database, inflight
+from penstock_broker.store import database, inflight, writer
 from penstock_broker.store.batch import Answer, Batch, Report, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
@@ -352,6 +352,34 @@ async def test_a_report_on_what_left_is_no_repetition_of_one_on_what_came_back(
     assert await settled(store, lost, Event.RETRY) is Answer.STALE
     assert await settled(store, second, Event.RETRY) is Answer.DUPLICATE
     store.database.close()
+
+
+@pytest.mark.parametrize(
+    ("waited", "later_ms", "gathers"), [((3, 2), 0, True), ((2, 2), 0, False), ((3, 2), 2, False)]
+)
+async def test_a_busy_store_gathers_before_it_writes_and_an_idle_one_does_not(
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch,
+    waited: tuple[int, int], later_ms: int, gathers: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(writer, "GATHER_SECONDS", 0.2)
+    running = asyncio.create_task(store.writer.run())
+    ticks: list[int] = []
+    store.writer.on_committed.append(lambda: ticks.append(store.memory.rows))
+    for number, waiting in enumerate(waited):
+        store.insert([activation(f"first {number}", clock)])
+        await asyncio.gather(*(store.committed() for _ in range(waiting)))
+    await steps()
+    clock.advance(later_ms)
+    ticks.clear()
+    store.insert([activation("second", clock)])
+    await steps()
+    assert bool(ticks) is not gathers
+    store.insert([activation("third", clock)])
+    await store.committed()
+    assert ticks[-1] == 4
+    assert len(ticks) == (1 if gathers else 2)
+    store.writer.stop()
+    await running
 
 
 # -- leases

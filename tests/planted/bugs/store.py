@@ -313,6 +313,14 @@ BUGS = (
         tests=(RULES + "test_a_report_on_what_left_is_no_repetition_of_one_on_what_came_back",),
     ),
     Bug(
+        "an idle store waits for more to do",
+        "nothing waits that need not",
+        "broker/store/writer.py",
+        old="            await asyncio.sleep(GATHER_SECONDS if self._is_busy() else 0)\n",
+        new="            await asyncio.sleep(GATHER_SECONDS)\n",
+        tests=(RULES + "test_a_busy_store_gathers_before_it_writes_and_an_idle_one_does_not",),
+    ),
+    Bug(
         "any outcome of what is done is a repetition",
         "DUPLICATE says: this outcome was applied",
         "broker/store/inflight.py",

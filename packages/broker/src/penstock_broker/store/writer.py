@@ -37,6 +37,8 @@ PAGE_BYTES_MAX = 4 * 1024 * 1024
 # A tick that the disk did not take is written again after pauses between these.
 RETRY_SECONDS_MIN = 0.05
 RETRY_SECONDS_MAX = 1.0
+# After two ticks for which together so many waited, the next one gathers for so long.
+GATHER_FOR, GATHER_SECONDS = 5, 0.001
 
 # Carries out a tick where waiting for the disk holds up nobody.
 Handoff = Callable[[Callable[[Batch], Written], Batch], Awaitable[Written]]
@@ -82,6 +84,8 @@ class Writer:
         self._gathered: list[asyncio.Future[None]] = []
         self._writing: list[asyncio.Future[None]] | None = None
         self._waking = False
+        # How many waited for each of the last two ticks, and when the last one ended (monotonic ms).
+        self._told, self._told_at = (0, 0), 0
         # Called after each commit.
         self.on_committed: list[Callable[[], None]] = []
 
@@ -99,9 +103,17 @@ class Writer:
     async def catch_up(self) -> None:
         """Write ticks until nothing waits for one."""
         while self.work_waits():
-            # What the loop is about to do takes part, and the writer's thread gets the GIL at once.
-            await asyncio.sleep(0)
+            await asyncio.sleep(GATHER_SECONDS if self._is_busy() else 0)
             await self.tick()
+
+    def _is_busy(self) -> bool:
+        """Whether several were answered just now: others like them are on their way, and to share a
+        transaction is worth waiting for (docs/adr/0003).
+
+        Where not, what the loop is about to do still takes part in the tick, and after that the writer's
+        thread gets the GIL at once.
+        """
+        return sum(self._told) >= GATHER_FOR and self._memory.clock.mono_ms() - self._told_at <= 1
 
     def stop(self) -> None:
         """Write what is gathered, then return from ``run``."""
@@ -178,6 +190,7 @@ class Writer:
         for future in (*(arrival.stored for arrival in arrivals), *waiting):
             if not future.done():
                 future.set_result(None)
+        self._told, self._told_at = (self._told[1], len(waiting)), self._memory.clock.mono_ms()
         for callback in self.on_committed:
             callback()
 
