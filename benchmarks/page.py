@@ -58,8 +58,8 @@ No figure decides whether a test passes.
 """
 
 SHORT = """\
-*Short*: in the short form, with fewer tasks, and where a million rows are named with a quarter of them, as each
-section says."""
+*Short*: in the short form, with fewer tasks, and where a million rows are named with a quarter of them, as
+each section says."""
 
 PITFALLS = """\
 ## Pitfalls of all of them
