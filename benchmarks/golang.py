@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 from benchmarks.harness import Bench, say
+from benchmarks.processes import find
 
 FOLDER = Path(__file__).parent
 
@@ -19,7 +19,7 @@ def program(bench: Bench, name: str) -> Path | None:
 
 
 def _build(bench: Bench, name: str) -> Path | None:
-    go, built = find("go", "/usr/local/go/bin"), bench.folder / name
+    go, built = _go(), bench.folder / name
     if go is None:
         return None
     say(f"  building {name} ...")
@@ -29,13 +29,10 @@ def _build(bench: Bench, name: str) -> Path | None:
 
 def said(name: str, *arguments: str) -> str:
     """What the command go says in the folder ``name``."""
-    command = [str(find("go", "/usr/local/go/bin")), *arguments]
+    command = [str(_go()), *arguments]
     done = subprocess.run(command, cwd=FOLDER / name, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
-def find(program: str, pattern: str) -> Path | None:
-    """On the path, or where its package puts it: the newest."""
-    if found := shutil.which(program):
-        return Path(found).resolve()
-    return max(Path("/").glob(f"{pattern}/{program}".lstrip("/")), default=None)
+def _go() -> Path | None:
+    return find("go", "/usr/local/go/bin")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +36,13 @@ def wait_until(what: str, condition: Callable[[], object], seconds: float = STAL
         if time.monotonic() > deadline:
             raise NotWithinError(f"not within {seconds:g} s: {what}")
         time.sleep(LOOK_SECONDS)
+
+
+def find(program: str, pattern: str) -> Path | None:
+    """On the path, or where its package puts it: the newest."""
+    if found := shutil.which(program):
+        return Path(found).resolve()
+    return max(Path("/").glob(f"{pattern}/{program}".lstrip("/")), default=None)
 
 
 @contextlib.contextmanager

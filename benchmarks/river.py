@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks import golang
 from benchmarks.harness import Bench, Figures
-from benchmarks.processes import Program, process, wait_until
+from benchmarks.processes import Program, find, process, wait_until
 
 NEEDS = "Go 1.26 with River's modules, and PostgreSQL"
 WARM_UP_JOBS = 100_000
@@ -96,7 +96,7 @@ def _of_children(server: psutil.Process, look: Callable[[psutil.Process], float]
 
 
 def _build(bench: Bench) -> River | None:
-    postgres = golang.find("postgres", "/usr/lib/postgresql/*/bin")
+    postgres = find("postgres", "/usr/lib/postgresql/*/bin")
     program = golang.program(bench, "river") if postgres is not None else None
     if postgres is None or program is None:
         return None

@@ -57,9 +57,8 @@ class Departures:
             self._draining = _start(self._ingest.drain(asked.grace_seconds), "drain")
         draining = self._draining
         await _wait(draining)
-        if not draining.done():
-            report = self._ingest.drain_report()
-        else:
+        report = self._ingest.drain_report()
+        if draining.done():
             # Asked again, it goes on with what could not leave.
             if draining is self._draining:
                 self._draining = None

@@ -407,21 +407,16 @@ class Inflight:
             memory.work.set()
         return claimed
 
-    def start_leases(self, claimed: Iterable[Activation], wait_ms: int = 0) -> None:
+    def start_leases(self, claimed: Sequence[Activation], wait_ms: int = 0) -> None:
         """A lease starts when the claim is handed out: now, or within ``wait_ms``.
 
         A client without tokens has no heartbeat: its lease ends after the deadline and the grace.
         """
-        leases, start = self.memory.leases, self.clock.mono_ms() + wait_ms
-        until = start + self.limits.lease_ms
-        due = leases.due(until)
+        lease_ms, grace_ms = self.limits.lease_ms, self.limits.grace_ms
+        start = self.clock.mono_ms() + wait_ms
         for row in claimed:
-            if not row.tokenless:
-                row.lease_until = until
-                due.append(row.seq)
-            else:
-                row.lease_until = start + row.deadline_ms + self.limits.grace_ms
-                leases.add(row)
+            row.lease_until = start + (row.deadline_ms + grace_ms if row.tokenless else lease_ms)
+        self.memory.leases.add(claimed)
 
     def release(self, rows: Iterable[Activation]) -> None:
         """Claims that were not handed out after all go back."""
@@ -587,7 +582,7 @@ class Inflight:
         claimed.body = None
         claimed.lease_until = self.clock.mono_ms()
         memory.resident[claimed.seq] = claimed
-        memory.leases.add(claimed)
+        memory.leases.add((claimed,))
         memory.batch.reclaims.append((claimed.seq, epoch))
         memory.work.set()
         return claimed

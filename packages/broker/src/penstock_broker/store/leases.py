@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from penstock_broker.domain.activation import Activation, Status
 
@@ -23,13 +23,16 @@ class Leases:
         self._buckets: dict[int, array[int]] = {}
         self._order: list[int] = []
 
-    def add(self, row: Activation) -> None:
-        """A claim, with its lease."""
-        self.due(row.lease_until).append(row.seq)
+    def add(self, claims: Iterable[Activation]) -> None:
+        """Claims, with their leases; mostly all end at once."""
+        last, bucket = -1, array("q")
+        for row in claims:
+            key = row.lease_until // BUCKET_MS + 1
+            if key != last:
+                last, bucket = key, self._bucket(key)
+            bucket.append(row.seq)
 
-    def due(self, lease_until: int) -> array[int]:
-        """The bucket for claims, by their seq, whose lease ends then."""
-        key = lease_until // BUCKET_MS + 1
+    def _bucket(self, key: int) -> array[int]:
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = array("q")
@@ -53,4 +56,4 @@ class Leases:
                     if row.lease_until <= now:
                         yield row
                     else:
-                        self.add(row)
+                        self.add((row,))

@@ -160,7 +160,7 @@ class Memory:
             # Whoever holds it gets the time to say so.
             row.lease_until = mono + row.deadline_ms + self.limits.lease_ms
             self.resident[row.seq] = row
-            self.leases.add(row)
+            self.leases.add((row,))
 
     def _restore_uncovered(self, source_id: int, offset: int, seq: int, id_hash: int) -> None:
         if source_id != NO_SOURCE and not self.partitions[source_id].is_covered(offset):
