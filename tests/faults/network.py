@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -82,6 +83,81 @@ class Proxy:
             sink.shutdown(socket.SHUT_WR)
 
 
+class FencedKafka(Proxy):
+    """To a Kafka that names no server of its cluster while ``fenced``, as one that has stood still."""
+
+    def __init__(self, target: int, port: int = 0) -> None:
+        self.fenced = False
+        # Answers that named none.
+        self.answered = 0
+        # (client, correlation id) -> version of a request for metadata.
+        self._asked: dict[tuple[socket.socket, int], int] = {}
+        super().__init__(target, port)
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        from_kafka = source.getpeername()[1] == self.target
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                data = _receive(source, *struct.unpack(">i", _receive(source, 4)))
+                data = self._answer(sink, data) if from_kafka else self._ask(source, data)
+                sink.sendall(struct.pack(">i", len(data)) + data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def _ask(self, client: socket.socket, request: bytes) -> bytes:
+        key, version, id = struct.unpack_from(">hhi", request)
+        if key == _METADATA:
+            self._asked[client, id] = version
+        return request
+
+    def _answer(self, client: socket.socket, answer: bytes) -> bytes:
+        version = self._asked.pop((client, *struct.unpack_from(">i", answer)), None)
+        if version is None or not self.fenced:
+            return answer
+        assert version >= 9, "numbers in it have 7 bits a byte"
+        self.answered += 1
+        return _without_servers(answer)
+
+
+# As Kafka's protocol numbers its requests.
+_METADATA = 3
+
+
+def _receive(source: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = source.recv(size - len(data))
+        if not more:
+            raise EOFError
+        data += more
+    return data
+
+
+def _without_servers(answer: bytes) -> bytes:
+    """An answer to a request for metadata with an empty list of servers."""
+    # Correlation id, no tagged fields, throttle time.
+    begin = at = 4 + 1 + 4
+    count, at = _varint(answer, at)
+    for _ in range(count - 1):
+        at += 4  # its id
+        host, at = _varint(answer, at)
+        at += host - 1 + 4  # and port
+        rack, at = _varint(answer, at)
+        at += max(0, rack - 1) + 1  # no tagged fields
+    return answer[:begin] + b"\x01" + answer[at:]
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of 7 bits a byte at ``at``, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
 class Namespace:
     """A network of its own, joined to this one by a cable; `lose` makes every packet vanish.
 
@@ -120,11 +196,8 @@ class Namespace:
 
 @contextlib.contextmanager
 def proxy(target: int, port: int = 0) -> Iterator[Proxy]:
-    made = Proxy(target, port)
-    try:
+    with contextlib.closing(Proxy(target, port)) as made:
         yield made
-    finally:
-        made.close()
 
 
 @contextlib.contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import closing
 
 import pytest
 
 from tests.e2e.harness import Pool, eventually
 from tests.faults.conftest import Figure
 from tests.faults.load import HELD_MAX, Load
-from tests.faults.network import namespace, proxy
+from tests.faults.network import FencedKafka, namespace, proxy
 from tests.kafka_server import JavaKafka
 
 
@@ -111,3 +112,30 @@ def test_partitions_delays_and_resets(
                 load.await_more()
             figure(f"{faults}; {load.finish()}")
     assert load.twice <= sum(faults.values()) * 4 * HELD_MAX
+
+
+@pytest.mark.timeout(400)
+def test_a_kafka_that_names_no_server_is_found_again(
+    own_kafka: JavaKafka, kafka_pool: Pool, figure: Figure
+) -> None:
+    """For a while, as it does when it has stood still. librdkafka alone does not find it again."""
+    kafka_pool.create_topic(6)
+    with closing(FencedKafka(own_kafka.behind_port, own_kafka.before_port)) as to_kafka:
+        address = f"127.0.0.1:{own_kafka.before_port}"
+        brokers = [
+            kafka_pool.broker(f"broker-{n}", LEASE_SECONDS="5", KAFKA_CLUSTER=address) for n in range(2)
+        ]
+        load = Load(kafka_pool, brokers)
+        to_kafka.fenced = True
+        eventually(
+            "a client has lost it",
+            lambda: any("a new client joins" in broker.text() for broker in brokers),
+            seconds=120,
+        )
+        to_kafka.fenced = False
+        begun = time.monotonic()
+        eventually("both read", lambda: all(b.metrics()["penstock_kafka_partitions"] == 3 for b in brokers))
+        took = time.monotonic() - begun
+        load.await_more()
+        figure(f"both brokers read again {took:.1f} s after it names itself; {load.finish()}")
+    assert load.twice <= 2 * len(brokers) * 2 * HELD_MAX

@@ -48,6 +48,7 @@ class Faults:
             "network slow": self.network_slow,
             "Kafka down": self.kafka_down,
             "Kafka slow": self.kafka_slow,
+            "Kafka client lost": self.kafka_client_lost,
             "dead letters refused": self.letters_refused,
             "disk slow": self.disk_slow,
             "disk fails": self.disk_fails,
@@ -219,6 +220,14 @@ class Faults:
         kafka.slow = self.rng.choice((10.0, 100.0))
         self._tell("Kafka slow", f"{kafka.slow} times")
         self.hub.later(self._seconds(20), lambda: setattr(kafka, "slow", 1.0))
+
+    def kafka_client_lost(self) -> None:
+        """It will not find Kafka again; another one would."""
+        consumers = self.pool.kafka.consumers
+        if consumers:
+            consumer = self.rng.choice(consumers)
+            self._tell("Kafka client lost", f"{consumer.instance}, of {consumer.config['group.id']}")
+            consumer.lost = True
 
     def letters_refused(self) -> None:
         refuses, topic = self.pool.kafka.refuses, self.pool.dead_letters

@@ -16,7 +16,7 @@ from greenlet import GreenletExit
 from tests.sim.hub import Thread
 from tests.sim.kafka import Cluster, Record
 
-STATISTICS_SECONDS = 5.0
+STATISTICS_SECONDS = 2.0
 REQUEST_SECONDS_MAX = 8.0
 
 
@@ -74,6 +74,12 @@ class Client:
         assert self.hub.process is not None, "a client is made by a process"
         self.process = self.hub.process
         self.config = config
+        # It knows no server of Kafka any more.
+        self.lost = False
+
+    @property
+    def reachable(self) -> bool:
+        return not self.lost and self.cluster.reachable(self.process)
 
     @property
     def thread(self) -> Thread:
@@ -85,9 +91,9 @@ class Client:
     def request(self, seconds: float) -> None:
         """Wait for a request and its answer, or raise that there was none."""
         thread = self.thread
-        if self.cluster.reachable(self.process):
+        if self.reachable:
             thread.wait(self.cluster.latency())
-            if self.cluster.reachable(self.process):
+            if self.reachable:
                 return
         thread.wait(seconds)
         raise _error(KafkaError._TIMED_OUT)
@@ -166,7 +172,7 @@ class Consumer(Client):
                 yield partition, position
 
     def _next(self) -> Message | None:
-        if not self.cluster.up or not self.cluster.network.reaches(self.process.name, "kafka"):
+        if self.lost or not self.cluster.up or not self.cluster.network.reaches(self.process.name, "kafka"):
             return None
         for partition, position in self._readable():
             record = self._log(partition)[position]
@@ -260,12 +266,12 @@ class Consumer(Client):
                 lost()
                 return
             error = self._group.commit(self, id, generation, positions)
-            if cluster.reachable(process):
+            if self.reachable:
                 process.later(cluster.latency(), lambda: answered(error))
             else:
                 lost()
 
-        if cluster.reachable(process):
+        if self.reachable:
             self._sent_until = max(hub.now + cluster.latency(), self._sent_until + 1e-6)
             hub.at(self._sent_until, arrive)
         else:
@@ -294,7 +300,7 @@ class Consumer(Client):
         return [TopicPartition(self._topic, p) for p in sorted(partitions)]
 
     def _join(self) -> None:
-        if self._joining or self._closed or not self.cluster.reachable(self.process):
+        if self._joining or self._closed or not self.reachable:
             return
         self._joining = True
         hub, group, owned = self.hub, self._group, self.owned
@@ -315,7 +321,7 @@ class Consumer(Client):
         if self._closed or not self.process.alive:
             self._gone()
             return
-        reachable = self.cluster.reachable(self.process)
+        reachable = self.reachable
         if self.hub.now - self._heard_at > self.session_seconds and self.generation >= 0:
             # By its own clock it is out.
             self._lose()
@@ -325,7 +331,7 @@ class Consumer(Client):
             self._heartbeat()
         if reachable != self._connected:
             self._connected = reachable
-            if not reachable:
+            if not (reachable or self.lost):
                 on_error = self.config["error_cb"]
                 self._call(lambda: on_error(KafkaError(KafkaError._ALL_BROKERS_DOWN)))
         self.process.later(self.hub.between(0.3, 0.6), self._beat)
@@ -398,11 +404,10 @@ class Consumer(Client):
     def _tell_statistics(self) -> None:
         if self._closed or not self.process.alive:
             return
-        state = "UP" if self.cluster.reachable(self.process) else "DOWN"
+        state = "INIT" if self.lost else "UP" if self.reachable else "DOWN"
         ends = {str(p): {"hi_offset": len(log)} for p, log in enumerate(self.cluster.topics[self._topic])}
-        text = json.dumps(
-            {"brokers": {"1": {"nodeid": 1, "state": state}}, "topics": {self._topic: {"partitions": ends}}}
-        )
+        server = {"nodeid": 1, "source": "learned", "state": state, "rxidle": 0 if state == "UP" else -1}
+        text = json.dumps({"brokers": {"1": server}, "topics": {self._topic: {"partitions": ends}}})
         self._call(lambda: self.config["stats_cb"](text))
         self.process.later(STATISTICS_SECONDS, self._tell_statistics)
 

@@ -61,6 +61,7 @@ FEW_SEEDS = 10
         ("broker drained", "broker crash"),
         ("broker adopted",),
         ("old copy put back", "Kafka down"),
+        ("Kafka client lost", "broker stopped"),
     ],
     ids=lambda kinds: kinds[0].replace(" ", "-"),
 )

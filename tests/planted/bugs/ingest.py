@@ -9,6 +9,7 @@ FORWARDER = BROKER + "test_ingest_forwarder.py::"
 OWNERSHIP = BROKER + "test_ingest_ownership.py::"
 DIRECT = BROKER + "test_ingest_direct.py::"
 UPKEEP = BROKER + "test_chores.py::"
+CONNECTIONS = BROKER + "test_ingest_connections.py::"
 TAILS = BROKER + "test_ingest_tails.py::"
 DRAIN = BROKER + "test_ingest_drain.py::"
 SENT_ON = BROKER + "test_ingest_sent_on.py::"
@@ -30,6 +31,73 @@ BUGS = (
         old="if again and not self._was_away:",
         new="if False:",
         tests=(KAFKA + "test_who_is_fenced_twice_has_a_double_unless_kafka_was_away",),
+    ),
+    Bug(
+        "a Kafka that stood still is another broker",
+        "reconnects; nothing but a broken promise ends the broker",
+        "broker/ingest/poller.py",
+        old="        if self._connections.silent:\n            self._was_away = True\n",
+        new="",
+        tests=(CONNECTIONS + "test_who_hears_nothing_from_kafka_has_no_double",),
+    ),
+    Bug(
+        "a client that knows no server of Kafka is kept",
+        "reconnects; nothing but a broken promise ends the broker",
+        "broker/ingest/poller.py",
+        old="        if self._connections.lost:\n            raise _Lost\n",
+        new="",
+        tests=(
+            CONNECTIONS + "test_a_client_that_has_lost_kafka_is_replaced",
+            "tests/sim/test_sim.py::test_a_few_kinds_of_faults_again_and_again[Kafka-client-lost]",
+        ),
+    ),
+    Bug(
+        "who has lost Kafka again and again has a double",
+        "reconnects; nothing but a broken promise ends the broker",
+        "broker/ingest/poller.py",
+        old="class _Lost(_GivenUp):",
+        new="class _Lost(_Fenced):",
+        tests=(CONNECTIONS + "test_a_client_that_has_lost_kafka_is_replaced",),
+    ),
+    Bug(
+        "a client that is being connected has lost Kafka",
+        "a restart moves no partition",
+        "broker/ingest/kafka.py",
+        old="        self.lost = knows_none and self._knows_none\n",
+        new="        self.lost = knows_none\n",
+        tests=(CONNECTIONS + "test_what_the_statistics_of_a_client_say",),
+    ),
+    Bug(
+        "a client without Kafka has lost it",
+        "a restart moves no partition",
+        "broker/ingest/kafka.py",
+        old='b["source"] == "learned" and b["state"] == "INIT"',
+        new='b["state"] == "INIT"',
+        tests=(CONNECTIONS + "test_what_the_statistics_of_a_client_say",),
+    ),
+    Bug(
+        "a tail is read on by a client that has lost Kafka",
+        "what is sent twice is run once",
+        "broker/ingest/tails.py",
+        old="        if self._connections.lost:\n",
+        new="        if False:\n",
+        tests=(CONNECTIONS + "test_a_tail_is_read_on_by_another_client",),
+    ),
+    Bug(
+        "a client that cannot say where a log ends is asked for ever",
+        "what is sent twice is run once",
+        "broker/ingest/tails.py",
+        old="            if not self._reading:\n                self.close()\n            raise\n",
+        new="            raise\n",
+        tests=(CONNECTIONS + "test_who_cannot_say_where_a_log_ends_is_not_asked_again",),
+    ),
+    Bug(
+        "an admin client that has lost Kafka is asked for ever",
+        "a topic that is made anew is read from its beginning",
+        "broker/ingest/topics.py",
+        old="            id, self._admin = NO_ID, None\n",
+        new="            id = NO_ID\n",
+        tests=(CONNECTIONS + "test_who_cannot_say_which_topic_it_is_is_not_asked_again",),
     ),
     # -- offsets
     Bug(
@@ -180,8 +248,8 @@ BUGS = (
         "what was lost is committed",
         "no offset of a partition that is not owned",
         "broker/ingest/poller.py",
-        old="        self._forget(numbers)\n        if not (self._fenced",
-        new="        if not (self._fenced",
+        old="        self._forget(numbers)\n        if not (self._given_up",
+        new="        if not (self._given_up",
         tests=(KAFKA + "test_what_was_lost_is_not_committed_any_more",),
     ),
     Bug(
@@ -676,11 +744,11 @@ BUGS = (
         "broker/ingest/poller.py",
         old=(
             "        self._forget(numbers)\n"
-            "        if self._fenced or self._stopping.is_set():\n"
+            "        if self._given_up or self._stopping.is_set():\n"
             "            return\n"
         ),
         new=(
-            "        if self._fenced or self._stopping.is_set():\n"
+            "        if self._given_up or self._stopping.is_set():\n"
             "            return\n"
             "        self._forget(numbers)\n"
         ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from confluent_kafka import KafkaError
 
@@ -10,7 +11,9 @@ from penstock_broker.config import Settings
 
 # Messages fetched ahead, in KiB, over all partitions.
 QUEUED_KIB_MAX = 16 * 1024
-STATISTICS_MS = 5000
+STATISTICS_MS = 2000
+# A member of a group hears from Kafka at every heartbeat.
+SILENT_US = 5_000_000
 RESTART = "restart the broker; nothing that is stored is lost"
 
 Config = dict[str, object]
@@ -47,9 +50,39 @@ def consumer_config(
         "queued.max.messages.kbytes": QUEUED_KIB_MAX,
         "fetch.queue.backoff.ms": 10,
         "on_commit": on_commit,
-        "statistics.interval.ms": STATISTICS_MS,
-        "stats_cb": on_statistics,
+        **statistics_config(on_statistics),
     }
+
+
+def statistics_config(on_statistics: object) -> Config:
+    return {"statistics.interval.ms": STATISTICS_MS, "stats_cb": on_statistics}
+
+
+class Connections:
+    """What the statistics of one client say of its connections."""
+
+    def __init__(self) -> None:
+        self.up = False
+        # Kafka has said nothing for a while, though there may be connections.
+        self.silent = False
+        # It knows no server to connect to and will learn of none: only another client can go on. A server
+        # that stood still names no server of its cluster for a moment, not even itself, and the client
+        # forgets all it knew (librdkafka 2.13 and later; its issue 5301).
+        self.lost = False
+        self._knows_none = False
+
+    def look(self, statistics: Mapping[str, Any]) -> None:
+        """``statistics``: what librdkafka tells, as its STATISTICS.md describes it."""
+        brokers = list(statistics["brokers"].values())
+        connected = [b for b in brokers if b["state"] == "UP"]
+        self.up = any(b["nodeid"] >= 0 for b in connected)
+        self.silent = not any(0 <= b["rxidle"] < SILENT_US for b in connected)
+        # One from bootstrap.servers is tried again and again, and so is one that is only away.
+        servers = [b for b in brokers if b["source"] in ("configured", "learned")]
+        knows_none = all(b["source"] == "learned" and b["state"] == "INIT" for b in servers)
+        # For a moment it can look so as well when it is being connected.
+        self.lost = knows_none and self._knows_none
+        self._knows_none = knows_none
 
 
 def producer_config(

@@ -20,7 +20,7 @@ from penstock_broker.errors import FatalError
 from penstock_broker.ingest.admission import Admission
 from penstock_broker.ingest.event_loop import EventLoop
 from penstock_broker.ingest.intake import Begun, Found, Intake, Position, Tail
-from penstock_broker.ingest.kafka import RESTART, consumer_config
+from penstock_broker.ingest.kafka import RESTART, Connections, consumer_config
 from penstock_broker.ingest.ownership import decode
 from penstock_broker.ingest.tails import Tails
 from penstock_broker.ingest.taking import ReadMessage, Tracks
@@ -36,7 +36,8 @@ POLL_BUSY_SECONDS = 0.002
 PAUSE_AFTER_SECONDS = 0.2
 # While it waits for room in memory, commits and their answers wait at most this long.
 PACE_SECONDS = 0.01
-LOOKUP_SECONDS_MAX = 10.0
+# The group waits as well while this thread does.
+LOOKUP_SECONDS_MAX = 3.0
 # A ledger that cannot be written is not waited for: until this thread polls again, the group stands still.
 BEGIN_SECONDS_MAX = 2.0
 CHORES_EVERY_MS = 1000
@@ -49,8 +50,16 @@ SETTLE_MS_MAX = 20_000
 FENCED_AGAIN_MS = 60_000
 
 
-class _Fenced(Exception):
-    """The group knows another member by this broker's id: this client cannot go on."""
+class _GivenUp(Exception):
+    """This client cannot go on; another one can."""
+
+
+class _Fenced(_GivenUp):
+    """The group knows another member by this broker's id."""
+
+
+class _Lost(_GivenUp):
+    """The client knows no server of Kafka any more."""
 
 
 class Poller:
@@ -81,7 +90,8 @@ class Poller:
         # Kafka was, since this broker was fenced last.
         self._was_away = False
         # The client can only be closed: what it says of partitions is of no interest any more.
-        self._fenced = False
+        self._given_up = False
+        self._connections = Connections()
         self._assigned_once = False
         self._chores_at = 0
         self._identity = TopicIdentity(settings)
@@ -111,28 +121,36 @@ class Poller:
                     topic=self.topic,
                     error=str(fenced),
                 )
+            except _Lost:
+                self._was_away = True
+                log.warning(
+                    "the Kafka client knows no server of the cluster any more; a new client joins the group",
+                    topic=self.topic,
+                    cluster=self._settings.kafka_cluster,
+                )
 
     def _consume(self) -> None:
-        """With one client, until stopping or fenced."""
+        """With one client, until stopping or given up."""
+        self._given_up = False
+        self._connections = Connections()
         consumer = Consumer(
             consumer_config(self._settings, self._on_error, self._on_commit, self._on_statistics)
         )
         consumer.subscribe(
             [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
-        self._fenced = False
         try:
             while not self._stopping.is_set():
                 self._turn(consumer)
             self._commit_last(consumer)
-        except _Fenced:
-            self._fenced = True
+        except _GivenUp:
+            self._given_up = True
             lost = sorted({*self.tracks, *self._unbegun})
             self._forget(lost)
             self._loop.tell(self._lose, lost)
             raise
         finally:
-            if not self._fenced:
+            if not self._given_up:
                 self._stopping.set()
             self.tails.close()
             consumer.close()
@@ -248,7 +266,7 @@ class Poller:
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._assigned_once = True
         self._set_connected(True)
-        if self._fenced or self._stopping.is_set():
+        if self._given_up or self._stopping.is_set():
             return
         numbers = sorted(p.partition for p in partitions)
         if not numbers:
@@ -337,7 +355,7 @@ class Poller:
         numbers = [p.partition for p in partitions]
         # Also at the end: what is gone is not committed any more.
         self._forget(numbers)
-        if self._fenced or self._stopping.is_set():
+        if self._given_up or self._stopping.is_set():
             return
         log.info("partitions revoked", topic=self.topic, partitions=numbers)
         try:
@@ -363,7 +381,7 @@ class Poller:
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [p.partition for p in partitions]
         self._forget(numbers)
-        if not (self._fenced or self._stopping.is_set()):
+        if not (self._given_up or self._stopping.is_set()):
             # Kafka has not heard of this broker for a session, nor this broker of it.
             self._was_away = True
             log.warning("partitions lost: another broker may read them", topic=self.topic, partitions=numbers)
@@ -427,9 +445,15 @@ class Poller:
         )
 
     def _on_statistics(self, text: str) -> None:
+        if self._given_up:
+            return
         statistics = json.loads(text)
-        brokers = statistics.get("brokers", {}).values()
-        self._set_connected(any(b["state"] == "UP" for b in brokers if b["nodeid"] >= 0))
+        self._connections.look(statistics)
+        self._set_connected(self._connections.up)
+        if self._connections.silent:
+            self._was_away = True
+        if self._connections.lost:
+            raise _Lost
         partitions = statistics.get("topics", {}).get(self.topic, {}).get("partitions", {})
         lags = {}
         for partition in self.tracks:

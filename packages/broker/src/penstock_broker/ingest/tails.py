@@ -6,6 +6,7 @@ in one partition (what may be sent twice is keyed by its id), but another broker
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,7 +19,7 @@ from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Status, hash_id
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.intake import Tail
-from penstock_broker.ingest.kafka import reader_config
+from penstock_broker.ingest.kafka import Connections, reader_config, statistics_config
 from penstock_broker.ingest.taking import ReadMessage
 
 log = structlog.get_logger("ingest")
@@ -77,6 +78,7 @@ class Tails:
         # Its counts are of no interest: what is refused here was refused before.
         self._admission = Admission(AdmissionLimits.of(settings))
         self._consumer: Consumer | None = None
+        self._connections = Connections()
         self._reading: dict[int, _Reading] = {}
         # partition -> end of the tail that was looked through.
         self._done: dict[int, int] = {}
@@ -96,9 +98,13 @@ class Tails:
 
     def add(self, tail: Tail) -> None:
         """Read it, from now on. Raises KafkaException."""
-        if self._consumer is None:
-            self._consumer = Consumer(reader_config(self._settings, "earliest", self._topic))
-        low, high = self._watermarks(self._consumer, tail.partition)
+        consumer = self._consumer or self._connect()
+        try:
+            low, high = self._watermarks(consumer, tail.partition)
+        except KafkaException:
+            if not self._reading:
+                self.close()
+            raise
         first = max(tail.first, low, tail.end - OFFSETS_MAX)
         if tail.end > high or first >= tail.end:
             # Of another topic of that name, or no longer there.
@@ -106,7 +112,13 @@ class Tails:
             return
         deadline = self._clock.mono_ms() + READ_MS_MAX
         self._reading[tail.partition] = _Reading(tail, first, tail.end, tail.end, tail.end, deadline)
-        self._next_chunk(self._consumer, self._reading[tail.partition])
+        self._next_chunk(consumer, self._reading[tail.partition])
+
+    def _connect(self) -> Consumer:
+        self._connections = connections = Connections()
+        config = reader_config(self._settings, "earliest", self._topic)
+        self._consumer = Consumer(config | statistics_config(lambda text: connections.look(json.loads(text))))
+        return self._consumer
 
     def remove(self, partition: int) -> None:
         """It has begun, or has gone."""
@@ -123,6 +135,11 @@ class Tails:
     def turn(self) -> bool:
         """Take what has arrived. Whether a tail has come to its end."""
         assert self._consumer is not None
+        if self._connections.lost:
+            self.close()
+            self._connect().incremental_assign(
+                [TopicPartition(self._topic, p, reading.next) for p, reading in self._reading.items()]
+            )
         before = len(self._reading)
         passed: set[int] = set()
         for message in self._consumer.consume(MESSAGES_MAX, 0):

@@ -94,8 +94,8 @@ class TopicIdentity:
         except TimeoutError:
             return None
         except KafkaException:
-            # It is away, or has no such topic, or no ids.
-            id = NO_ID
+            # It is away, or has no such topic, or no ids; or the client has lost it for good.
+            id, self._admin = NO_ID, None
         self._asked = None
         return None if id == NO_ID else id
 

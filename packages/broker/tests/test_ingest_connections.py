@@ -1,0 +1,219 @@
+"""Clients that hear nothing from Kafka, or that have forgotten where it is."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+from ingest_helpers import MockKafka, kafka_settings, running_store, task_bytes
+
+from penstock_broker.clock import SystemClock
+from penstock_broker.config import Settings
+from penstock_broker.domain.activation import hash_id
+from penstock_broker.errors import FatalError
+from penstock_broker.ingest import topics
+from penstock_broker.ingest.consumer import KafkaConsumer
+from penstock_broker.ingest.intake import Tail
+from penstock_broker.ingest.kafka import Connections
+from penstock_broker.ingest.poller import Poller, _Fenced
+from penstock_broker.ingest.tails import Tails
+from penstock_broker.ingest.topics import TopicIdentity
+
+
+@pytest.fixture
+def kafka() -> MockKafka:
+    kafka = MockKafka()
+    kafka.make_topic("tasks", "tasks-dlq")
+    return kafka
+
+
+@pytest.fixture
+def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
+    return kafka_settings(kafka, tmp_path / "store.sqlite")
+
+
+def statistics(*brokers: tuple[str, int, str, float]) -> dict[str, dict[str, object]]:
+    """As seen of librdkafka 2.16. Each: source, id, state, seconds since it was heard (-1: never)."""
+    return {
+        "brokers": {
+            f"{source}/{id}": {"source": source, "nodeid": id, "state": state, "rxidle": int(idle * 1e6)}
+            for source, id, state, idle in brokers
+        }
+    }
+
+
+CONNECTED = statistics(("learned", 1, "UP", 0.1), ("logical", -1, "UP", 1.5))
+STOOD_STILL = statistics(("learned", 1, "UP", 7.0), ("logical", -1, "APIVERSION_QUERY", -1))
+OF_NO_PARTITION = statistics(("learned", 1, "UP", 20.0), ("logical", -1, "UP", 1.9))
+AWAY = statistics(("configured", -1, "INIT", -1), ("logical", -1, "TRY_CONNECT", -1))
+RECONNECTS = statistics(("learned", 1, "TRY_CONNECT", -1), ("learned", 2, "INIT", -1))
+FORGOTTEN = statistics(("learned", 1, "INIT", -1), ("logical", -1, "TRY_CONNECT", -1))
+NOTHING_LEFT = statistics(("logical", -1, "INIT", -1))
+
+
+@pytest.mark.parametrize(
+    ("seen", "up", "silent", "lost"),
+    [
+        ([CONNECTED, CONNECTED], True, False, False),
+        ([OF_NO_PARTITION, OF_NO_PARTITION], True, False, False),
+        ([STOOD_STILL, STOOD_STILL], True, True, False),
+        ([AWAY, AWAY], False, True, False),
+        ([RECONNECTS, RECONNECTS], False, True, False),
+        ([FORGOTTEN], False, True, False),
+        ([FORGOTTEN, CONNECTED, FORGOTTEN], False, True, False),
+        ([FORGOTTEN, FORGOTTEN], False, True, True),
+        ([NOTHING_LEFT, NOTHING_LEFT], False, True, True),
+        # An admin client.
+        ([statistics(), statistics()], False, True, True),
+    ],
+)
+def test_what_the_statistics_of_a_client_say(
+    seen: Sequence[dict[str, dict[str, object]]], up: bool, silent: bool, lost: bool
+) -> None:
+    connections = Connections()
+    for one in seen:
+        connections.look(one)
+    assert (connections.up, connections.silent, connections.lost) == (up, silent, lost)
+
+
+class Loop:
+    """Notes what a poller tells the event loop."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def tell(self, call: object, *arguments: object) -> None:
+        self.told.append(arguments)
+
+    def ask(self, asked: Coroutine[None, None, None]) -> None:
+        asked.close()
+
+
+class Client:
+    """Of which the first has lost Kafka, and the second is there when the broker stops."""
+
+    def __init__(self, polled: Callable[[], None]) -> None:
+        self.poll = lambda seconds: polled()
+
+    def subscribe(self, topics: list[str], **callbacks: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def run(poller: Poller, loop: Loop, stopping: threading.Event) -> None:
+    try:
+        poller.run(loop, stopping)  # type: ignore[arg-type]
+    except FatalError as error:
+        pytest.fail(error.message)
+
+
+async def test_a_client_that_has_lost_kafka_is_replaced(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again and again, if need be: that has nothing to do with a second broker of its id."""
+    stopping, loop = threading.Event(), Loop()
+    made: list[Client] = []
+    async with running_store(settings.db_path) as store:
+        poller = KafkaConsumer(store, settings)._poller
+
+        def forget() -> None:
+            poller._on_statistics(json.dumps(FORGOTTEN | {"topics": {}}))
+
+        turns = [forget, forget, forget, stopping.set]
+
+        def make(config: object) -> Client:
+            made.append(Client(turns[len(made)]))
+            return made[-1]
+
+        monkeypatch.setattr("penstock_broker.ingest.poller.Consumer", make)
+        monkeypatch.setattr(poller, "_commit_last", lambda consumer: None)
+        for partition in (0, 1):
+            poller.tracks.add(partition, 1, 0)
+        run(poller, loop, stopping)
+        assert len(made) == 4
+        assert loop.told == [([0, 1],), ([],), ([],)]
+        assert not list(poller.tracks)
+
+
+async def test_who_hears_nothing_from_kafka_has_no_double(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one without a partition to lose: a Kafka that stands still closes no connection."""
+    async with running_store(settings.db_path) as store:
+        poller, stopping = KafkaConsumer(store, settings)._poller, threading.Event()
+        turns = iter(["fenced", "silent", "fenced", "silent", "fenced", "silent"])
+
+        def consume() -> None:
+            match next(turns, None):
+                case "fenced":
+                    raise _Fenced("by another member")
+                case "silent":
+                    poller._on_statistics(json.dumps(STOOD_STILL | {"topics": {}}))
+                case None:
+                    stopping.set()
+
+        monkeypatch.setattr(poller, "_consume", consume)
+        run(poller, Loop(), stopping)
+        assert poller.connected
+
+
+def test_a_tail_is_read_on_by_another_client(kafka: MockKafka, settings: Settings) -> None:
+    kafka.produce("tasks", [task_bytes(f"id-{n}") for n in range(20)], key="one")
+    known: dict[int, int] = {}
+    tails = Tails(settings, SystemClock(), lambda source, ids, forwards: known.update(ids))
+    tails.add(Tail(partition=0, source=1, first=0, end=20))
+    forgetful = tails._consumer
+    assert forgetful is not None
+    forgetful.incremental_unassign(forgetful.assignment())
+    for _ in range(2):
+        tails._connections.look(FORGOTTEN)
+    until = time.monotonic() + 10
+    while not tails.turn() and time.monotonic() < until:
+        pass
+    assert set(known) == {hash_id(f"id-{n}") for n in range(20)}
+
+
+def test_who_cannot_say_where_a_log_ends_is_not_asked_again(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tails = Tails(settings, SystemClock(), lambda source, ids, forwards: None)
+    monkeypatch.setattr(Tails, "_watermarks", _fail)
+    with pytest.raises(KafkaException):
+        tails.add(Tail(partition=0, source=1, first=0, end=20))
+    assert tails._consumer is None
+
+
+def _fail(*arguments: object) -> tuple[int, int]:
+    raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+
+
+def test_who_cannot_say_which_topic_it_is_is_not_asked_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [KafkaException(KafkaError(KafkaError._TIMED_OUT)), SimpleNamespace(topic_id="the topic's")]
+
+    class Admin:
+        """Says the same for ever."""
+
+        def __init__(self, config: object) -> None:
+            self._answer = answers.pop(0)
+
+        def describe_topics(self, asked: object, request_timeout: float) -> dict[str, Future[object]]:
+            described: Future[object] = Future()
+            if isinstance(self._answer, KafkaException):
+                described.set_exception(self._answer)
+            else:
+                described.set_result(self._answer)
+            return {"tasks": described}
+
+    monkeypatch.setattr(topics, "AdminClient", Admin)
+    identity = TopicIdentity(settings)
+    assert identity.look() is None
+    assert identity.look() == "the topic's"
