@@ -107,11 +107,12 @@ class Client:
     def close(self) -> None: ...
 
 
-def run(poller: Poller, loop: Loop, stopping: threading.Event) -> None:
+def why_ended(poller: Poller, loop: Loop, stopping: threading.Event) -> str | None:
     try:
         poller.run(loop, stopping)  # type: ignore[arg-type]
     except FatalError as error:
-        pytest.fail(error.message)
+        return error.message
+    return None
 
 
 async def test_a_client_that_has_lost_kafka_is_replaced(
@@ -136,7 +137,7 @@ async def test_a_client_that_has_lost_kafka_is_replaced(
         monkeypatch.setattr(poller, "_commit_last", lambda consumer: None)
         for partition in (0, 1):
             poller.tracks.add(partition, 1, 0)
-        run(poller, loop, stopping)
+        assert why_ended(poller, loop, stopping) is None
         assert len(made) == 4
         assert loop.told == [([0, 1],), ([],), ([],)]
         assert not list(poller.tracks)
@@ -160,7 +161,7 @@ async def test_who_hears_nothing_from_kafka_has_no_double(
                     stopping.set()
 
         monkeypatch.setattr(poller, "_consume", consume)
-        run(poller, Loop(), stopping)
+        assert why_ended(poller, Loop(), stopping) is None
         assert poller.connected
 
 

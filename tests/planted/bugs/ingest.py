@@ -52,14 +52,6 @@ BUGS = (
         ),
     ),
     Bug(
-        "who has lost Kafka again and again has a double",
-        "reconnects; nothing but a broken promise ends the broker",
-        "broker/ingest/poller.py",
-        old="class _Lost(_GivenUp):",
-        new="class _Lost(_Fenced):",
-        tests=(CONNECTIONS + "test_a_client_that_has_lost_kafka_is_replaced",),
-    ),
-    Bug(
         "a client that is being connected has lost Kafka",
         "a restart moves no partition",
         "broker/ingest/kafka.py",

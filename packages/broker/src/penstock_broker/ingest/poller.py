@@ -122,7 +122,6 @@ class Poller:
                     error=str(fenced),
                 )
             except _Lost:
-                self._was_away = True
                 log.warning(
                     "the Kafka client knows no server of the cluster any more; a new client joins the group",
                     topic=self.topic,
