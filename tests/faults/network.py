@@ -88,8 +88,6 @@ class FencedKafka(Proxy):
 
     def __init__(self, target: int, port: int = 0) -> None:
         self.fenced = False
-        # Answers that named none.
-        self.answered = 0
         # (client, correlation id) -> version of a request for metadata.
         self._asked: dict[tuple[socket.socket, int], int] = {}
         super().__init__(target, port)
@@ -115,7 +113,6 @@ class FencedKafka(Proxy):
         if version is None or not self.fenced:
             return answer
         assert version >= 9, "numbers in it have 7 bits a byte"
-        self.answered += 1
         return _without_servers(answer)
 
 

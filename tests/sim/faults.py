@@ -223,8 +223,7 @@ class Faults:
 
     def kafka_client_lost(self) -> None:
         """It will not find Kafka again; another one would."""
-        consumers = self.pool.kafka.consumers
-        if consumers:
+        if consumers := [consumer for consumer in self.pool.kafka.consumers if not consumer.lost]:
             consumer = self.rng.choice(consumers)
             self._tell("Kafka client lost", f"{consumer.instance}, of {consumer.config['group.id']}")
             consumer.lost = True

@@ -143,7 +143,8 @@ def make_task(rng: random.Random, number: int, now_ms: int, *, quiet: bool) -> T
     poison = rng.random() < 0.03
     body = rng.randbytes(rng.randint(1, 30)) if poison else message.SerializeToString()
     if poison:
-        body = b"\xff" + body  # no field has the number 31 and the type 7
+        # No field has the number 31 and the type 7. Dead letters are told apart by their bytes.
+        body = b"\xff" + body + id.encode()
     return Task(
         id=id,
         application=application,

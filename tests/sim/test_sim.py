@@ -185,7 +185,8 @@ PLANTED = (
 
 # What shows one of them, where it is rare among all kinds of faults.
 SHOWN_BY: dict[Plant, tuple[str, ...]] = {
-    answer_before_cover: ("broker cut off Kafka", "Kafka slow", "broker stopped"),
+    answer_before_cover: ("broker cut off Kafka", "broker stopped"),
+    tails_not_read: ("broker stopped", "broker restart"),
 }
 
 

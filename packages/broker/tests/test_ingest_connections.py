@@ -20,7 +20,7 @@ from penstock_broker.domain.activation import hash_id
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest import topics
 from penstock_broker.ingest.consumer import KafkaConsumer
-from penstock_broker.ingest.intake import Tail
+from penstock_broker.ingest.intake import Position, Tail
 from penstock_broker.ingest.kafka import Connections
 from penstock_broker.ingest.poller import Poller, _Fenced
 from penstock_broker.ingest.tails import Tails
@@ -64,14 +64,14 @@ NOTHING_LEFT = statistics(("logical", -1, "INIT", -1))
         ([CONNECTED, CONNECTED], True, False, False),
         ([OF_NO_PARTITION, OF_NO_PARTITION], True, False, False),
         ([STOOD_STILL, STOOD_STILL], True, True, False),
-        ([AWAY, AWAY], False, True, False),
-        ([RECONNECTS, RECONNECTS], False, True, False),
-        ([FORGOTTEN], False, True, False),
-        ([FORGOTTEN, CONNECTED, FORGOTTEN], False, True, False),
-        ([FORGOTTEN, FORGOTTEN], False, True, True),
-        ([NOTHING_LEFT, NOTHING_LEFT], False, True, True),
+        ([AWAY, AWAY, AWAY], False, True, False),
+        ([RECONNECTS, RECONNECTS, RECONNECTS], False, True, False),
+        ([FORGOTTEN, FORGOTTEN], False, True, False),
+        ([FORGOTTEN, FORGOTTEN, CONNECTED, FORGOTTEN], False, True, False),
+        ([FORGOTTEN, FORGOTTEN, FORGOTTEN], False, True, True),
+        ([NOTHING_LEFT, NOTHING_LEFT, NOTHING_LEFT], False, True, True),
         # An admin client.
-        ([statistics(), statistics()], False, True, True),
+        ([statistics(), statistics(), statistics()], False, True, True),
     ],
 )
 def test_what_the_statistics_of_a_client_say(
@@ -99,12 +99,15 @@ class Loop:
 class Client:
     """Of which the first has lost Kafka, and the second is there when the broker stops."""
 
+    closed = False
+
     def __init__(self, polled: Callable[[], None]) -> None:
         self.poll = lambda seconds: polled()
 
     def subscribe(self, topics: list[str], **callbacks: object) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.closed = True
 
 
 def why_ended(poller: Poller, loop: Loop, stopping: threading.Event) -> str | None:
@@ -138,9 +141,24 @@ async def test_a_client_that_has_lost_kafka_is_replaced(
         for partition in (0, 1):
             poller.tracks.add(partition, 1, 0)
         assert why_ended(poller, loop, stopping) is None
-        assert len(made) == 4
+        # One that has lost Kafka would wait for its answers.
+        assert [client.closed for client in made] == [False, False, False, True]
         assert loop.told == [([0, 1],), ([],), ([],)]
         assert not list(poller.tracks)
+
+
+async def test_a_last_commit_that_is_never_answered_is_refused(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of partitions that go: the group waits for it."""
+    never = threading.Event()
+    consumer = SimpleNamespace(commit=lambda offsets, asynchronous: never.wait(10))
+    monkeypatch.setattr("penstock_broker.ingest.poller.COMMIT_LAST_MS_MAX", 20)
+    async with running_store(settings.db_path) as store:
+        poller = KafkaConsumer(store, settings)._poller
+        refused = poller._commit_now(consumer, [Position(0, 5, "")])  # type: ignore[arg-type]
+        assert refused == "Kafka did not answer"
+    never.set()
 
 
 async def test_who_hears_nothing_from_kafka_has_no_double(
@@ -173,7 +191,7 @@ def test_a_tail_is_read_on_by_another_client(kafka: MockKafka, settings: Setting
     forgetful = tails._consumer
     assert forgetful is not None
     forgetful.incremental_unassign(forgetful.assignment())
-    for _ in range(2):
+    for _ in range(3):
         tails._connections.look(FORGOTTEN)
     until = time.monotonic() + 10
     while not tails.turn() and time.monotonic() < until:

@@ -14,6 +14,8 @@ QUEUED_KIB_MAX = 16 * 1024
 STATISTICS_MS = 2000
 # A member of a group hears from Kafka at every heartbeat.
 SILENT_US = 5_000_000
+# So many statistics in a row.
+LOST_AFTER = 3
 RESTART = "restart the broker; nothing that is stored is lost"
 
 Config = dict[str, object]
@@ -69,7 +71,7 @@ class Connections:
         # that stood still names no server of its cluster for a moment, not even itself, and the client
         # forgets all it knew (librdkafka 2.13 and later; its issue 5301).
         self.lost = False
-        self._knows_none = False
+        self._without = 0
 
     def look(self, statistics: Mapping[str, Any]) -> None:
         """``statistics``: what librdkafka tells, as its STATISTICS.md describes it."""
@@ -80,9 +82,9 @@ class Connections:
         # One from bootstrap.servers is tried again and again, and so is one that is only away.
         servers = [b for b in brokers if b["source"] in ("configured", "learned")]
         knows_none = all(b["source"] == "learned" and b["state"] == "INIT" for b in servers)
-        # For a moment it can look so as well when it is being connected.
-        self.lost = knows_none and self._knows_none
-        self._knows_none = knows_none
+        # For a moment it can look so as well while one after the other is tried.
+        self._without = self._without + 1 if knows_none else 0
+        self.lost = self._without >= LOST_AFTER
 
 
 def producer_config(

@@ -10,6 +10,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -132,6 +133,7 @@ class Poller:
         """With one client, until stopping or given up."""
         self._given_up = False
         self._connections = Connections()
+        closes = True
         consumer = Consumer(
             consumer_config(self._settings, self._on_error, self._on_commit, self._on_statistics)
         )
@@ -142,8 +144,9 @@ class Poller:
             while not self._stopping.is_set():
                 self._turn(consumer)
             self._commit_last(consumer)
-        except _GivenUp:
+        except _GivenUp as why:
             self._given_up = True
+            closes = not isinstance(why, _Lost)
             lost = sorted({*self.tracks, *self._unbegun})
             self._forget(lost)
             self._loop.tell(self._lose, lost)
@@ -152,7 +155,9 @@ class Poller:
             if not self._given_up:
                 self._stopping.set()
             self.tails.close()
-            consumer.close()
+            # One that has lost Kafka would wait for the answers to its commits for ever; it is let go of.
+            if closes:
+                consumer.close()
             if self._unanswered:
                 self._unanswered = False
                 self._loop.tell(self._intake.commit_done, [])
@@ -371,10 +376,23 @@ class Poller:
         """Commit and wait for the answer: the error, or None."""
         if not positions:
             return None
+        answered: Future[list[TopicPartition] | None] = Future()
+
+        def commit() -> None:
+            try:
+                offsets = self._topic_partitions(positions)
+                answered.set_result(consumer.commit(offsets=offsets, asynchronous=False))
+            except KafkaException as error:
+                answered.set_exception(error)
+
+        # A client that has lost Kafka never comes back from it.
+        threading.Thread(target=commit, name="kafka-last-commit", daemon=True).start()
         try:
-            answers = consumer.commit(offsets=self._topic_partitions(positions), asynchronous=False)
+            answers = answered.result(COMMIT_LAST_MS_MAX / 1000)
         except KafkaException as error:
             return str(error)
+        except TimeoutError:
+            return "Kafka did not answer"
         return next((str(a.error) for a in answers or () if a.error is not None), None)
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -419,6 +437,8 @@ class Poller:
         self._read_anew(consumer, self._loop.ask(self._intake.begin_inside(found)))
 
     def _on_error(self, error: KafkaError) -> None:
+        if self._given_up:
+            return
         if _is_fatal(error):
             if error.code() == KafkaError.FENCED_INSTANCE_ID or "fenced" in error.str().lower():
                 raise _Fenced(error.str())
@@ -444,7 +464,7 @@ class Poller:
         )
 
     def _on_statistics(self, text: str) -> None:
-        if self._given_up:
+        if self._given_up or self._stopping.is_set():
             return
         statistics = json.loads(text)
         self._connections.look(statistics)

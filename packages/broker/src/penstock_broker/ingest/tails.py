@@ -102,13 +102,13 @@ class Tails:
         try:
             low, high = self._watermarks(consumer, tail.partition)
         except KafkaException:
-            if not self._reading:
-                self.close()
+            self._close_unused()
             raise
         first = max(tail.first, low, tail.end - OFFSETS_MAX)
         if tail.end > high or first >= tail.end:
             # Of another topic of that name, or no longer there.
             self._done[tail.partition] = tail.end
+            self._close_unused()
             return
         deadline = self._clock.mono_ms() + READ_MS_MAX
         self._reading[tail.partition] = _Reading(tail, first, tail.end, tail.end, tail.end, deadline)
@@ -252,6 +252,10 @@ class Tails:
     def _drop(self, partition: int) -> None:
         del self._reading[partition]
         self._leave(partition)
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        """Nobody polls it while nothing is read."""
         if not self._reading:
             self.close()
 

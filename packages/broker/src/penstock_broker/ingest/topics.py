@@ -93,9 +93,12 @@ class TopicIdentity:
             id = str(self._asked.result(seconds).topic_id)
         except TimeoutError:
             return None
-        except KafkaException:
-            # It is away, or has no such topic, or no ids; or the client has lost it for good.
-            id, self._admin = NO_ID, None
+        except KafkaException as error:
+            # It is away, or has no such topic, or no ids.
+            id = NO_ID
+            if error.args[0].code() == KafkaError._TIMED_OUT:
+                # This client may have lost it for good.
+                self._admin = None
         self._asked = None
         return None if id == NO_ID else id
 
