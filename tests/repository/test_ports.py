@@ -58,7 +58,6 @@ STARTS = {
     ("ingest/ledger.py", "run_in_executor"),
     ("writer_thread.py", "Thread"),
     ("ingest/consumer.py", "Thread"),  # the consumer's
-    ("ingest/poller.py", "Thread"),  # the last commit of what goes, for as long as it takes
     ("ingest/publisher.py", "Thread"),  # the producer's
     ("ingest/publisher.py", "to_thread"),
     ("metrics.py", "start_http_server"),  # the metrics server's

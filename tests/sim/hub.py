@@ -52,7 +52,7 @@ class Hub:
         self.thread: Thread | None = None
         self._heap: list[tuple[float, float, int, Event]] = []
         self._pushed = 0
-        self.greenlet = getcurrent()
+        self._greenlet = getcurrent()
         # Called after each event.
         self.after: Callable[[], None] = lambda: None
         self.lines: deque[str] = deque(maxlen=LAST_LINES)
@@ -90,7 +90,7 @@ class Hub:
 
     def switch(self) -> None:
         """On a thread: let others run."""
-        self.greenlet.switch()
+        self._greenlet.switch()
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * self.random.random()
@@ -294,8 +294,7 @@ class Thread:
         self.name = name
         self.finished = False
         self._target = target
-        # Also one that another thread makes ends in the hub.
-        self._greenlet = greenlet(self._run, process.hub.greenlet)
+        self._greenlet = greenlet(self._run)
         self._wakeup: Event | None = None
         self._waiting = True
         self.joiners: list[Thread] = []

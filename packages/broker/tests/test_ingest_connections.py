@@ -20,7 +20,7 @@ from penstock_broker.domain.activation import hash_id
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest import topics
 from penstock_broker.ingest.consumer import KafkaConsumer
-from penstock_broker.ingest.intake import Position, Tail
+from penstock_broker.ingest.intake import Tail
 from penstock_broker.ingest.kafka import Connections
 from penstock_broker.ingest.poller import Poller, _Fenced
 from penstock_broker.ingest.tails import Tails
@@ -145,20 +145,6 @@ async def test_a_client_that_has_lost_kafka_is_replaced(
         assert [client.closed for client in made] == [False, False, False, True]
         assert loop.told == [([0, 1],), ([],), ([],)]
         assert not list(poller.tracks)
-
-
-async def test_a_last_commit_that_is_never_answered_is_refused(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of partitions that go: the group waits for it."""
-    never = threading.Event()
-    consumer = SimpleNamespace(commit=lambda offsets, asynchronous: never.wait(10))
-    monkeypatch.setattr("penstock_broker.ingest.poller.COMMIT_LAST_MS_MAX", 20)
-    async with running_store(settings.db_path) as store:
-        poller = KafkaConsumer(store, settings)._poller
-        refused = poller._commit_now(consumer, [Position(0, 5, "")])  # type: ignore[arg-type]
-        assert refused == "Kafka did not answer"
-    never.set()
 
 
 async def test_who_hears_nothing_from_kafka_has_no_double(

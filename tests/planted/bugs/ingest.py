@@ -60,14 +60,6 @@ BUGS = (
         tests=(CONNECTIONS + "test_a_client_that_has_lost_kafka_is_replaced",),
     ),
     Bug(
-        "a last commit is waited for as long as it takes",
-        "reconnects; nothing but a broken promise ends the broker",
-        "broker/ingest/poller.py",
-        old="            answers = answered.result(COMMIT_LAST_MS_MAX / 1000)\n",
-        new="            answers = answered.result()\n",
-        tests=(CONNECTIONS + "test_a_last_commit_that_is_never_answered_is_refused",),
-    ),
-    Bug(
         "a client that is being connected has lost Kafka",
         "a restart moves no partition",
         "broker/ingest/kafka.py",

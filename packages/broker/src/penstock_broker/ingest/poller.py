@@ -10,7 +10,6 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -376,23 +375,10 @@ class Poller:
         """Commit and wait for the answer: the error, or None."""
         if not positions:
             return None
-        answered: Future[list[TopicPartition] | None] = Future()
-
-        def commit() -> None:
-            try:
-                offsets = self._topic_partitions(positions)
-                answered.set_result(consumer.commit(offsets=offsets, asynchronous=False))
-            except KafkaException as error:
-                answered.set_exception(error)
-
-        # A client that has lost Kafka never comes back from it.
-        threading.Thread(target=commit, name="kafka-last-commit", daemon=True).start()
         try:
-            answers = answered.result(COMMIT_LAST_MS_MAX / 1000)
+            answers = consumer.commit(offsets=self._topic_partitions(positions), asynchronous=False)
         except KafkaException as error:
             return str(error)
-        except TimeoutError:
-            return "Kafka did not answer"
         return next((str(a.error) for a in answers or () if a.error is not None), None)
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
