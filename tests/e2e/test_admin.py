@@ -72,6 +72,8 @@ def test_a_running_task_that_is_cancelled_is_killed_and_its_slot_is_free(kafka_p
 def test_a_namespace_paused_under_load_starts_nothing_and_loses_nothing(kafka_pool: Pool) -> None:
     kafka_pool.create_topic(4)
     brokers = [kafka_pool.broker("one"), kafka_pool.broker("two")]
+    # One that is killed below while it gives partitions up is another fault (B4).
+    eventually("both read", lambda: all(b.metrics()["penstock_kafka_partitions"] == 2 for b in brokers))
     kafka_pool.worker(brokers, slots=2, namespaces=("main", "flood"))
     app = kafka_pool.app()
     ids = [app.tasks[name].delay(n).id for n in range(400) for name in ("noop", "flood.noop")]
