@@ -73,7 +73,7 @@ class Proxy:
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
+            while data := self._next(source, sink):
                 if self.delay_seconds:
                     time.sleep(self.delay_seconds)
                 self._flowing.wait()
@@ -81,6 +81,10 @@ class Proxy:
         # One side has nothing more to say; the other may.
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
+
+    def _next(self, source: socket.socket, sink: socket.socket) -> bytes:
+        """What goes to ``sink`` next; nothing: the end."""
+        return source.recv(1 << 16)
 
 
 class FencedKafka(Proxy):
@@ -92,15 +96,15 @@ class FencedKafka(Proxy):
         self._asked: dict[tuple[socket.socket, int], int] = {}
         super().__init__(target, port)
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _next(self, source: socket.socket, sink: socket.socket) -> bytes:
+        """A whole request or answer."""
+        size = _receive(source, 4)
+        data = _receive(source, *struct.unpack(">i", size)) if size else b""
+        if not data:
+            return b""
         from_kafka = source.getpeername()[1] == self.target
-        with contextlib.suppress(OSError, EOFError):
-            while True:
-                data = _receive(source, *struct.unpack(">i", _receive(source, 4)))
-                data = self._answer(sink, data) if from_kafka else self._ask(source, data)
-                sink.sendall(struct.pack(">i", len(data)) + data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
+        data = self._answer(sink, data) if from_kafka else self._ask(source, data)
+        return struct.pack(">i", len(data)) + data
 
     def _ask(self, client: socket.socket, request: bytes) -> bytes:
         key, version, id = struct.unpack_from(">hhi", request)
@@ -121,13 +125,9 @@ _METADATA = 3
 
 
 def _receive(source: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        more = source.recv(size - len(data))
-        if not more:
-            raise EOFError
-        data += more
-    return data
+    """So many bytes, or nothing at the end."""
+    data = source.recv(size, socket.MSG_WAITALL)
+    return data if len(data) == size else b""
 
 
 def _without_servers(answer: bytes) -> bytes:

@@ -7,12 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
-from ingest_helpers import MockKafka, kafka_settings, running_store, task_bytes
+from ingest_helpers import MockKafka, running_store, task_bytes
 
 from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
@@ -25,18 +24,6 @@ from penstock_broker.ingest.kafka import Connections
 from penstock_broker.ingest.poller import Poller, _Fenced
 from penstock_broker.ingest.tails import Tails
 from penstock_broker.ingest.topics import TopicIdentity
-
-
-@pytest.fixture
-def kafka() -> MockKafka:
-    kafka = MockKafka()
-    kafka.make_topic("tasks", "tasks-dlq")
-    return kafka
-
-
-@pytest.fixture
-def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka, tmp_path / "store.sqlite")
 
 
 def statistics(*brokers: tuple[str, int, str, float]) -> dict[str, dict[str, object]]:

@@ -28,18 +28,6 @@ from penstock_broker.store.limits import StoreLimits
 GROUP = "penstock-tasks"
 
 
-@pytest.fixture
-def kafka() -> MockKafka:
-    kafka = MockKafka()
-    kafka.make_topic("tasks", "tasks-dlq")
-    return kafka
-
-
-@pytest.fixture
-def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka, tmp_path / "store.sqlite")
-
-
 def acknowledged(consumer: KafkaConsumer, offset: int, partition: int = 0) -> bool:
     reading = consumer.intake.readings.get(partition)
     return reading is not None and reading.acknowledged >= offset

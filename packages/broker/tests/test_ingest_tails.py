@@ -27,18 +27,6 @@ HOUR_MS = 3_600_000
 
 
 @pytest.fixture
-def kafka() -> MockKafka:
-    kafka = MockKafka()
-    kafka.make_topic("tasks", "tasks-dlq")
-    return kafka
-
-
-@pytest.fixture
-def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka, tmp_path / "store.sqlite")
-
-
-@pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_OFFSETS", 10)
 

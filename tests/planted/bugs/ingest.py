@@ -55,8 +55,8 @@ BUGS = (
         "a client that has lost Kafka is waited for",
         "reconnects; nothing but a broken promise ends the broker",
         "broker/ingest/poller.py",
-        old="            closes = not isinstance(why, _Lost)\n",
-        new="            closes = why is not None\n",
+        old="            if not self._connections.lost:\n                consumer.close()\n",
+        new="            consumer.close()\n",
         tests=(CONNECTIONS + "test_a_client_that_has_lost_kafka_is_replaced",),
     ),
     Bug(

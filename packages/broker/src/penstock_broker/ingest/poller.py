@@ -132,7 +132,6 @@ class Poller:
         """With one client, until stopping or given up."""
         self._given_up = False
         self._connections = Connections()
-        closes = True
         consumer = Consumer(
             consumer_config(self._settings, self._on_error, self._on_commit, self._on_statistics)
         )
@@ -143,9 +142,8 @@ class Poller:
             while not self._stopping.is_set():
                 self._turn(consumer)
             self._commit_last(consumer)
-        except _GivenUp as why:
+        except _GivenUp:
             self._given_up = True
-            closes = not isinstance(why, _Lost)
             lost = sorted({*self.tracks, *self._unbegun})
             self._forget(lost)
             self._loop.tell(self._lose, lost)
@@ -155,7 +153,7 @@ class Poller:
                 self._stopping.set()
             self.tails.close()
             # One that has lost Kafka would wait for the answers to its commits for ever; it is let go of.
-            if closes:
+            if not self._connections.lost:
                 consumer.close()
             if self._unanswered:
                 self._unanswered = False
