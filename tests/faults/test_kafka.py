@@ -14,6 +14,7 @@ from tests.e2e.harness import Broker, Pool, eventually
 from tests.e2e.raw_worker import Acknowledgements, RawWorker
 from tests.faults.conftest import Figure
 from tests.faults.load import HELD_MAX, Load
+from tests.faults.network import proxy
 from tests.kafka_server import JavaKafka
 
 SESSION_SECONDS = 6.0
@@ -195,6 +196,35 @@ def test_a_broker_that_kafka_takes_for_another_joins_again(kafka_pool: Pool, fig
     load.await_more(1_000)
     figure(f"it has partitions again {time.monotonic() - begun:.1f} s later; {load.finish()}")
     assert load.twice <= 4 * HELD_MAX
+
+
+@pytest.mark.timeout(180)
+def test_what_a_killed_broker_gave_up_is_read_again(
+    own_kafka: JavaKafka, kafka_pool: Pool, figure: Figure
+) -> None:
+    """It is killed before it has told so, and back within its session: Kafka starts no rebalance for it."""
+    kafka_pool.create_topic(4)
+    with proxy(own_kafka.behind_port, own_kafka.before_port) as to_kafka:
+        address = f"127.0.0.1:{own_kafka.before_port}"
+        killed = kafka_pool.broker("killed", LEASE_SECONDS="3", KAFKA_CLUSTER=address)
+        eventually("it reads all", lambda: _reads(killed) == 4)
+        to_kafka.delay_seconds = 0.5
+        other = kafka_pool.broker("other", LEASE_SECONDS="3")
+        eventually("it gives up", lambda: "partitions revoked" in killed.text())
+        killed.kill()
+        # What it has said since is not heard.
+        to_kafka.reset()
+        to_kafka.delay_seconds = 0
+        killed.start()
+        begun = time.monotonic()
+        load = Load(kafka_pool, [killed, other])
+        eventually("it reads the rest", lambda: _reads(killed) == 2)
+        assert _reads(other) == 0, "there is nothing to mend"
+        eventually("all are read", lambda: _reads(killed) + _reads(other) == 4, seconds=60)
+        took = time.monotonic() - begun
+        assert "read by no broker" in killed.text() + other.text()
+        figure(f"what it gave up is read again {took:.1f} s later; {load.finish()}")
+    assert load.twice <= 2 * HELD_MAX
 
 
 @pytest.mark.timeout(120)

@@ -33,6 +33,7 @@ class Faults:
         self.rng = pool.hub.random
         self.kinds: dict[str, Callable[[], None]] = {
             "broker crash": self.broker_crash,
+            "broker crash in a rebalance": self.broker_crash_in_a_rebalance,
             "power cut": self.power_cut,
             "power cut in a write": self.power_cut_in_a_write,
             "disk lost": self.disk_lost,
@@ -93,6 +94,19 @@ class Faults:
             self._tell("broker crash", f"{machine.name}, back in {seconds:.2f} s")
             machine.crash()
             self.hub.later(seconds, lambda: self.pool.start(machine))
+
+    def broker_crash_in_a_rebalance(self) -> None:
+        """When it has given partitions up next, and before it has told so."""
+        if machine := self._broker():
+            seconds = self._seconds(20)
+
+            def crash() -> None:
+                if machine.alive and not self.pool.calm:
+                    self._tell("broker crash in a rebalance", f"{machine.name}, back in {seconds:.2f} s")
+                    machine.crash()
+                    self.hub.later(seconds, lambda: self.pool.start(machine))
+
+            self.pool.kafka.when_given_up[machine.name] = crash
 
     def power_cut(self) -> None:
         if machine := self._broker():

@@ -56,6 +56,8 @@ class Cluster:
         self.epochs: dict[str, int] = {}
         self.openers: dict[str, str] = {}
         self.recorded_at: dict[str, float] = {}
+        # By brokers' names: called once, when they give partitions up next.
+        self.when_given_up: dict[str, Callable[[], None]] = {}
         # Told when one is opened.
         self.on_opened: Callable[[], None] = lambda: None
         # Told of each record: topic, partition, offset; and by whom, if it is of a transaction.
@@ -182,13 +184,6 @@ class Group:
         """It did not get its assignment: once more."""
         if self.is_member(consumer) and not self.preparing:
             self._send(self.members[consumer.instance])
-
-    def rebalance_if_unread(self) -> None:
-        """What a static member gave up, that ended before it joined again and came back in time, is nobody's
-        until the next rebalance: Kafka starts none for it."""
-        read = {partition for member in self.members.values() for partition in member.assigned}
-        if self.members and not self.preparing and len(read) < len(self.cluster.topics[self.topic]):
-            self._rebalance()
 
     def _rebalance(self, by: Member | None = None) -> None:
         self.rebalances += 1

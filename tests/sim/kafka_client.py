@@ -10,7 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
 from greenlet import GreenletExit
 
 from tests.sim.hub import Thread
@@ -128,6 +128,7 @@ class Consumer(Client):
         self._connected = True
         self._sent_until = 0.0
         self._topic = ""
+        self._subscribed = False
         cluster.consumers.append(self)
         self.process.on_death.append(self._gone)
 
@@ -137,9 +138,24 @@ class Consumer(Client):
         (self._topic,) = topics
         self._group = self.cluster.group(self.config["group.id"], self._topic)
         self._callbacks = callbacks
+        if self._subscribed:
+            # Once it has given up everything, it joins as the member it was.
+            return
+        self._subscribed = True
         self._join()
         self._beat()
         self._tell_statistics()
+
+    def unsubscribe(self) -> None:
+        """Only to subscribe again at once."""
+        self._busy = True
+
+        def give_up() -> None:
+            self._carry_out(frozenset())
+            self._rejoins = True
+            self._join()
+
+        self._call(give_up)
 
     def poll(self, timeout: float) -> Message | None:
         thread = self.thread
@@ -393,6 +409,8 @@ class Consumer(Client):
             self.owned -= revoked
             for partition in revoked:
                 self.positions.pop(partition, None)
+            if then := self.cluster.when_given_up.pop(self.process.name, None):
+                self.hub.later(0, then)
         if added:
             self.owned |= added
             self._callbacks["on_assign"](self, self._named(added))
@@ -655,10 +673,15 @@ def producer(cluster: Cluster, config: dict[str, Any]) -> Producer | Transaction
 
 
 class AdminClient(Client):
-    def describe_topics(self, topics: object, request_timeout: float) -> dict[str, SimpleNamespace]:
+    def describe_topics(self, topics: object, request_timeout: float) -> dict[str, _Described]:
         """No topic is made anew here."""
-        known = SimpleNamespace(topic_id="the only one")
-        return {topic: SimpleNamespace(result=lambda seconds: known) for topic in self.cluster.topics}
+        return {
+            topic: _Described(self, partial(self._topic, topic), request_timeout)
+            for topic in self.cluster.topics
+        }
+
+    def _topic(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(topic_id="the only one", partitions=self.cluster.topics[name])
 
     def list_topics(self, timeout: float) -> SimpleNamespace:
         self.request(timeout)
@@ -666,14 +689,39 @@ class AdminClient(Client):
 
     def describe_consumer_groups(
         self, groups: Sequence[str], request_timeout: float
-    ) -> dict[str, SimpleNamespace]:
-        self.request(request_timeout)
-        return {name: SimpleNamespace(result=partial(self._described, name)) for name in groups}
+    ) -> dict[str, _Described]:
+        return {name: _Described(self, partial(self._group, name), request_timeout) for name in groups}
 
-    def _described(self, name: str) -> SimpleNamespace:
+    def _group(self, name: str) -> SimpleNamespace:
         group = self.cluster.groups.get(name)
         if group is None:
             raise _error(KafkaError.GROUP_ID_NOT_FOUND)
+        states = ConsumerGroupState
         return SimpleNamespace(
-            members=[SimpleNamespace(group_instance_id=instance) for instance in sorted(group.members)]
+            state=states.PREPARING_REBALANCING if group.preparing else states.STABLE,
+            members=[
+                SimpleNamespace(
+                    group_instance_id=instance,
+                    assignment=SimpleNamespace(
+                        topic_partitions=[TopicPartition(group.topic, p) for p in sorted(member.assigned)]
+                    ),
+                )
+                for instance, member in sorted(group.members.items())
+            ],
         )
+
+
+@dataclass(slots=True)
+class _Described:
+    """Kafka's answer, from when somebody takes it."""
+
+    client: Client
+    answer: Callable[[], SimpleNamespace]
+    seconds_max: float
+
+    def result(self, timeout: float | None = None) -> SimpleNamespace:
+        if timeout is None:
+            self.client.request(self.seconds_max)
+        elif not self.client.reachable:
+            raise _error(KafkaError._TIMED_OUT)
+        return self.answer()

@@ -32,8 +32,6 @@ GROUP = f"penstock-{TOPIC}"
 # Within that long after the last fault everything is done; what was delayed by a clock that was ahead, and
 # is not any more, waits longest.
 DRAIN_SECONDS_MAX = 2000.0
-# How often some rebalance comes, whatever for, when there are no more faults.
-UNREAD_SECONDS = 60.0
 SEND = "/penstock.v1.ProducerService/SendTasks"
 
 
@@ -256,7 +254,6 @@ class Pool:
         self.network.heal_all()
         self.kafka.up, self.kafka.slow = True, 1.0
         self.kafka.refuses.clear()
-        self._look_for_unread()
         for machine in self.brokers.values():
             machine.disk.recover()
             machine.clock.jump(0)
@@ -265,12 +262,6 @@ class Pool:
             if isinstance(worker, V1Worker) or worker.process.stopped_until > self.hub.now:
                 self.replace(worker)
         self.add_worker()
-
-    def _look_for_unread(self) -> None:
-        """Whoever was told to stop before the last fault may leave something unread still."""
-        for group in self.kafka.groups.values():
-            group.rebalance_if_unread()
-        self.hub.later(UNREAD_SECONDS, self._look_for_unread)
 
 
 def run_seed(seed: int, *, always_tell: bool = False, kinds: Sequence[str] = ()) -> Result:

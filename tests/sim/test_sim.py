@@ -18,6 +18,7 @@ from penstock_broker.domain import lifecycle
 from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import ClaimToken
+from penstock_broker.ingest.cluster import Cluster
 from penstock_broker.ingest.forwarder import Forwarder
 from penstock_broker.ingest.intake import Intake
 from penstock_broker.store.inflight import Inflight
@@ -62,6 +63,7 @@ FEW_SEEDS = 10
         ("broker adopted",),
         ("old copy put back", "Kafka down"),
         ("Kafka client lost", "broker stopped"),
+        ("broker crash in a rebalance", "broker crash"),
     ],
     ids=lambda kinds: kinds[0].replace(" ", "-"),
 )
@@ -169,7 +171,12 @@ def tails_not_read(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Intake, "tails", nothing)
 
 
+def unread_partitions_left(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Cluster, "unread", lambda self: [])
+
+
 PLANTED = (
+    unread_partitions_left,
     tails_not_read,
     answer_before_commit,
     answer_before_cover,
@@ -187,6 +194,7 @@ PLANTED = (
 SHOWN_BY: dict[Plant, tuple[str, ...]] = {
     answer_before_cover: ("broker cut off Kafka", "broker stopped"),
     tails_not_read: ("broker stopped", "broker restart"),
+    unread_partitions_left: ("broker crash in a rebalance", "broker crash"),
 }
 
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
 from ingest_helpers import MockKafka, running_store, task_bytes
 
 from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import hash_id
 from penstock_broker.errors import FatalError
-from penstock_broker.ingest import topics
+from penstock_broker.ingest import cluster
+from penstock_broker.ingest.cluster import Cluster
 from penstock_broker.ingest.consumer import KafkaConsumer
 from penstock_broker.ingest.intake import Tail
 from penstock_broker.ingest.kafka import Connections
 from penstock_broker.ingest.poller import Poller, _Fenced
 from penstock_broker.ingest.tails import Tails
-from penstock_broker.ingest.topics import TopicIdentity
 
 
 def statistics(*brokers: tuple[str, int, str, float]) -> dict[str, dict[str, object]]:
@@ -186,26 +186,93 @@ def _fail(*arguments: object) -> tuple[int, int]:
     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
 
+class Admin:
+    """Answers as ``topic`` and ``group`` say, at once; each client anew."""
+
+    topic: Iterator[object]
+    group: Iterator[object]
+
+    def __init__(self, config: object) -> None:
+        self._topic = next(self.topic)
+
+    def describe_topics(self, asked: object, request_timeout: float) -> dict[str, Future[object]]:
+        return {"tasks": _answered(self._topic)}
+
+    def describe_consumer_groups(
+        self, asked: Sequence[str], request_timeout: float
+    ) -> dict[str, Future[object]]:
+        return {asked[0]: _answered(next(self.group))}
+
+
+def _answered(answer: object) -> Future[object]:
+    answered: Future[object] = Future()
+    if isinstance(answer, KafkaException):
+        answered.set_exception(answer)
+    elif answer is not None:
+        answered.set_result(answer)
+    return answered
+
+
 def test_who_cannot_say_which_topic_it_is_is_not_asked_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = [KafkaException(KafkaError(KafkaError._TIMED_OUT)), SimpleNamespace(topic_id="the topic's")]
+    timed_out = KafkaException(KafkaError(KafkaError._TIMED_OUT))
+    Admin.topic = iter([timed_out, SimpleNamespace(topic_id="the topic's", partitions=[])])
+    monkeypatch.setattr(cluster, "AdminClient", Admin)
+    seen = Cluster(settings)
+    assert seen.topic_id() is None
+    assert seen.topic_id() == "the topic's"
 
-    class Admin:
-        """Says the same for ever."""
 
-        def __init__(self, config: object) -> None:
-            self._answer = answers.pop(0)
+def _group(state: ConsumerGroupState = ConsumerGroupState.STABLE, **members: Sequence[int]) -> object:
+    """``members``: the partitions of each."""
+    return SimpleNamespace(
+        state=state,
+        members=[
+            SimpleNamespace(
+                group_instance_id=name,
+                assignment=SimpleNamespace(
+                    topic_partitions=[TopicPartition("tasks", partition) for partition in partitions]
+                    + [TopicPartition("others", 3)]
+                ),
+            )
+            for name, partitions in members.items()
+        ],
+    )
 
-        def describe_topics(self, asked: object, request_timeout: float) -> dict[str, Future[object]]:
-            described: Future[object] = Future()
-            if isinstance(self._answer, KafkaException):
-                described.set_exception(self._answer)
-            else:
-                described.set_result(self._answer)
-            return {"tasks": described}
 
-    monkeypatch.setattr(topics, "AdminClient", Admin)
-    identity = TopicIdentity(settings)
-    assert identity.look() is None
-    assert identity.look() == "the topic's"
+ALL = _group(broker=[0, 1], other=[2, 3])
+TWO_LEFT = _group(broker=[], other=[0, 1])
+OF_MANY = _group(broker=[0, 1], other=[2])
+MOVING = _group(ConsumerGroupState.PREPARING_REBALANCING, broker=[], other=[0, 1])
+NOT_OURS = _group(other=[0, 1])
+REFUSED = KafkaException(KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED))
+
+
+@pytest.mark.parametrize(
+    ("group", "unread"),
+    [
+        ([ALL, ALL, ALL], [[], [], []]),
+        # Once it may be a rebalance.
+        ([TWO_LEFT, TWO_LEFT], [[], [2, 3]]),
+        ([TWO_LEFT, ALL, TWO_LEFT], [[], [], []]),
+        ([TWO_LEFT, MOVING, TWO_LEFT], [[], [], []]),
+        # Who reads more leaves it to the other at first.
+        ([OF_MANY, OF_MANY, OF_MANY, OF_MANY], [[], [], [3], [3]]),
+        ([NOT_OURS] * 5, [[]] * 5),
+        ([REFUSED, REFUSED], [[], []]),
+        ([None], [None]),
+    ],
+)
+def test_partitions_that_nobody_reads_are_somebodys_to_mend(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    group: Sequence[object],
+    unread: Sequence[list[int] | None],
+) -> None:
+    Admin.topic = iter([SimpleNamespace(topic_id="the topic's", partitions=range(4))])
+    Admin.group = iter(group)
+    monkeypatch.setattr(cluster, "AdminClient", Admin)
+    seen = Cluster(settings.model_copy(update={"broker_id": "broker"}))
+    seen.topic_id()
+    assert [seen.unread() for _ in group] == unread

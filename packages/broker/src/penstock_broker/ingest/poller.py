@@ -18,13 +18,13 @@ from penstock_broker.clock import Clock
 from penstock_broker.config import Settings
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest.admission import Admission
+from penstock_broker.ingest.cluster import ASK_SECONDS_MAX, Cluster
 from penstock_broker.ingest.event_loop import EventLoop
 from penstock_broker.ingest.intake import Begun, Found, Intake, Position, Tail
 from penstock_broker.ingest.kafka import RESTART, Connections, consumer_config
 from penstock_broker.ingest.ownership import decode
 from penstock_broker.ingest.tails import Tails
 from penstock_broker.ingest.taking import ReadMessage, Tracks
-from penstock_broker.ingest.topics import ASK_SECONDS_MAX, TopicIdentity
 
 log = structlog.get_logger("ingest")
 
@@ -42,6 +42,7 @@ LOOKUP_SECONDS_MAX = 3.0
 BEGIN_SECONDS_MAX = 2.0
 CHORES_EVERY_MS = 1000
 LOOK_WHICH_EVERY_MS = 5000
+LOOK_FOR_UNREAD_EVERY_MS = 10_000
 COMMIT_LAST_MS_MAX = 3000
 # Rows of partitions that were never assigned to us since the start are looked into after this.
 SETTLE_MS_MAX = 20_000
@@ -94,9 +95,10 @@ class Poller:
         self._connections = Connections()
         self._assigned_once = False
         self._chores_at = 0
-        self._identity = TopicIdentity(settings)
+        self._cluster = Cluster(settings)
         self._topic_id = ""
-        self._look_at = 0
+        self._look_which_at = 0
+        self._look_for_unread_at = 0
         self._settle_at = clock.mono_ms() + SETTLE_MS_MAX
 
     def hand_commit(self, positions: Sequence[Position]) -> None:
@@ -135,9 +137,7 @@ class Poller:
         consumer = Consumer(
             consumer_config(self._settings, self._on_error, self._on_commit, self._on_statistics)
         )
-        consumer.subscribe(
-            [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-        )
+        self._subscribe(consumer)
         try:
             while not self._stopping.is_set():
                 self._turn(consumer)
@@ -158,6 +158,11 @@ class Poller:
             if self._unanswered:
                 self._unanswered = False
                 self._loop.tell(self._intake.commit_done, [])
+
+    def _subscribe(self, consumer: Consumer) -> None:
+        consumer.subscribe(
+            [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
 
     def _turn(self, consumer: Consumer) -> None:
         self._intake.membership.turned()
@@ -234,8 +239,10 @@ class Poller:
         if self._stopping.is_set():
             return
         try:
-            if self._clock.mono_ms() >= self._look_at:
+            if self._clock.mono_ms() >= self._look_which_at:
                 self._look_which(consumer)
+            if self._clock.mono_ms() >= self._look_for_unread_at:
+                self._look_for_unread(consumer)
             if waiting := sorted(partition for partition in self._unbegun if partition not in self.tails):
                 self._begin_later(consumer, waiting)
             if self._outside:
@@ -249,10 +256,10 @@ class Poller:
 
     def _look_which(self, consumer: Consumer, seconds: float = 0) -> bool:
         """Ask which topic of its name is read; when it is another one, read it anew. Whether it was."""
-        id = self._identity.look(seconds)
+        id = self._cluster.topic_id(seconds)
         if id is None:
             return False
-        self._look_at = self._clock.mono_ms() + LOOK_WHICH_EVERY_MS
+        self._look_which_at = self._clock.mono_ms() + LOOK_WHICH_EVERY_MS
         if id == self._topic_id or not self._loop.ask(self._intake.topic_is(id)):
             self._topic_id = id
             return False
@@ -261,6 +268,23 @@ class Poller:
         found = [Found(p, None, (), *self._watermarks(consumer, p)) for p in partitions]
         self._read_anew(consumer, self._loop.ask(self._intake.begin_anew(found)))
         return True
+
+    def _look_for_unread(self, consumer: Consumer) -> None:
+        unread = self._cluster.unread()
+        if unread is None:
+            return
+        self._look_for_unread_at = self._clock.mono_ms() + LOOK_FOR_UNREAD_EVERY_MS
+        if unread:
+            log.warning(
+                "partitions are read by no broker of the group; this one joins it again, for Kafka to give"
+                " them to one",
+                topic=self.topic,
+                group=self._settings.kafka_consumer_group,
+                partitions=unread,
+            )
+            # To subscribe once more alone would change nothing for Kafka.
+            consumer.unsubscribe()
+            self._subscribe(consumer)
 
     # -- rebalances: called by the client within poll and consume
 

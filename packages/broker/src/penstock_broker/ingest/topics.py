@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-
 import structlog
-from confluent_kafka import KafkaError, KafkaException, TopicCollection, Uuid
-from confluent_kafka.admin import AdminClient, TopicDescription
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from penstock_broker.config import Settings
@@ -16,9 +14,6 @@ from penstock_broker.ingest.kafka import admin_config
 log = structlog.get_logger("ingest")
 
 CREATE_SECONDS_MAX = 10.0
-ASK_SECONDS_MAX = 5.0
-# Of a Kafka whose topics have no ids.
-NO_ID = str(Uuid(0, 0))
 # Small segments, rolled often: what is not compacted yet is read at every start of a broker.
 _COMPACTED = {
     "cleanup.policy": "compact",
@@ -71,36 +66,6 @@ def ensure_topics(settings: Settings, seconds: float) -> bool:
                 cluster=settings.kafka_cluster,
             )
     return True
-
-
-class TopicIdentity:
-    """Which topic of its name Kafka has. For one thread."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._admin: AdminClient | None = None
-        self._asked: Future[TopicDescription] | None = None
-
-    def look(self, seconds: float = 0) -> str | None:
-        """The id, as far as Kafka has told it since it was last looked for; waits up to ``seconds``."""
-        topic = self._settings.kafka_topic
-        if self._asked is None:
-            self._admin = self._admin or AdminClient(admin_config(self._settings))
-            self._asked = self._admin.describe_topics(
-                TopicCollection([topic]), request_timeout=ASK_SECONDS_MAX
-            )[topic]
-        try:
-            id = str(self._asked.result(seconds).topic_id)
-        except TimeoutError:
-            return None
-        except KafkaException as error:
-            # It is away, or has no such topic, or no ids.
-            id = NO_ID
-            if error.args[0].code() == KafkaError._TIMED_OUT:
-                # This client may have lost it for good.
-                self._admin = None
-        self._asked = None
-        return None if id == NO_ID else id
 
 
 def _create(admin: AdminClient, topics: list[str], settings: Settings) -> None:
