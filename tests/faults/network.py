@@ -88,10 +88,12 @@ class Proxy:
 
 
 class FencedKafka(Proxy):
-    """To a Kafka that names no server of its cluster while ``fenced``, as one that has stood still."""
+    """To a Kafka that names no server of its cluster while ``fenced``, as one that has stood still; if it
+    ``leaves``, that is the last it says on any connection, as one does that is stopped."""
 
     def __init__(self, target: int, port: int = 0) -> None:
         self.fenced = False
+        self.leaves = False
         # (client, correlation id) -> version of a request for metadata.
         self._asked: dict[tuple[socket.socket, int], int] = {}
         super().__init__(target, port)
@@ -103,8 +105,13 @@ class FencedKafka(Proxy):
         if not data:
             return b""
         from_kafka = source.getpeername()[1] == self.target
-        data = self._answer(sink, data) if from_kafka else self._ask(source, data)
-        return struct.pack(">i", len(data)) + data
+        whole = self._answer(sink, data) if from_kafka else self._ask(source, data)
+        framed = struct.pack(">i", len(whole)) + whole
+        if whole != data and self.leaves:
+            sink.sendall(framed)
+            self.reset()
+            return b""
+        return framed
 
     def _ask(self, client: socket.socket, request: bytes) -> bytes:
         key, version, id = struct.unpack_from(">hhi", request)

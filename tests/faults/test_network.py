@@ -7,7 +7,9 @@ import time
 from contextlib import closing
 
 import pytest
+from confluent_kafka import Producer
 
+from penstock_client import App
 from tests.e2e.harness import Pool, eventually
 from tests.faults.conftest import Figure
 from tests.faults.load import HELD_MAX, Load
@@ -139,3 +141,55 @@ def test_a_kafka_that_names_no_server_is_found_again(
         load.await_more()
         figure(f"both brokers read again {took:.1f} s after it names itself; {load.finish()}")
     assert load.twice <= 2 * len(brokers) * 2 * HELD_MAX
+
+
+@pytest.mark.timeout(400)
+def test_a_producer_finds_a_kafka_again_that_left(
+    own_kafka: JavaKafka,
+    kafka_pool: Pool,
+    figure: Figure,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its last answer can make librdkafka forget where it is. What a client sends meanwhile arrives."""
+    kafka_pool.create_topic(2)
+    # Asked more often, it happens sooner.
+    monkeypatch.setattr(
+        "penstock_client.transports.kafka.Producer",
+        lambda config: Producer(config | {"topic.metadata.refresh.interval.ms": 300}),
+    )
+    with closing(FencedKafka(own_kafka.behind_port, own_kafka.before_port)) as to_kafka:
+        address = f"127.0.0.1:{own_kafka.before_port}"
+        broker = kafka_pool.broker("broker", KAFKA_CLUSTER=address)
+        app = App(
+            "e2e", kafka=address, topic=kafka_pool.topic, strict_kwargs="off", delivery_timeout_seconds=120
+        )
+        task = app.namespace("n").task(name="t", retry=None)(_nothing)
+        expired = task.options(expires=1)
+        refs = [expired.delay()]
+
+        def all_left() -> bool:
+            letters = broker.metrics().get("penstock_dead_letters_total{reason=expired}", 0)
+            return letters == len(refs) and not broker.held()
+
+        eventually("a dead letter has left", all_left, seconds=30)
+        to_kafka.leaves = True
+        times = 0
+        while caplog.text.count("the Kafka producer cannot go on") < 2:
+            to_kafka.fenced = True
+            to_kafka.reset()
+            refs += [expired.delay() for _ in range(10)]
+            time.sleep(2.5)  # it is gone
+            to_kafka.fenced = False
+            times += 1
+            time.sleep(8.0)  # it is back
+        begun = time.monotonic()
+        for ref in refs:
+            ref.wait(60)
+        took = time.monotonic() - begun
+        eventually("all dead letters have left", all_left, seconds=60)
+        app.close()
+        figure(f"gone {times} times: {len(refs)} sends acknowledged {took:.1f} s later, and dead letters")
+
+
+def _nothing() -> None: ...

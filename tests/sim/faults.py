@@ -237,10 +237,12 @@ class Faults:
 
     def kafka_client_lost(self) -> None:
         """It will not find Kafka again; another one would."""
-        if consumers := [consumer for consumer in self.pool.kafka.consumers if not consumer.lost]:
-            consumer = self.rng.choice(consumers)
-            self._tell("Kafka client lost", f"{consumer.instance}, of {consumer.config['group.id']}")
-            consumer.lost = True
+        kafka = self.pool.kafka
+        if clients := [client for client in (*kafka.consumers, *kafka.producers) if not client.lost]:
+            client = self.rng.choice(clients)
+            whose = client.config.get("group.id", "which publishes")
+            self._tell("Kafka client lost", f"{client.process.name}'s, {whose}")
+            client.lost = True
 
     def letters_refused(self) -> None:
         refuses, topic = self.pool.kafka.refuses, self.pool.dead_letters

@@ -12,7 +12,7 @@ from tests.sim.hub import EPOCH_MS, Hub, Process
 from tests.sim.network import Network
 
 if TYPE_CHECKING:
-    from tests.sim.kafka_client import Consumer
+    from tests.sim.kafka_client import Consumer, Producer
 
 NAME = "kafka"
 
@@ -51,6 +51,7 @@ class Cluster:
         self.topics: dict[str, list[list[Record]]] = {}
         self.groups: dict[str, Group] = {}
         self.consumers: list[Consumer] = []
+        self.producers: list[Producer] = []
         # Of transactional ids: how often it was opened, by whom last, and when the last transaction began
         # that the broker of its name has committed.
         self.epochs: dict[str, int] = {}

@@ -88,6 +88,11 @@ class Client:
             raise GreenletExit
         return self.hub.thread
 
+    def statistics(self, topics: dict[str, Any]) -> str:
+        state = "INIT" if self.lost else "UP" if self.reachable else "DOWN"
+        server = {"nodeid": 1, "source": "learned", "state": state, "rxidle": 0 if state == "UP" else -1}
+        return json.dumps({"brokers": {"1": server}, "topics": topics})
+
     def request(self, seconds: float) -> None:
         """Wait for a request and its answer, or raise that there was none."""
         thread = self.thread
@@ -422,10 +427,8 @@ class Consumer(Client):
     def _tell_statistics(self) -> None:
         if self._closed or not self.process.alive:
             return
-        state = "INIT" if self.lost else "UP" if self.reachable else "DOWN"
         ends = {str(p): {"hi_offset": len(log)} for p, log in enumerate(self.cluster.topics[self._topic])}
-        server = {"nodeid": 1, "source": "learned", "state": state, "rxidle": 0 if state == "UP" else -1}
-        text = json.dumps({"brokers": {"1": server}, "topics": {self._topic: {"partitions": ends}}})
+        text = self.statistics({self._topic: {"partitions": ends}})
         self._call(lambda: self.config["stats_cb"](text))
         self.process.later(STATISTICS_SECONDS, self._tell_statistics)
 
@@ -440,6 +443,9 @@ class Producer(Client):
         self._waiting: Thread | None = None
         # Sent, and not answered.
         self._open: dict[_Sent, None] = {}
+        cluster.producers.append(self)
+        self.process.on_death.append(lambda: cluster.producers.remove(self))
+        self._tell_statistics()
 
     def produce(
         self,
@@ -458,9 +464,18 @@ class Producer(Client):
 
     def answered(self, sent: _Sent, error: KafkaError | None) -> None:
         if self._open.pop(sent, 0) is None:
-            self._answers.append(lambda: sent.on_delivery(error, SimpleNamespace()))
-            if self._waiting is not None:
-                self._waiting.wake()
+            self._call(lambda: sent.on_delivery(error, SimpleNamespace()))
+
+    def _call(self, answer: Callable[[], None]) -> None:
+        self._answers.append(answer)
+        if self._waiting is not None:
+            self._waiting.wake()
+
+    def _tell_statistics(self) -> None:
+        if self.process.alive:
+            text = self.statistics({})
+            self._call(lambda: self.config["stats_cb"](text))
+            self.process.later(STATISTICS_SECONDS, self._tell_statistics)
 
     def poll(self, timeout: float) -> int:
         thread = self.thread
@@ -479,7 +494,8 @@ class Producer(Client):
             self.answered(sent, KafkaError(KafkaError._PURGE_QUEUE))
 
     def __len__(self) -> int:
-        return len(self._open)
+        """Of an answer that is not taken yet, too."""
+        return len(self._open) + len(self._answers)
 
 
 class _Sent:
@@ -506,13 +522,13 @@ class _Sent:
 
     def attempt(self) -> None:
         producer = self.producer
-        cluster, hub = producer.cluster, producer.hub
+        hub = producer.hub
         if self not in producer._open:
             return
         if hub.now >= self.until:
             producer.answered(self, KafkaError(KafkaError._MSG_TIMED_OUT))
-        elif cluster.reachable(producer.process):
-            hub.later(cluster.latency(), self._arrive)
+        elif producer.reachable:
+            hub.later(producer.cluster.latency(), self._arrive)
         else:
             producer.process.later(hub.between(0.1, 1.0), self.attempt)
 
@@ -520,7 +536,7 @@ class _Sent:
         producer = self.producer
         cluster, process = producer.cluster, producer.process
         error = cluster.refuses.get(self.topic)
-        if not cluster.up:
+        if producer.lost or not cluster.up:
             process.later(producer.hub.between(0.1, 1.0), self.attempt)
             return
         if error is None and not self.appended:
@@ -528,7 +544,7 @@ class _Sent:
             partitions = len(cluster.topics[self.topic])
             partition = sum(str(self.key).encode()) % partitions
             cluster.append(self.topic, partition, self.key, self.value, self.headers)
-        if cluster.reachable(process):
+        if producer.reachable:
             process.later(cluster.latency(), lambda: producer.answered(self, error))
         else:
             process.later(producer.hub.between(0.1, 1.0), self.attempt)

@@ -8,9 +8,10 @@ import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, Producer
 from ingest_helpers import MockKafka, kafka_settings, running_store, until
 from structlog.testing import capture_logs
 
@@ -230,13 +231,39 @@ async def test_what_a_full_queue_does_not_take_is_not_safe(kafka: MockKafka, tmp
     await publisher.stop()
 
 
-async def test_a_producer_that_cannot_go_on_is_followed_by_another(kafka: MockKafka, tmp_path: Path) -> None:
+# As librdkafka 2.16 tells of a client that knows no server of Kafka any more.
+NO_SERVERS = json.dumps({"brokers": {}})
+
+
+@pytest.mark.parametrize("why", ["fatal", "lost"])
+async def test_a_producer_that_cannot_go_on_is_followed_by_another(
+    kafka: MockKafka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """And what it has not answered can be published again, long before its time is over."""
+    configs: list[Any] = []
+
+    def made(config: dict[str, object]) -> Producer:
+        configs.append(config)
+        # The first one reaches nobody.
+        return Producer(config if len(configs) > 1 else config | {"bootstrap.servers": "127.0.0.1:1"})
+
+    monkeypatch.setattr("penstock_broker.ingest.publisher.Producer", made)
     publisher = Publisher(kafka_settings(kafka, tmp_path))
-    fatal = KafkaError(KafkaError._FATAL, "out of order", fatal=True)
-    publisher._producer = Refusing(KafkaException(fatal))  # type: ignore[assignment]
-    assert await publisher.publish([Letter("tasks-dlq", "a", b"a", [])]) == [fatal]
-    publisher._on_error(fatal)
-    assert await publisher.publish([Letter("tasks-dlq", "a", b"a", [])]) == [None]
+    letters = [Letter("tasks-dlq", "a", b"a", [])]
+    publishing = asyncio.create_task(publisher.publish(letters))
+    await asyncio.sleep(0)
+    if why == "fatal":
+        configs[0]["error_cb"](KafkaError(KafkaError._FATAL, "out of order", fatal=True))
+    else:
+        for _ in range(3):
+            assert not publishing.done()
+            configs[0]["stats_cb"](NO_SERVERS)
+    answered, _ = await asyncio.wait({publishing}, timeout=10)
+    assert answered
+    (error,) = publishing.result()
+    assert error is not None
+    assert await publisher.publish(letters) == [None]
+    assert len(configs) == 2
     await publisher.stop()
 
 

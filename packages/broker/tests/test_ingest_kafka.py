@@ -43,7 +43,7 @@ async def rows_of(store: Inflight) -> list[Activation]:
 def test_what_kafka_acknowledges_is_on_all_replicas_and_offsets_are_committed_here(
     settings: Settings,
 ) -> None:
-    config = producer_config(settings, lambda error: None, 1000)
+    config = producer_config(settings, lambda error: None, lambda text: None, 1000)
     assert (config["acks"], config["enable.idempotence"]) == ("all", True)
     config = consumer_config(settings, lambda error: None, None, None)
     assert not config["enable.auto.commit"]

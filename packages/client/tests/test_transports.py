@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import grpc
 import pytest
-from confluent_kafka import Consumer, Message, Producer
+from confluent_kafka import Consumer, KafkaError, Message, Producer
 
 from penstock_client import App, BufferFull, ConfigError, SendError, Task
 from penstock_client.settings import load_settings
@@ -98,6 +100,56 @@ def test_without_kafka_sending_is_bounded_and_says_so(caplog: pytest.LogCaptureF
     with pytest.raises(SendError, match=rf"task t \({first.id}\) was not sent to topic 'taskworker'"):
         first.wait(20)
     assert first.id in caplog.text
+    app.close()
+
+
+# As librdkafka 2.16 tells of a client that knows no server of Kafka any more.
+NO_SERVERS = json.dumps({"brokers": {}})
+TRIES_ONE = json.dumps({"brokers": {"k/1": {"source": "learned", "nodeid": 1, "state": "CONNECT"}}})
+WAS_NEVER_THERE = json.dumps({"brokers": {"k": {"source": "configured", "nodeid": -1, "state": "INIT"}}})
+
+
+@pytest.mark.parametrize(
+    ("told", "replaced"),
+    [
+        ([NO_SERVERS] * 3, True),
+        ([NO_SERVERS, NO_SERVERS, TRIES_ONE, NO_SERVERS], False),
+        ([WAS_NEVER_THERE] * 5, False),
+        ([KafkaError(KafkaError._FATAL, "out of order", fatal=True)], True),
+        ([KafkaError(KafkaError._ALL_BROKERS_DOWN)], False),
+    ],
+)
+def test_a_producer_that_cannot_go_on_is_followed_by_another(
+    mock_kafka: str,
+    monkeypatch: pytest.MonkeyPatch,
+    told: Sequence[str | KafkaError],
+    replaced: bool,
+) -> None:
+    """Which sends what waits, though nobody asks, and before its time is over."""
+    configs: list[Any] = []
+
+    def made(config: dict[str, object]) -> Producer:
+        configs.append(config)
+        # The first one reaches nobody.
+        return Producer(config if len(configs) > 1 else config | {"bootstrap.servers": "127.0.0.1:1"})
+
+    monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
+    seconds = 10 if replaced else 1
+    app = App("a", kafka=mock_kafka, strict_kwargs="off", delivery_timeout_seconds=seconds)
+    task = task_of(app)
+    refs = [task.delay(n) for n in range(10)]
+    for one in told:
+        if isinstance(one, KafkaError):
+            configs[0]["error_cb"](one)
+        else:
+            configs[0]["stats_cb"](one)
+    if replaced:
+        done, _ = wait([ref.future for ref in refs], timeout=8)
+        assert [future.exception() for future in done] == [None] * 10
+        assert app.flush(5) == 0
+    else:
+        assert app.flush(0.3) == 10
+    assert len(configs) == 1 + replaced
     app.close()
 
 

@@ -88,7 +88,7 @@ class Connections:
 
 
 def producer_config(
-    settings: Settings, on_error: Callable[[KafkaError], None], delivery_ms_max: int
+    settings: Settings, on_error: Callable[[KafkaError], None], on_statistics: object, delivery_ms_max: int
 ) -> Config:
     return _common(settings, on_error) | {
         "enable.idempotence": True,
@@ -98,6 +98,7 @@ def producer_config(
         "message.max.bytes": min(settings.message_bytes_max + 1024 * 1024, 1_000_000_000),
         "queue.buffering.max.kbytes": 64 * 1024,
         "delivery.timeout.ms": delivery_ms_max,
+        **statistics_config(on_statistics),
     }
 
 

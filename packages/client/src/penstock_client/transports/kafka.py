@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import threading
@@ -18,6 +19,10 @@ from penstock_client.transports import Outgoing
 log = logging.getLogger("penstock.client")
 
 POLL_SECONDS = 0.1
+STATISTICS_MS = 2000
+# So many statistics in a row without a server: for a moment it can look so while one is tried.
+LOST_AFTER = 3
+_GIVEN_UP = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)
 
 
 class KafkaTransport:
@@ -31,6 +36,10 @@ class KafkaTransport:
             )
         self._settings = settings
         self._unreachable = ""
+        # The producer cannot go on; another one can.
+        self._given_up = False
+        # Whoever sends does so with the one that is polled.
+        self._replacing = threading.Lock()
         try:
             self._producer = self._connect(settings)
         except KafkaException as error:
@@ -42,6 +51,18 @@ class KafkaTransport:
         self._poller.start()
 
     def _connect(self, settings: ClientSettings) -> Producer:
+        without = 0
+
+        def look(text: str) -> None:
+            """librdkafka can forget all servers for good, by what one answers last that stands still or goes
+            away (2.13 and later, its issue 5301)."""
+            nonlocal without
+            brokers = json.loads(text)["brokers"].values()
+            servers = [b for b in brokers if b["source"] in ("configured", "learned")]
+            knows_none = all(b["source"] == "learned" and b["state"] == "INIT" for b in servers)
+            without = without + 1 if knows_none else 0
+            self._given_up = self._given_up or without >= LOST_AFTER
+
         return Producer(
             {
                 "bootstrap.servers": settings.kafka,
@@ -55,6 +76,8 @@ class KafkaTransport:
                 "message.max.bytes": settings.payload_bytes_max + 64 * 1024,
                 "reconnect.backoff.max.ms": 1000,
                 "error_cb": self._on_error,
+                "statistics.interval.ms": STATISTICS_MS,
+                "stats_cb": look,
                 # It repeats itself on stderr while a cluster is away; what fails is told per task.
                 "log_level": 2,
             }
@@ -63,8 +86,25 @@ class KafkaTransport:
     def _poll(self) -> None:
         while not self._closing.is_set():
             self._producer.poll(POLL_SECONDS)
+            if self._given_up:
+                self._replace()
+
+    def _replace(self) -> None:
+        """With a new producer, which sends again what the old one has no answer to: brokers know its ids."""
+        log.warning(
+            "the Kafka producer cannot go on; a new one sends what waits for %s", self._settings.kafka
+        )
+        made = self._connect(self._settings)
+        with self._replacing:
+            old, self._producer = self._producer, made
+        old.purge()
+        while len(old):
+            old.poll(POLL_SECONDS)
+        self._given_up = False
 
     def _on_error(self, error: KafkaError) -> None:
+        if error.fatal():
+            self._given_up = True
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._unreachable = error.str()
 
@@ -77,10 +117,16 @@ class KafkaTransport:
                 self._unreachable = ""
                 future.set_result(None)
                 return
-            failure = SendError(
-                f"task {message.taskname} ({message.id}) was not sent to topic {message.topic!r} of"
-                f" {self._settings.kafka}: {self._why(error)}"
-            )
+            try:
+                if error.code() in _GIVEN_UP and not self._closing.is_set():
+                    self.send(message, future)
+                    return
+                failure = SendError(
+                    f"task {message.taskname} ({message.id}) was not sent to topic {message.topic!r} of"
+                    f" {self._settings.kafka}: {self._why(error)}"
+                )
+            except SendError as refused:
+                failure = refused
             # Whoever holds the future is told; if nobody does, the log has it.
             log.error("%s", failure)
             future.set_exception(failure)
@@ -89,9 +135,10 @@ class KafkaTransport:
         deadline = 0.0
         while True:
             try:
-                self._producer.produce(
-                    message.topic, message.value, message.key, on_delivery=delivered, headers=headers
-                )
+                with self._replacing:
+                    self._producer.produce(
+                        message.topic, message.value, message.key, on_delivery=delivered, headers=headers
+                    )
                 return
             except BufferError:
                 now = time.monotonic()
@@ -120,7 +167,13 @@ class KafkaTransport:
         )
 
     def flush(self, seconds: float) -> int:
-        return int(self._producer.flush(seconds))
+        until = time.monotonic() + seconds
+        while True:
+            producer = self._producer
+            waiting = int(producer.flush(max(0.0, until - time.monotonic())))
+            # Of one that was replaced meanwhile, the other has what waited.
+            if producer is self._producer:
+                return waiting
 
     def close(self) -> None:
         self._closing.set()
