@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -15,7 +15,7 @@ import grpc
 import pytest
 from confluent_kafka import Consumer, KafkaError, Message, Producer
 
-from penstock_client import App, BufferFull, ConfigError, SendError, Task
+from penstock_client import App, BufferFull, ConfigError, SendError, Task, TaskRef
 from penstock_client.settings import load_settings
 from penstock_client.transports import Outgoing, connect
 from penstock_protocol import signature
@@ -150,6 +150,27 @@ def test_a_producer_that_cannot_go_on_is_followed_by_another(
     else:
         assert app.flush(0.3) == 10
     assert len(configs) == 1 + replaced
+    app.close()
+
+
+def test_a_handler_of_a_signal_may_send_while_something_is_sent(
+    mock_kafka: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers: list[Callable[[], object]] = []
+
+    class Interrupted(Producer):
+        def produce(self, *message: Any, **more: Any) -> None:
+            if handlers:
+                handlers.pop()()
+            super().produce(*message, **more)
+
+    monkeypatch.setattr("penstock_client.transports.kafka.Producer", Interrupted)
+    app = App("a", kafka=mock_kafka, strict_kwargs="off")
+    task = task_of(app)
+    by_handler: list[TaskRef] = []
+    handlers.append(lambda: by_handler.append(task.delay(2)))
+    task.delay(1).wait(20)
+    by_handler[0].wait(20)
     app.close()
 
 

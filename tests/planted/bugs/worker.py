@@ -332,6 +332,15 @@ BUGS = (
         tests=(CLIENT + "test_transports.py::test_a_producer_that_cannot_go_on_is_followed_by_another",),
     ),
     Bug(
+        "a handler of a signal that sends waits for what it interrupts",
+        "sending is bounded",
+        "client/transports/kafka.py",
+        old="threading.RLock()",
+        new="threading.Lock()",
+        tests=(CLIENT + "test_transports.py::test_a_handler_of_a_signal_may_send_while_something_is_sent",),
+        hangs=True,
+    ),
+    Bug(
         "a client is replaced that has never been connected",
         "reconnects; what was sent is sent",
         "client/transports/kafka.py",

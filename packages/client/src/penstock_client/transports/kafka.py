@@ -38,8 +38,8 @@ class KafkaTransport:
         self._unreachable = ""
         # The producer cannot go on; another one can.
         self._given_up = False
-        # Whoever sends does so with the one that is polled.
-        self._replacing = threading.Lock()
+        # Whoever sends does so with the one that is polled; a signal's handler may do so within.
+        self._replacing = threading.RLock()
         try:
             self._producer = self._connect(settings)
         except KafkaException as error:
