@@ -219,9 +219,28 @@ def test_who_cannot_say_which_topic_it_is_is_not_asked_again(
     timed_out = KafkaException(KafkaError(KafkaError._TIMED_OUT))
     Admin.topic = iter([timed_out, SimpleNamespace(topic_id="the topic's", partitions=[])])
     monkeypatch.setattr(cluster, "AdminClient", Admin)
+    # Nothing comes of what else the first client was asked.
+    Admin.group = iter([None, ALL])
     seen = Cluster(settings)
+    assert seen.unread() is None
     assert seen.topic_id() is None
     assert seen.topic_id() == "the topic's"
+    assert seen.unread() == []
+
+
+def test_of_a_topic_that_is_gone_nothing_is_unread(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART))
+    answers = iter([SimpleNamespace(topic_id="the topic's", partitions=range(4)), unknown])
+    monkeypatch.setattr(Admin, "describe_topics", lambda *asked, **more: {"tasks": _answered(next(answers))})
+    monkeypatch.setattr(cluster, "AdminClient", Admin)
+    Admin.topic, Admin.group = iter([None]), iter([TWO_LEFT] * 3)
+    seen = Cluster(settings.model_copy(update={"broker_id": "broker"}))
+    seen.topic_id()
+    assert seen.unread() == []
+    assert seen.topic_id() is None
+    assert seen.unread() == []
 
 
 def _group(state: ConsumerGroupState = ConsumerGroupState.STABLE, **members: Sequence[int]) -> object:
@@ -230,7 +249,7 @@ def _group(state: ConsumerGroupState = ConsumerGroupState.STABLE, **members: Seq
         state=state,
         members=[
             SimpleNamespace(
-                group_instance_id=name,
+                group_instance_id=None if name.startswith("unnamed") else name,
                 assignment=SimpleNamespace(
                     topic_partitions=[TopicPartition("tasks", partition) for partition in partitions]
                     + [TopicPartition("others", 3)]
@@ -258,7 +277,9 @@ REFUSED = KafkaException(KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED))
         ([TWO_LEFT, ALL, TWO_LEFT], [[], [], []]),
         ([TWO_LEFT, MOVING, TWO_LEFT], [[], [], []]),
         # Who reads more leaves it to the other at first.
-        ([OF_MANY, OF_MANY, OF_MANY, OF_MANY], [[], [], [3], [3]]),
+        ([OF_MANY] * 6, [[], [], [3], [], [], [3]]),
+        # Those of no name, who will do nothing, read as well.
+        ([_group(broker=[0], unnamed1=[1, 2], unnamed2=[3])] * 3, [[], [], []]),
         ([NOT_OURS] * 5, [[]] * 5),
         ([REFUSED, REFUSED], [[], []]),
         ([None], [None]),

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from confluent_kafka import Consumer, KafkaError, Message, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from penstock_client import App, BufferFull, ConfigError, SendError, Task, TaskRef
 from penstock_client.settings import load_settings
@@ -134,7 +134,7 @@ def test_a_producer_that_cannot_go_on_is_followed_by_another(
         return Producer(config if len(configs) > 1 else config | {"bootstrap.servers": "127.0.0.1:1"})
 
     monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
-    seconds = 10 if replaced else 1
+    seconds = 10 if replaced else 4
     app = App("a", kafka=mock_kafka, strict_kwargs="off", delivery_timeout_seconds=seconds)
     task = task_of(app)
     refs = [task.delay(n) for n in range(10)]
@@ -150,6 +150,69 @@ def test_a_producer_that_cannot_go_on_is_followed_by_another(
     else:
         assert app.flush(0.3) == 10
     assert len(configs) == 1 + replaced
+    app.close()
+
+
+def test_what_is_sent_again_goes_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be there already: of what has no key brokers know an id again within its partition only."""
+    cluster = Producer(
+        {"bootstrap.servers": "unused", "test.mock.num.brokers": 1, "test.mock.broker.rtt": 400}
+    )
+    broker = next(iter(cluster.list_topics(timeout=10).brokers.values()))
+    configs: list[Any] = []
+
+    def made(config: dict[str, object]) -> Producer:
+        configs.append(config)
+        return Producer(config)
+
+    monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
+    address = f"{broker.host}:{broker.port}"
+    app = App("a", kafka=address, strict_kwargs="off", linger_ms=1)
+    task = task_of(app)
+    task.delay(0).wait(20)
+    refs = []
+    for n in range(20):
+        refs.append(task.delay(n))
+        time.sleep(0.015)  # another partition is chosen
+    configs[0]["error_cb"](KafkaError(KafkaError._FATAL, "out of order", fatal=True))
+    done, _ = wait([ref.future for ref in refs], timeout=20)
+    assert [future.exception() for future in done] == [None] * 20
+    consumer = Consumer({"bootstrap.servers": address, "group.id": "g"})
+    consumer.assign([TopicPartition("taskworker", partition, 0) for partition in range(4)])
+    found: dict[str, list[int | None]] = {}
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and (len(found) < 21 or max(map(len, found.values())) < 2):
+        for message in consumer.consume(100, 0.5):
+            id = activation_pb2.TaskActivation.FromString(message.value() or b"").id
+            found.setdefault(id, []).append(message.partition())
+    consumer.close()
+    assert any(len(partitions) == 2 for partitions in found.values()), "none was on its way"
+    assert all(len(set(partitions)) == 1 for partitions in found.values())
+    app.close()
+    del cluster
+
+
+def test_while_no_other_producer_can_be_made_sends_end_in_time(
+    mock_kafka: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Any] = []
+
+    def made(config: dict[str, object]) -> Producer:
+        configs.append(config)
+        if len(configs) == 2:
+            raise KafkaException(KafkaError(KafkaError._CRIT_SYS_RESOURCE, "no thread"))
+        return Producer(config if len(configs) > 1 else config | {"bootstrap.servers": "127.0.0.1:1"})
+
+    monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
+    app = App("a", kafka=mock_kafka, strict_kwargs="off", delivery_timeout_seconds=0.5)
+    task = task_of(app)
+    task.delay(0)
+    configs[0]["error_cb"](KafkaError(KafkaError._FATAL, "out of order", fatal=True))
+    refused = task.delay(1).future
+    assert wait([refused], timeout=5).done
+    assert isinstance(refused.exception(), SendError)
+    time.sleep(1)  # it is tried again
+    assert task.delay(2).future.exception(10) is None
     app.close()
 
 

@@ -311,8 +311,8 @@ BUGS = (
         "a send that Kafka did not acknowledge counts as sent",
         "what was acknowledged to the caller is in Kafka",
         "client/transports/kafka.py",
-        old="            future.set_exception(failure)\n",
-        new="            future.set_result(None)\n",
+        old="        future.set_exception(failure)\n",
+        new="        future.set_result(None)\n",
         tests=(CLIENT + "test_transports.py::test_without_kafka_sending_is_bounded_and_says_so",),
     ),
     Bug(
@@ -330,6 +330,22 @@ BUGS = (
         old="if error.code() in _GIVEN_UP and",
         new="if False and",
         tests=(CLIENT + "test_transports.py::test_a_producer_that_cannot_go_on_is_followed_by_another",),
+    ),
+    Bug(
+        "what is sent again goes anywhere",
+        "what may be sent twice is known again",
+        "client/transports/kafka.py",
+        old="ANY_PARTITION if where is None else where",
+        new="ANY_PARTITION",
+        tests=(CLIENT + "test_transports.py::test_what_is_sent_again_goes_where_it_was",),
+    ),
+    Bug(
+        "a producer that cannot be made ends all sending",
+        "sending is bounded",
+        "client/transports/kafka.py",
+        old="            self._closing.wait(1)\n            return\n",
+        new="            raise\n",
+        tests=(CLIENT + "test_transports.py::test_while_no_other_producer_can_be_made_sends_end_in_time",),
     ),
     Bug(
         "a handler of a signal that sends waits for what it interrupts",

@@ -43,9 +43,9 @@ class Cluster:
         except TimeoutError:
             return None
         self._topic = None
+        self._partitions = len(topic.partitions) if topic is not None else 0
         if topic is None:
             return None
-        self._partitions = len(topic.partitions)
         id = str(topic.topic_id)
         return None if id == NO_ID else id
 
@@ -56,8 +56,8 @@ class Cluster:
         One that gave partitions up for others, was killed before it had said so, and is back within its
         session is given what it kept without a rebalance (static membership), and nobody what it gave up.
         """
+        topic, name = self._settings.kafka_topic, self._settings.kafka_consumer_group
         if self._group is None:
-            name = self._settings.kafka_consumer_group
             asked = self._admin().describe_consumer_groups([name], request_timeout=ASK_SECONDS_MAX)
             self._group = asked[name]
         try:
@@ -68,21 +68,20 @@ class Cluster:
         if group is None or group.state != ConsumerGroupState.STABLE:
             self._unread = 0
             return []
-        read = {
-            member.group_instance_id: {
-                p.partition
-                for p in member.assignment.topic_partitions
-                if p.topic == self._settings.kafka_topic
-            }
+        read = [
+            (member.group_instance_id, [p for p in member.assignment.topic_partitions if p.topic == topic])
             for member in group.members
-        }
-        unread = set(range(self._partitions)).difference(*read.values())
+        ]
+        unread = set(range(self._partitions)) - {p.partition for _, partitions in read for p in partitions}
         self._unread = self._unread + 1 if unread else 0
-        # Whoever reads least is the first to do something; if it does not, the next one at its next look.
-        # At the first look the group may be between two rounds of a rebalance.
-        order = sorted(read, key=lambda member: (len(read[member]), str(member)))
+        # Whoever reads least is the first to do something; if it does not help, the next one at its next
+        # look. At the first look the group may be between two rounds of a rebalance.
+        order = [id for _, id in sorted((len(partitions), id or "") for id, partitions in read)]
         id = self._settings.broker_id
-        return sorted(unread) if id in order and self._unread > 1 + order.index(id) else []
+        if id not in order or self._unread <= 1 + order.index(id):
+            return []
+        self._unread = 0
+        return sorted(unread)
 
     def _admin(self) -> AdminClient:
         if self._client is None:
@@ -96,6 +95,6 @@ class Cluster:
             return asked.result(seconds)
         except KafkaException as error:
             if error.args[0].code() == KafkaError._TIMED_OUT:
-                # This client may have lost it for good.
-                self._client = None
+                # This client may have lost it for good; whatever else it was asked it will not answer.
+                self._client = self._topic = self._group = None
             return None

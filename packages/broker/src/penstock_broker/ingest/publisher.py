@@ -99,9 +99,15 @@ class Publisher:
     def _replace(self) -> None:
         """What the old producer has no answer to fails, and is tried again by who published it."""
         cluster = self._settings.kafka_cluster
+        try:
+            made = self._make_producer()
+        except KafkaException as error:
+            # No memory or no thread for it. The old one is asked on, and this tried again.
+            log.warning("no new Kafka producer can be made", cluster=cluster, error=str(error))
+            return
         log.warning("the Kafka producer cannot go on; a new one does", cluster=cluster)
         with self._replacing:
-            old, self._producer = self._producer, self._make_producer()
+            old, self._producer = self._producer, made
         old.purge()
         while len(old):
             old.poll(POLL_SECONDS)

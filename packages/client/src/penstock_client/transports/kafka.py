@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,6 +23,7 @@ POLL_SECONDS = 0.1
 STATISTICS_MS = 2000
 # So many statistics in a row without a server: for a moment it can look so while one is tried.
 LOST_AFTER = 3
+ANY_PARTITION = -1
 _GIVEN_UP = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)
 
 
@@ -36,8 +38,11 @@ class KafkaTransport:
             )
         self._settings = settings
         self._unreachable = ""
-        # The producer cannot go on; another one can.
-        self._given_up = False
+        # Producers are counted. Of those that cannot go on, where another one can, the last.
+        self._count = 0
+        self._given_up = 0
+        # What producers that could not go on had, and no other has yet.
+        self._again: deque[tuple[Outgoing, Future[None], int]] = deque()
         # Whoever sends does so with the one that is polled; a signal's handler may do so within.
         self._replacing = threading.RLock()
         try:
@@ -46,12 +51,22 @@ class KafkaTransport:
             raise ConfigError(
                 f"Kafka's producer refuses these settings: {error.args[0].str().strip()}"
             ) from None
+        self._count = 1
         self._closing = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="penstock-kafka", daemon=True)
         self._poller.start()
 
     def _connect(self, settings: ClientSettings) -> Producer:
-        without = 0
+        number, without = self._count + 1, 0
+
+        def give_up() -> None:
+            self._given_up = max(self._given_up, number)
+
+        def on_error(error: KafkaError) -> None:
+            if error.fatal():
+                give_up()
+            if error.code() == KafkaError._ALL_BROKERS_DOWN:
+                self._unreachable = error.str()
 
         def look(text: str) -> None:
             """librdkafka can forget all servers for good, by what one answers last that stands still or goes
@@ -61,7 +76,8 @@ class KafkaTransport:
             servers = [b for b in brokers if b["source"] in ("configured", "learned")]
             knows_none = all(b["source"] == "learned" and b["state"] == "INIT" for b in servers)
             without = without + 1 if knows_none else 0
-            self._given_up = self._given_up or without >= LOST_AFTER
+            if without >= LOST_AFTER:
+                give_up()
 
         return Producer(
             {
@@ -75,7 +91,7 @@ class KafkaTransport:
                 "queue.buffering.max.messages": settings.buffer_messages_max,
                 "message.max.bytes": settings.payload_bytes_max + 64 * 1024,
                 "reconnect.backoff.max.ms": 1000,
-                "error_cb": self._on_error,
+                "error_cb": on_error,
                 "statistics.interval.ms": STATISTICS_MS,
                 "stats_cb": look,
                 # It repeats itself on stderr while a cluster is away; what fails is told per task.
@@ -86,59 +102,47 @@ class KafkaTransport:
     def _poll(self) -> None:
         while not self._closing.is_set():
             self._producer.poll(POLL_SECONDS)
-            if self._given_up:
+            if self._given_up == self._count:
                 self._replace()
+            self._send_again()
 
     def _replace(self) -> None:
         """With a new producer, which sends again what the old one has no answer to: brokers know its ids."""
+        try:
+            made = self._connect(self._settings)
+        except KafkaException as error:
+            # No memory or no thread for it. The old one is asked on, and this tried again.
+            log.warning("no new Kafka producer can be made: %s", error.args[0].str())
+            self._closing.wait(1)
+            return
         log.warning(
             "the Kafka producer cannot go on; a new one sends what waits for %s", self._settings.kafka
         )
-        made = self._connect(self._settings)
         with self._replacing:
             old, self._producer = self._producer, made
+            self._count += 1
         old.purge()
         while len(old):
             old.poll(POLL_SECONDS)
-        self._given_up = False
 
-    def _on_error(self, error: KafkaError) -> None:
-        if error.fatal():
-            self._given_up = True
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:
-            self._unreachable = error.str()
+    def _send_again(self) -> None:
+        while self._again:
+            message, future, partition = self._again[0]
+            try:
+                self._produce(message, future, partition)
+            except BufferError:
+                return
+            except KafkaException as error:
+                self._fail(future, self._refused(message, error))
+            self._again.popleft()
 
     def send(self, message: Outgoing, future: Future[None]) -> None:
         if self._closing.is_set():
-            raise SendError(f"task {message.taskname} ({message.id}) was not sent: the client was closed")
-
-        def delivered(error: KafkaError | None, _: object) -> None:
-            if error is None:
-                self._unreachable = ""
-                future.set_result(None)
-                return
-            try:
-                if error.code() in _GIVEN_UP and not self._closing.is_set():
-                    self.send(message, future)
-                    return
-                failure = SendError(
-                    f"task {message.taskname} ({message.id}) was not sent to topic {message.topic!r} of"
-                    f" {self._settings.kafka}: {self._why(error)}"
-                )
-            except SendError as refused:
-                failure = refused
-            # Whoever holds the future is told; if nobody does, the log has it.
-            log.error("%s", failure)
-            future.set_exception(failure)
-
-        headers: Any = [("traceparent", message.traceparent)] if message.traceparent else None
+            raise self._closed(message)
         deadline = 0.0
         while True:
             try:
-                with self._replacing:
-                    self._producer.produce(
-                        message.topic, message.value, message.key, on_delivery=delivered, headers=headers
-                    )
+                self._produce(message, future)
                 return
             except BufferError:
                 now = time.monotonic()
@@ -147,9 +151,49 @@ class KafkaTransport:
                     raise self._full(message) from None
                 self._producer.poll(0.01)
             except KafkaException as error:
-                raise SendError(
-                    f"task {message.taskname} ({message.id}) was refused: {error.args[0].str()}"
-                ) from None
+                raise self._refused(message, error) from None
+
+    def _produce(self, message: Outgoing, future: Future[None], partition: int = ANY_PARTITION) -> None:
+        """Raises BufferError, KafkaException."""
+
+        def delivered(error: KafkaError | None, sent: Any) -> None:
+            if error is None:
+                self._unreachable = ""
+                future.set_result(None)
+            elif error.code() in _GIVEN_UP and not self._closing.is_set():
+                # It may be there already: brokers know an id again within its partition.
+                where = sent.partition()
+                self._again.append((message, future, ANY_PARTITION if where is None else where))
+            else:
+                self._fail(
+                    future,
+                    SendError(
+                        f"task {message.taskname} ({message.id}) was not sent to topic {message.topic!r} of"
+                        f" {self._settings.kafka}: {self._why(error)}"
+                    ),
+                )
+
+        headers: Any = [("traceparent", message.traceparent)] if message.traceparent else None
+        with self._replacing:
+            self._producer.produce(
+                message.topic,
+                message.value,
+                message.key,
+                partition,
+                on_delivery=delivered,
+                headers=headers,
+            )
+
+    def _fail(self, future: Future[None], failure: SendError) -> None:
+        """Whoever holds the future is told; if nobody does, the log has it."""
+        log.error("%s", failure)
+        future.set_exception(failure)
+
+    def _closed(self, message: Outgoing) -> SendError:
+        return SendError(f"task {message.taskname} ({message.id}) was not sent: the client was closed")
+
+    def _refused(self, message: Outgoing, error: KafkaException) -> SendError:
+        return SendError(f"task {message.taskname} ({message.id}) was refused: {error.args[0].str()}")
 
     def _why(self, error: KafkaError) -> str:
         if error.code() != KafkaError._MSG_TIMED_OUT:
@@ -169,14 +213,18 @@ class KafkaTransport:
     def flush(self, seconds: float) -> int:
         until = time.monotonic() + seconds
         while True:
-            producer = self._producer
-            waiting = int(producer.flush(max(0.0, until - time.monotonic())))
-            # Of one that was replaced meanwhile, the other has what waited.
-            if producer is self._producer:
+            left = max(0.0, until - time.monotonic())
+            self._producer.flush(left)
+            # It may have been replaced meanwhile.
+            waiting = len(self._producer) + len(self._again)
+            if not (waiting and left):
                 return waiting
+            time.sleep(min(left, POLL_SECONDS))
 
     def close(self) -> None:
         self._closing.set()
         self._poller.join()
         self._producer.purge()
         self._producer.flush(1)
+        for message, future, _ in self._again:
+            self._fail(future, self._closed(message))
