@@ -96,17 +96,26 @@ class Faults:
             self.hub.later(seconds, lambda: self.pool.start(machine))
 
     def broker_crash_in_a_rebalance(self) -> None:
-        """When it has given partitions up next, and before it has told so."""
-        if machine := self._broker():
-            seconds = self._seconds(20)
+        """Another one is out of the group and comes back: what is given up for it then, is not told."""
+        alive = [machine for machine in self.pool.brokers.values() if machine.alive]
+        waiting = self.pool.kafka.when_given_up
+        if len(alive) < 2 or waiting:
+            return
+        machine, other = self.rng.sample(alive, 2)
+        away, seconds = self.rng.uniform(7, 12), self._seconds(20)
+        self._tell(
+            "broker crash in a rebalance",
+            f"{machine.name}, back in {seconds:.2f} s, after {other.name} stood still for {away:.2f} s",
+        )
 
-            def crash() -> None:
-                if machine.alive and not self.pool.calm:
-                    self._tell("broker crash in a rebalance", f"{machine.name}, back in {seconds:.2f} s")
-                    machine.crash()
-                    self.hub.later(seconds, lambda: self.pool.start(machine))
+        def crash() -> None:
+            if machine.alive:
+                self.hub.tell("FAULT", f"{machine.name} crashes")
+                machine.crash()
+                self.hub.later(seconds, lambda: self.pool.start(machine))
 
-            self.pool.kafka.when_given_up[machine.name] = crash
+        waiting[machine.name] = crash
+        other.pause(away)
 
     def power_cut(self) -> None:
         if machine := self._broker():
