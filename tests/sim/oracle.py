@@ -655,7 +655,9 @@ class Oracle:
         )
         present = [machine for machine in self.pool.brokers.values() if not machine.gone]
         finished = committed and all(self._has_finished(machine) for machine in present)
-        return finished and not self.pool.operator.busy
+        # Who sends to a broker that is gone for good does so for ever.
+        sending = any(not self.pool.brokers[name].gone for name in self.pool.sending.values())
+        return finished and not sending and not self.pool.operator.busy
 
     def _has_finished(self, machine: BrokerMachine) -> bool:
         broker = machine.broker

@@ -94,6 +94,8 @@ class Pool:
         self.workers: list[Worker | V1Worker] = []
         self._worker_number = 0
         self.application = Process(hub, "app")
+        # Tasks that are on their way over gRPC -> to which broker.
+        self.sending: dict[str, str] = {}
         self.operator = Operator(self)
         self.load_seconds = rng.choice((10.0, 30.0, 60.0))
         self.planned = rng.choice((20, 60, 150))
@@ -215,6 +217,7 @@ class Pool:
     async def _send(self, task: Task) -> None:
         """Over gRPC, to one broker until it answers."""
         broker = task.sent_to = self.rng.choice(sorted(self.brokers))
+        self.sending[task.id] = broker
         request = RawSendTasksRequest(activations=[task.body]).SerializeToString()
         while True:
             try:
@@ -222,6 +225,7 @@ class Pool:
             except CallFailed:
                 await asyncio.sleep(self.hub.between(0.1, 1.0))
             else:
+                del self.sending[task.id]
                 return
 
     # -- a history
@@ -243,6 +247,7 @@ class Pool:
         hub.run(until=hub.now + DRAIN_SECONDS_MAX, done=self.oracle.drained)
         if not self.oracle.drained():
             self.oracle.fail("everything ends", self.oracle.what_is_left())
+        self.kafka.when_given_up.clear()
         # What was on its way arrives.
         hub.run(until=hub.now + 5.0)
         self.oracle.settle()
