@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from greenlet import GreenletExit
 
 from tests.sim.hub import Thread
@@ -703,6 +704,18 @@ class AdminClient(Client):
         self.request(timeout)
         return SimpleNamespace(topics=dict.fromkeys(self.cluster.topics))
 
+    def list_groups(self, group: str, timeout: float) -> list[SimpleNamespace]:
+        self.request(timeout)
+        found = self.cluster.groups.get(group)
+        if found is None:
+            return []
+        state = "PreparingRebalance" if found.preparing else "Stable"
+        members = [
+            SimpleNamespace(client_id=instance, assignment=_encoded(found.topic, member.assigned))
+            for instance, member in sorted(found.members.items())
+        ]
+        return [SimpleNamespace(id=group, state=state, members=members)]
+
     def describe_consumer_groups(
         self, groups: Sequence[str], request_timeout: float
     ) -> dict[str, _Described]:
@@ -712,19 +725,16 @@ class AdminClient(Client):
         group = self.cluster.groups.get(name)
         if group is None:
             raise _error(KafkaError.GROUP_ID_NOT_FOUND)
-        states = ConsumerGroupState
         return SimpleNamespace(
-            state=states.PREPARING_REBALANCING if group.preparing else states.STABLE,
-            members=[
-                SimpleNamespace(
-                    group_instance_id=instance,
-                    assignment=SimpleNamespace(
-                        topic_partitions=[TopicPartition(group.topic, p) for p in sorted(member.assigned)]
-                    ),
-                )
-                for instance, member in sorted(group.members.items())
-            ],
+            members=[SimpleNamespace(group_instance_id=instance) for instance in sorted(group.members)]
         )
+
+
+def _encoded(topic: str, partitions: frozenset[int]) -> bytes:
+    """An assignment, as Kafka's consumers encode it."""
+    name = topic.encode()
+    head = struct.pack(f">hih{len(name)}si", 1, 1, len(name), name, len(partitions))
+    return head + struct.pack(f">{len(partitions)}ii", *sorted(partitions), -1)
 
 
 @dataclass(slots=True)

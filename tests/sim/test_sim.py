@@ -172,7 +172,7 @@ def tails_not_read(patch: pytest.MonkeyPatch) -> None:
 
 
 def unread_partitions_left(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Cluster, "unread", lambda self: [])
+    patch.setattr(Cluster, "unread", lambda self, seconds: [])
 
 
 PLANTED = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -10,7 +11,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException
 from ingest_helpers import MockKafka, running_store, task_bytes
 
 from penstock_broker.clock import SystemClock
@@ -198,10 +199,8 @@ class Admin:
     def describe_topics(self, asked: object, request_timeout: float) -> dict[str, Future[object]]:
         return {"tasks": _answered(self._topic)}
 
-    def describe_consumer_groups(
-        self, asked: Sequence[str], request_timeout: float
-    ) -> dict[str, Future[object]]:
-        return {asked[0]: _answered(next(self.group))}
+    def list_groups(self, group: str, timeout: float) -> list[object]:
+        return [one for one in [next(self.group)] if one is not None]
 
 
 def _answered(answer: object) -> Future[object]:
@@ -219,13 +218,9 @@ def test_who_cannot_say_which_topic_it_is_is_not_asked_again(
     timed_out = KafkaException(KafkaError(KafkaError._TIMED_OUT))
     Admin.topic = iter([timed_out, SimpleNamespace(topic_id="the topic's", partitions=[])])
     monkeypatch.setattr(cluster, "AdminClient", Admin)
-    # Nothing comes of what else the first client was asked.
-    Admin.group = iter([None, ALL])
     seen = Cluster(settings)
-    assert seen.unread() is None
     assert seen.topic_id() is None
     assert seen.topic_id() == "the topic's"
-    assert seen.unread() == []
 
 
 def test_of_a_topic_that_is_gone_nothing_is_unread(
@@ -238,34 +233,36 @@ def test_of_a_topic_that_is_gone_nothing_is_unread(
     Admin.topic, Admin.group = iter([None]), iter([TWO_LEFT] * 3)
     seen = Cluster(settings.model_copy(update={"broker_id": "broker"}))
     seen.topic_id()
-    assert seen.unread() == []
+    assert seen.unread(1) == []
     assert seen.topic_id() is None
-    assert seen.unread() == []
+    assert seen.unread(1) == []
 
 
-def _group(state: ConsumerGroupState = ConsumerGroupState.STABLE, **members: Sequence[int]) -> object:
+def _group(state: str = "Stable", **members: Sequence[int]) -> object:
     """``members``: the partitions of each."""
     return SimpleNamespace(
+        id="penstock-tasks",
         state=state,
         members=[
-            SimpleNamespace(
-                group_instance_id=None if name.startswith("unnamed") else name,
-                assignment=SimpleNamespace(
-                    topic_partitions=[TopicPartition("tasks", partition) for partition in partitions]
-                    + [TopicPartition("others", 3)]
-                ),
-            )
+            SimpleNamespace(client_id=name.rstrip("12"), assignment=_assignment(others=[3], tasks=partitions))
             for name, partitions in members.items()
         ],
     )
 
 
+def _assignment(**topics: Sequence[int]) -> bytes:
+    data = struct.pack(">hi", 1, len(topics))
+    for topic, partitions in topics.items():
+        data += struct.pack(f">h{len(topic)}s", len(topic), topic.encode())
+        data += struct.pack(f">i{len(partitions)}i", len(partitions), *partitions)
+    return data + struct.pack(">i", -1)
+
+
 ALL = _group(broker=[0, 1], other=[2, 3])
 TWO_LEFT = _group(broker=[], other=[0, 1])
 OF_MANY = _group(broker=[0, 1], other=[2])
-MOVING = _group(ConsumerGroupState.PREPARING_REBALANCING, broker=[], other=[0, 1])
+MOVING = _group("PreparingRebalance", broker=[], other=[0, 1])
 NOT_OURS = _group(other=[0, 1])
-REFUSED = KafkaException(KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED))
 
 
 @pytest.mark.parametrize(
@@ -281,19 +278,37 @@ REFUSED = KafkaException(KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED))
         # Those of no name, who will do nothing, read as well.
         ([_group(broker=[0], unnamed1=[1, 2], unnamed2=[3])] * 3, [[], [], []]),
         ([NOT_OURS] * 5, [[]] * 5),
-        ([REFUSED, REFUSED], [[], []]),
-        ([None], [None]),
+        ([None], [[]]),
     ],
 )
 def test_partitions_that_nobody_reads_are_somebodys_to_mend(
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
     group: Sequence[object],
-    unread: Sequence[list[int] | None],
+    unread: Sequence[list[int]],
 ) -> None:
     Admin.topic = iter([SimpleNamespace(topic_id="the topic's", partitions=range(4))])
     Admin.group = iter(group)
     monkeypatch.setattr(cluster, "AdminClient", Admin)
     seen = Cluster(settings.model_copy(update={"broker_id": "broker"}))
     seen.topic_id()
-    assert [seen.unread() for _ in group] == unread
+    assert [seen.unread(1) for _ in group] == unread
+
+
+async def test_whoever_reads_least_joins_again_for_what_nobody_reads(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To subscribe once more alone would change nothing for Kafka."""
+    monkeypatch.setattr(Cluster, "unread", lambda self, seconds: next(unread))
+    unread = iter([[], [2, 3]])
+    did: list[str] = []
+    consumer = SimpleNamespace(
+        subscribe=lambda topics, **callbacks: did.append("subscribe"),
+        unsubscribe=lambda: did.append("unsubscribe"),
+    )
+    async with running_store(settings.db_path) as store:
+        poller = KafkaConsumer(store, settings)._poller
+        poller._look_for_unread(consumer)  # type: ignore[arg-type]
+        assert did == []
+        poller._look_for_unread(consumer)  # type: ignore[arg-type]
+        assert did == ["unsubscribe", "subscribe"]

@@ -42,12 +42,4 @@ BUGS = (
         ),
         tests=(f"{FEW}[disk-fails]",),
     ),
-    Bug(
-        "unread partitions are only told of",
-        "every partition is read",
-        "broker/ingest/poller.py",
-        old="            consumer.unsubscribe()\n",
-        new="",
-        tests=(f"{FEW}[broker-crash-in-a-rebalance]",),
-    ),
 )

@@ -1,12 +1,13 @@
-"""What Kafka says of the topic and of the group that reads it: asked now and then, never waited for."""
+"""What Kafka says of the topic and of the group that reads it."""
 
 from __future__ import annotations
 
+import struct
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any
 
-from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicCollection, Uuid
-from confluent_kafka.admin import AdminClient, ConsumerGroupDescription, TopicDescription
+from confluent_kafka import KafkaError, KafkaException, TopicCollection, Uuid
+from confluent_kafka.admin import AdminClient, TopicDescription
 
 from penstock_broker.config import Settings
 from penstock_broker.ingest.kafka import admin_config
@@ -14,8 +15,6 @@ from penstock_broker.ingest.kafka import admin_config
 ASK_SECONDS_MAX = 5.0
 # Of a Kafka whose topics have no ids.
 NO_ID = str(Uuid(0, 0))
-
-T = TypeVar("T")
 
 
 class Cluster:
@@ -25,7 +24,6 @@ class Cluster:
         self._settings = settings
         self._client: AdminClient | None = None
         self._topic: Future[TopicDescription] | None = None
-        self._group: Future[ConsumerGroupDescription] | None = None
         # Of the topic; 0: not known yet.
         self._partitions = 0
         # In so many answers in a row some were unread.
@@ -38,10 +36,16 @@ class Cluster:
             name = self._settings.kafka_topic
             asked = self._admin().describe_topics(TopicCollection([name]), request_timeout=ASK_SECONDS_MAX)
             self._topic = asked[name]
+        topic = None
         try:
-            topic = self._answer(self._topic, seconds)
+            topic = self._topic.result(seconds)
         except TimeoutError:
             return None
+        except KafkaException as error:
+            # It is away, or has no such topic.
+            if error.args[0].code() == KafkaError._TIMED_OUT:
+                # This client may have lost it for good.
+                self._client = None
         self._topic = None
         self._partitions = len(topic.partitions) if topic is not None else 0
         if topic is None:
@@ -49,34 +53,27 @@ class Cluster:
         id = str(topic.topic_id)
         return None if id == NO_ID else id
 
-    def unread(self) -> list[int] | None:
+    def unread(self, seconds: float) -> list[int]:
         """The partitions that no member of the group has been given to read, if this broker is the one to
-        do something about it; None: Kafka has not answered yet since it was last asked.
+        do something about it. Waits up to ``seconds``. Raises KafkaException.
 
         One that gave partitions up for others, was killed before it had said so, and is back within its
         session is given what it kept without a rebalance (static membership), and nobody what it gave up.
         """
-        topic, name = self._settings.kafka_topic, self._settings.kafka_consumer_group
-        if self._group is None:
-            asked = self._admin().describe_consumer_groups([name], request_timeout=ASK_SECONDS_MAX)
-            self._group = asked[name]
-        try:
-            group = self._answer(self._group)
-        except TimeoutError:
-            return None
-        self._group = None
-        if group is None or group.state != ConsumerGroupState.STABLE:
+        name = self._settings.kafka_consumer_group
+        # describe_consumer_groups can abort the process when a connection ends (librdkafka, its issue 4605).
+        groups: list[Any] = self._admin().list_groups(name, timeout=seconds)
+        group = next((group for group in groups if group.id == name), None)
+        if group is None or group.state != "Stable":
             self._unread = 0
             return []
-        read = [
-            (member.group_instance_id, [p for p in member.assignment.topic_partitions if p.topic == topic])
-            for member in group.members
-        ]
-        unread = set(range(self._partitions)) - {p.partition for _, partitions in read for p in partitions}
+        topic = self._settings.kafka_topic
+        read = [(member.client_id, _assigned(member.assignment, topic)) for member in group.members]
+        unread = set(range(self._partitions)) - {p for _, partitions in read for p in partitions}
         self._unread = self._unread + 1 if unread else 0
         # Whoever reads least is the first to do something; if it does not help, the next one at its next
         # look. At the first look the group may be between two rounds of a rebalance.
-        order = [id for _, id in sorted((len(partitions), id or "") for id, partitions in read)]
+        order = [id for _, id in sorted((len(partitions), id) for id, partitions in read)]
         id = self._settings.broker_id
         if id not in order or self._unread <= 1 + order.index(id):
             return []
@@ -88,13 +85,18 @@ class Cluster:
             self._client = AdminClient(admin_config(self._settings))
         return self._client
 
-    def _answer(self, asked: Future[T], seconds: float = 0) -> T | None:
-        """None: Kafka is away, or does not have it, or does not say. Raises TimeoutError when it has not
-        answered yet."""
-        try:
-            return asked.result(seconds)
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError._TIMED_OUT:
-                # This client may have lost it for good; whatever else it was asked it will not answer.
-                self._client = self._topic = self._group = None
-            return None
+
+def _assigned(data: bytes, topic: str) -> list[int]:
+    """The partitions of ``topic`` in an assignment, as Kafka's consumers encode it: a version, and of each
+    topic the name and the partitions."""
+    if not data:
+        return []
+    (topics,), at = struct.unpack_from(">i", data, 2), 6
+    for _ in range(topics):
+        (size,) = struct.unpack_from(">h", data, at)
+        name, at = data[at + 2 : at + 2 + size].decode(), at + 2 + size
+        (count,) = struct.unpack_from(">i", data, at)
+        partitions, at = struct.unpack_from(f">{count}i", data, at + 4), at + 4 + 4 * count
+        if name == topic:
+            return list(partitions)
+    return []

@@ -241,8 +241,6 @@ class Poller:
         try:
             if self._clock.mono_ms() >= self._look_which_at:
                 self._look_which(consumer)
-            if self._clock.mono_ms() >= self._look_for_unread_at:
-                self._look_for_unread(consumer)
             if waiting := sorted(partition for partition in self._unbegun if partition not in self.tails):
                 self._begin_later(consumer, waiting)
             if self._outside:
@@ -251,6 +249,9 @@ class Poller:
             if settled and self._intake.unresolved and not self._intake.committing:
                 found = self._look_up(consumer, sorted(self._intake.unresolved), with_log=False)
                 self._loop.ask(self._intake.resolve(found))
+            answers = self.connected and not self._connections.silent
+            if answers and self._clock.mono_ms() >= self._look_for_unread_at:
+                self._look_for_unread(consumer)
         except (KafkaException, TimeoutError) as error:
             log.debug("partitions cannot be looked up yet", error=str(error))
 
@@ -270,11 +271,8 @@ class Poller:
         return True
 
     def _look_for_unread(self, consumer: Consumer) -> None:
-        unread = self._cluster.unread()
-        if unread is None:
-            return
         self._look_for_unread_at = self._clock.mono_ms() + LOOK_FOR_UNREAD_EVERY_MS
-        if unread:
+        if unread := self._cluster.unread(LOOKUP_SECONDS_MAX):
             log.warning(
                 "partitions are read by no broker of the group; this one joins it again, for Kafka to give"
                 " them to one",
