@@ -299,8 +299,8 @@ async def test_whoever_reads_least_joins_again_for_what_nobody_reads(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To subscribe once more alone would change nothing for Kafka."""
-    monkeypatch.setattr(Cluster, "unread", lambda self, seconds: next(unread))
     unread = iter([[], [2, 3]])
+    monkeypatch.setattr(Cluster, "unread", lambda self, seconds: next(unread))
     did: list[str] = []
     consumer = SimpleNamespace(
         subscribe=lambda topics, **callbacks: did.append("subscribe"),
