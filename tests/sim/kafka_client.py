@@ -705,7 +705,8 @@ class AdminClient(Client):
         return SimpleNamespace(topics=dict.fromkeys(self.cluster.topics))
 
     def list_groups(self, group: str, timeout: float) -> list[SimpleNamespace]:
-        self.request(timeout)
+        if not self.reachable:
+            self.request(timeout)
         found = self.cluster.groups.get(group)
         if found is None:
             return []
