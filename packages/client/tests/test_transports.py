@@ -50,14 +50,27 @@ def mock_kafka() -> Iterator[str]:
     del cluster  # it lives as long as the producer
 
 
-def test_what_kafka_acknowledges_is_on_all_replicas(mock_kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs: list[dict[str, object]] = []
+NOWHERE: dict[str, object] = {"bootstrap.servers": "127.0.0.1:1"}
+
+
+def producers(patch: pytest.MonkeyPatch, *firsts: dict[str, object] | KafkaException) -> list[Any]:
+    """What each producer is made with. ``firsts``: of the first ones what else they are made with, or why
+    they cannot be made."""
+    configs: list[Any] = []
 
     def made(config: dict[str, object]) -> Producer:
+        first = firsts[len(configs)] if len(configs) < len(firsts) else {}
         configs.append(config)
-        return Producer(config)
+        if isinstance(first, KafkaException):
+            raise first
+        return Producer(config | first)
 
-    monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
+    patch.setattr("penstock_client.transports.kafka.Producer", made)
+    return configs
+
+
+def test_what_kafka_acknowledges_is_on_all_replicas(mock_kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = producers(monkeypatch)
     app = App("a", kafka=mock_kafka, strict_kwargs="off")
     task_of(app).delay(1).wait(20)
     assert [(config["acks"], config["enable.idempotence"]) for config in configs] == [("all", True)]
@@ -126,14 +139,7 @@ def test_a_producer_that_cannot_go_on_is_followed_by_another(
     replaced: bool,
 ) -> None:
     """Which sends what waits, though nobody asks, and before its time is over."""
-    configs: list[Any] = []
-
-    def made(config: dict[str, object]) -> Producer:
-        configs.append(config)
-        # The first one reaches nobody.
-        return Producer(config if len(configs) > 1 else config | {"bootstrap.servers": "127.0.0.1:1"})
-
-    monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
+    configs = producers(monkeypatch, NOWHERE)
     seconds = 10 if replaced else 4
     app = App("a", kafka=mock_kafka, strict_kwargs="off", delivery_timeout_seconds=seconds)
     task = task_of(app)
@@ -159,13 +165,7 @@ def test_what_is_sent_again_goes_where_it_was(monkeypatch: pytest.MonkeyPatch) -
         {"bootstrap.servers": "unused", "test.mock.num.brokers": 1, "test.mock.broker.rtt": 400}
     )
     broker = next(iter(cluster.list_topics(timeout=10).brokers.values()))
-    configs: list[Any] = []
-
-    def made(config: dict[str, object]) -> Producer:
-        configs.append(config)
-        return Producer(config)
-
-    monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
+    configs = producers(monkeypatch)
     address = f"{broker.host}:{broker.port}"
     app = App("a", kafka=address, strict_kwargs="off", linger_ms=1)
     task = task_of(app)
@@ -195,15 +195,8 @@ def test_what_is_sent_again_goes_where_it_was(monkeypatch: pytest.MonkeyPatch) -
 def test_while_no_other_producer_can_be_made_sends_end_in_time(
     mock_kafka: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs: list[Any] = []
-
-    def made(config: dict[str, object]) -> Producer:
-        configs.append(config)
-        if len(configs) == 2:
-            raise KafkaException(KafkaError(KafkaError._CRIT_SYS_RESOURCE, "no thread"))
-        return Producer(config if len(configs) > 1 else config | {"bootstrap.servers": "127.0.0.1:1"})
-
-    monkeypatch.setattr("penstock_client.transports.kafka.Producer", made)
+    no_thread = KafkaException(KafkaError(KafkaError._CRIT_SYS_RESOURCE, "no thread"))
+    configs = producers(monkeypatch, NOWHERE, no_thread)
     app = App("a", kafka=mock_kafka, strict_kwargs="off", delivery_timeout_seconds=0.5)
     task = task_of(app)
     task.delay(0)

@@ -327,7 +327,7 @@ BUGS = (
         "what a producer of the client had that is replaced is not sent again",
         "reconnects; what was sent is sent",
         "client/transports/kafka.py",
-        old="if error.code() in _GIVEN_UP and",
+        old="if error.code() in _PURGED and",
         new="if False and",
         tests=(CLIENT + "test_transports.py::test_a_producer_that_cannot_go_on_is_followed_by_another",),
     ),

@@ -24,7 +24,7 @@ STATISTICS_MS = 2000
 # So many statistics in a row without a server: for a moment it can look so while one is tried.
 LOST_AFTER = 3
 ANY_PARTITION = -1
-_GIVEN_UP = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)
+_PURGED = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)
 
 
 class KafkaTransport:
@@ -160,7 +160,7 @@ class KafkaTransport:
             if error is None:
                 self._unreachable = ""
                 future.set_result(None)
-            elif error.code() in _GIVEN_UP and not self._closing.is_set():
+            elif error.code() in _PURGED and not self._closing.is_set():
                 # It may be there already: brokers know an id again within its partition.
                 where = sent.partition()
                 self._again.append((message, future, ANY_PARTITION if where is None else where))
@@ -213,11 +213,11 @@ class KafkaTransport:
     def flush(self, seconds: float) -> int:
         until = time.monotonic() + seconds
         while True:
-            left = max(0.0, until - time.monotonic())
-            self._producer.flush(left)
+            self._producer.flush(max(0.0, until - time.monotonic()))
             # It may have been replaced meanwhile.
             waiting = len(self._producer) + len(self._again)
-            if not (waiting and left):
+            left = until - time.monotonic()
+            if not waiting or left <= 0:
                 return waiting
             time.sleep(min(left, POLL_SECONDS))
 
