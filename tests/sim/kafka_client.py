@@ -715,20 +715,7 @@ class AdminClient(Client):
             SimpleNamespace(client_id=instance, assignment=_encoded(found.topic, member.assigned))
             for instance, member in sorted(found.members.items())
         ]
-        return [SimpleNamespace(id=group, state=state, members=members)]
-
-    def describe_consumer_groups(
-        self, groups: Sequence[str], request_timeout: float
-    ) -> dict[str, _Described]:
-        return {name: _Described(self, partial(self._group, name), request_timeout) for name in groups}
-
-    def _group(self, name: str) -> SimpleNamespace:
-        group = self.cluster.groups.get(name)
-        if group is None:
-            raise _error(KafkaError.GROUP_ID_NOT_FOUND)
-        return SimpleNamespace(
-            members=[SimpleNamespace(group_instance_id=instance) for instance in sorted(group.members)]
-        )
+        return [SimpleNamespace(id=group, error=None, state=state, members=members)]
 
 
 def _encoded(topic: str, partitions: frozenset[int]) -> bytes:

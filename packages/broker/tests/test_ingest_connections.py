@@ -200,7 +200,10 @@ class Admin:
         return {"tasks": _answered(self._topic)}
 
     def list_groups(self, group: str, timeout: float) -> list[object]:
-        return [one for one in [next(self.group)] if one is not None]
+        answer = next(self.group)
+        if isinstance(answer, KafkaException):
+            raise answer
+        return [one for one in [answer] if one is not None]
 
 
 def _answered(answer: object) -> Future[object]:
@@ -242,6 +245,7 @@ def _group(state: str = "Stable", **members: Sequence[int]) -> object:
     """``members``: the partitions of each."""
     return SimpleNamespace(
         id="penstock-tasks",
+        error=None,
         state=state,
         members=[
             SimpleNamespace(client_id=name.rstrip("12"), assignment=_assignment(others=[3], tasks=partitions))
@@ -293,6 +297,26 @@ def test_partitions_that_nobody_reads_are_somebodys_to_mend(
     seen = Cluster(settings.model_copy(update={"broker_id": "broker"}))
     seen.topic_id()
     assert [seen.unread(1) for _ in group] == unread
+
+
+REFUSED = SimpleNamespace(
+    id="penstock-tasks", error=KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED), state="", members=[]
+)
+
+
+@pytest.mark.parametrize("answer", [KafkaException(KafkaError(KafkaError._PARTIAL)), REFUSED])
+def test_who_waits_for_a_server_that_has_left_is_not_asked_for_the_group_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, answer: object
+) -> None:
+    topic = SimpleNamespace(topic_id="the topic's", partitions=range(4))
+    Admin.topic, Admin.group = iter([topic, None]), iter([answer, TWO_LEFT, TWO_LEFT])
+    monkeypatch.setattr(cluster, "AdminClient", Admin)
+    seen = Cluster(settings.model_copy(update={"broker_id": "broker"}))
+    seen.topic_id()
+    with pytest.raises(KafkaException):
+        seen.unread(1)
+    assert [seen.unread(1) for _ in range(2)] == [[], [2, 3]]
+    assert next(Admin.topic, "both have been made") == "both have been made"
 
 
 async def test_whoever_reads_least_joins_again_for_what_nobody_reads(

@@ -45,7 +45,7 @@ class Cluster:
             # It is away, or has no such topic.
             if error.args[0].code() == KafkaError._TIMED_OUT:
                 # This client may have lost it for good.
-                self._client = None
+                self._drop()
         self._topic = None
         self._partitions = len(topic.partitions) if topic is not None else 0
         if topic is None:
@@ -61,9 +61,12 @@ class Cluster:
         session is given what it kept without a rebalance (static membership), and nobody what it gave up.
         """
         name = self._settings.kafka_consumer_group
-        # describe_consumer_groups can abort the process when a connection ends (librdkafka, its issue 4605).
-        groups: list[Any] = self._admin().list_groups(name, timeout=seconds)
-        group = next((group for group in groups if group.id == name), None)
+        try:
+            group = describe_group(self._admin(), name, seconds)
+        except KafkaException:
+            # This client waits for each server that it has ever known, also for one that has left.
+            self._drop()
+            raise
         if group is None or group.state != "Stable":
             self._unread = 0
             return []
@@ -80,10 +83,25 @@ class Cluster:
         self._unread = 0
         return sorted(unread)
 
+    def _drop(self) -> None:
+        """The next question is asked by another client."""
+        self._client = self._topic = None
+
     def _admin(self) -> AdminClient:
         if self._client is None:
             self._client = AdminClient(admin_config(self._settings))
         return self._client
+
+
+def describe_group(admin: AdminClient, name: str, seconds: float) -> Any:
+    """The consumer group of that name as a GroupMetadata (whose types are wrong), or None. Waits up to
+    ``seconds``. Raises KafkaException."""
+    # describe_consumer_groups can abort the process when a connection ends (librdkafka, its issue 4605).
+    groups: list[Any] = admin.list_groups(name, timeout=seconds)
+    group = next((group for group in groups if group.id == name), None)
+    if group is not None and group.error is not None:
+        raise KafkaException(group.error)
+    return group
 
 
 def _assigned(data: bytes, topic: str) -> list[int]:

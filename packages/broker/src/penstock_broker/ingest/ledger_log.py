@@ -14,6 +14,7 @@ from confluent_kafka.admin import AdminClient
 
 from penstock_broker.clock import Clock
 from penstock_broker.config import Settings
+from penstock_broker.ingest.cluster import describe_group
 from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.kafka import admin_config, ledger_producer_config, reader_config
 from penstock_broker.ingest.ledger_records import Record
@@ -186,21 +187,12 @@ class LedgerLog:
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
     def is_member(self, broker_id: str) -> bool:
-        """Whether a broker of that name is in one of the pool's consumer groups."""
+        """Whether a broker of that name is in one of the pool's consumer groups. Raises KafkaException."""
         settings = self._settings
         groups = [settings.kafka_consumer_group, settings.group_of(settings.kafka_overflow_topic)]
         admin = AdminClient(admin_config(settings))
-        described = admin.describe_consumer_groups(groups, request_timeout=LOOKUP_SECONDS_MAX)
-        for group in groups:
-            try:
-                members = described[group].result().members
-            except KafkaException as error:
-                if error.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
-                    raise
-                continue
-            if any(member.group_instance_id == broker_id for member in members):
-                return True
-        return False
+        described = [describe_group(admin, group, LOOKUP_SECONDS_MAX) for group in groups]
+        return any(member.client_id == broker_id for group in described if group for member in group.members)
 
 
 def _next(consumer: Consumer) -> list[confluent_kafka.Message[bytes, bytes]]:
