@@ -18,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import KafkaException, Producer, Uuid
 from confluent_kafka.admin import AdminClient
 
 VERSION = "4.1.0"
@@ -40,6 +40,8 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
 </project>
 """
 
+_CLUSTER = str(Uuid(1, 1))
+
 _LOG4J = """Configuration:
   Appenders: {Console: {name: console, PatternLayout: {pattern: "%d %p %c{1} %m%n"}}}
   Loggers: {Root: {level: warn, AppenderRef: {ref: console}}}
@@ -47,8 +49,8 @@ _LOG4J = """Configuration:
 
 _PROPERTIES = """\
 process.roles=broker,controller
-node.id=1
-controller.quorum.bootstrap.servers=127.0.0.1:{controller}
+node.id={id}
+controller.quorum.bootstrap.servers={controllers}
 listeners=PLAINTEXT://127.0.0.1:{port},BEHIND://127.0.0.1:{behind},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=PLAINTEXT://127.0.0.1:{port},BEHIND://127.0.0.1:{before}
 inter.broker.listener.name=PLAINTEXT
@@ -57,9 +59,10 @@ listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,BEHIND:P
 log.dirs={folder}/data
 auto.create.topics.enable=false
 num.partitions=1
-offsets.topic.replication.factor=1
+default.replication.factor={replicas}
+offsets.topic.replication.factor={replicas}
 offsets.topic.num.partitions=1
-transaction.state.log.replication.factor=1
+transaction.state.log.replication.factor={replicas}
 transaction.state.log.min.isr=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
@@ -106,12 +109,23 @@ class MockKafka:
         self.address = f"{broker.host}:{broker.port}"
 
 
+class Voter:
+    """Of a cluster: where one of its controllers is."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.directory = str(Uuid(2, id))
+
+
 class JavaKafka:
     """Apache Kafka, one node, in a folder of its own. Stops and starts on the same port and data."""
 
     real, owned = True, True
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, voters: Sequence[Voter] = (), id: int = 1) -> None:
+        """``voters``: of a cluster of several nodes; this is the one with ``id``."""
         self._jars = jars()
         self._folder = Path(tempfile.mkdtemp(prefix="penstock-kafka-"))
         self._port = port or free_port()
@@ -119,18 +133,22 @@ class JavaKafka:
         self._process: subprocess.Popen[bytes] | None = None
         # A proxy that a test puts on the first of these ports forwards to the second.
         self.before_port, self.behind_port = free_port(), free_port()
+        voters = voters or [Voter(id)]
         properties = _PROPERTIES.format(
+            id=id,
             port=self._port,
             before=self.before_port,
             behind=self.behind_port,
-            controller=free_port(),
+            controllers=",".join(voter.address for voter in voters),
+            controller=next(voter.port for voter in voters if voter.id == id),
+            replicas=len(voters),
             folder=self._folder,
         )
         (self._folder / "server.properties").write_text(properties)
         (self._folder / "log4j2.yaml").write_text(_LOG4J)
-        cluster = self._java("kafka.tools.StorageTool", "random-uuid").split()[-1]
+        initial = ",".join(f"{v.id}@{v.address}:{v.directory}" for v in voters)
         self._java(
-            "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster,
+            "kafka.tools.StorageTool", "format", "-t", _CLUSTER, "--initial-controllers", initial,
             "-c", str(self._folder / "server.properties"),
         )  # fmt: skip
 
@@ -155,6 +173,10 @@ class JavaKafka:
 
     def start(self) -> None:
         """Returns when it answers."""
+        self.launch()
+        self.await_answer()
+
+    def launch(self) -> None:
         with (self._folder / "kafka.log").open("ab") as log:
             self._process = subprocess.Popen(
                 self._command("kafka.Kafka", str(self._folder / "server.properties")),
@@ -163,9 +185,11 @@ class JavaKafka:
                 # Ctrl-C is for us; it is stopped when those that use it are.
                 process_group=0,
             )
+
+    def await_answer(self) -> None:
         deadline = time.monotonic() + START_SECONDS_MAX
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if not self.running:
                 break
             with contextlib.suppress(OSError, KafkaException):
                 socket.create_connection(("127.0.0.1", self._port), 1).close()
@@ -298,6 +322,22 @@ def kafka_server(port: int = 0) -> Iterator[ForeignKafka | JavaKafka | MockKafka
         yield java
     finally:
         java.remove()
+
+
+@contextlib.contextmanager
+def kafka_cluster(nodes: int) -> Iterator[list[JavaKafka]]:
+    """A running cluster in which each node has everything. Raises KafkaUnavailable."""
+    voters = [Voter(1 + n) for n in range(nodes)]
+    cluster = [JavaKafka(voters=voters, id=voter.id) for voter in voters]
+    try:
+        for node in cluster:
+            node.launch()
+        for node in cluster:
+            node.await_answer()
+        yield cluster
+    finally:
+        for node in cluster:
+            node.remove()
 
 
 def main() -> None:

@@ -185,10 +185,10 @@ class Pool:
     def create_topic(self, partitions: int, topic: str | None = None) -> str:
         admin = AdminClient({"bootstrap.servers": self.kafka or ""})
         name = topic or self.topic
-        new = [NewTopic(name, partitions, 1)]
-        new += [NewTopic(f"{name}-{beside}", 1, 1) for beside in ("dlq", "overflow")]
+        new = [NewTopic(name, partitions)]
+        new += [NewTopic(f"{name}-{beside}", 1) for beside in ("dlq", "overflow")]
         if topic is None:
-            new.append(NewTopic(f"{name}-ledger", 1, 1, config={"cleanup.policy": "compact"}))
+            new.append(NewTopic(f"{name}-ledger", 1, config={"cleanup.policy": "compact"}))
         for future in admin.create_topics(new).values():
             future.result(30)
         return name
