@@ -38,6 +38,22 @@ def test_the_root_is_the_first_of_the_line() -> None:
     assert third.headers[ROOT_ID] == "first"
 
 
+def test_what_a_broker_appended_on_its_way_is_not_the_new_ones() -> None:
+    """As of one that lived two hours: what waits is told from when it was received."""
+    appended = RetryState(attempts=4, max_attempts=9, delay_on_retry=60)
+    for delay, state in ((None, None), (7, RetryState(max_attempts=5, delay_on_retry=1))):
+        sent = TaskActivation(id="first", taskname="charge", delay=delay, expires=90, retry_state=state)
+        value = sent.SerializeToString()
+        hop = SentOn(forward_id="hop", size=len(value))
+        value += TaskActivation(delay=7210, retry_state=appended, sent_on=hop).SerializeToString()
+        again = replayed(value, "x", 1, 1)
+        assert again is not None
+        for name in ("id", "headers", "received_at"):
+            again.ClearField(name)
+            sent.ClearField(name)
+        assert again == sent
+
+
 def test_what_is_no_activation_is_not_sent() -> None:
     assert replayed(b"{}", "x", 1, 1) is None
     assert replayed(b"", "x", 1, 1) is None

@@ -762,7 +762,7 @@ BUGS = (
     Bug(
         "a message is cut that was encoded anew on its way",
         "stored bytes are served as stored",
-        "broker/ingest/sent_on.py",
+        "protocol/sent_on.py",
         old="            if _unchanged(original) == _unchanged(message):\n",
         new="            if original.id == message.id:\n",
         tests=(SENT_ON + "test_what_grew_when_it_was_encoded_anew_is_not_cut_by_as_much",),

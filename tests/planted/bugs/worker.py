@@ -5,6 +5,7 @@ from tests.planted.bug import CLIENT, PROTOCOL, WORKER, Bug
 RUNS = WORKER + "test_worker.py::"
 EXECUTION = WORKER + "test_execution.py::"
 PAYLOAD = PROTOCOL + "test_payload.py::"
+REPLAY = PROTOCOL + "test_replay.py::"
 LETTERS = CLIENT + "test_letters.py::"
 
 BUGS = (
@@ -379,6 +380,14 @@ BUGS = (
         old='self._record(letter, "discarded", number=(letter.handled or {}).get("number", 0))',
         new='self._record(letter, "discarded", number=0)',
         tests=(LETTERS + "test_each_time_it_is_replayed_it_has_another_id",),
+    ),
+    Bug(
+        "a replay waits for as long as its original has lived",
+        "a replay asks for the same",
+        "protocol/replay.py",
+        old="    _, activation = original_of(value, activation)\n",
+        new="",
+        tests=(REPLAY + "test_what_a_broker_appended_on_its_way_is_not_the_new_ones",),
     ),
     Bug(
         "a dead letter is replayed to another topic",

@@ -6,6 +6,7 @@ import uuid
 
 from google.protobuf.message import DecodeError
 
+from penstock_protocol.sent_on import original_of
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 
 # In the headers of a replayed activation: the id of the first of its line.
@@ -39,6 +40,8 @@ def replayed(value: bytes, forward_id: str, number: int, now_ms: int) -> TaskAct
         return None
     if not (activation.id and activation.taskname):
         return None
+    # Of the last broker's are a delay that is told from when the original was received, and a back-off.
+    _, activation = original_of(value, activation)
     if ROOT_ID not in activation.headers:
         activation.headers[ROOT_ID] = activation.id
     activation.id = replay_id(forward_id, number)

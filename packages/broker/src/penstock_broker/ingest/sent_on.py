@@ -5,13 +5,11 @@ The bytes stay as they came; what has changed is appended, which protobuf merges
 
 from __future__ import annotations
 
-import contextlib
 import uuid
-
-from google.protobuf.message import DecodeError
 
 from penstock_broker.domain.activation import Activation
 from penstock_broker.ingest.dead_letters import Letter
+from penstock_protocol.sent_on import original_of
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 
 _HOPS = uuid.UUID("0d1c9a52-4f0e-5c53-9a3a-7f6f2b1f6a70")
@@ -22,7 +20,8 @@ def sent_on(row: Activation, topic: str, key: str, broker_id: str) -> Letter:
     body = row.body or b""
     message = TaskActivation.FromString(body)
     before = message.sent_on
-    body, original = _original(body, message)
+    # What the broker before appended would grow with each of them.
+    body, original = original_of(body, message)
     added = TaskActivation()
     hop = added.sent_on
     hop.forward_id = str(uuid.uuid5(_HOPS, f"{before.forward_id or row.id}/{row.attempts}/{row.reason}"))
@@ -36,29 +35,6 @@ def sent_on(row: Activation, topic: str, key: str, broker_id: str) -> Letter:
         # For readers that do not know ``sent_on``: whole seconds, never too early.
         added.delay = -(-(row.ready_at - row.received_at) // 1000)
     return Letter(topic, key, body + added.SerializeToString(), [])
-
-
-def _original(body: bytes, message: TaskActivation) -> tuple[bytes, TaskActivation]:
-    """Without what the broker before appended: it would grow with each of them."""
-    if message.HasField("sent_on"):
-        begin = body[: message.sent_on.size]
-        with contextlib.suppress(DecodeError):
-            original = TaskActivation.FromString(begin)
-            # Whoever encoded it anew on its way has put the fields elsewhere.
-            if _unchanged(original) == _unchanged(message):
-                return begin, original
-    return body, message
-
-
-def _unchanged(message: TaskActivation) -> TaskActivation:
-    """What no broker changes."""
-    kept = TaskActivation()
-    kept.CopyFrom(message)
-    for name in ("sent_on", "delay"):
-        kept.ClearField(name)
-    for name in ("attempts", "max_attempts", "delay_on_retry"):
-        kept.retry_state.ClearField(name)
-    return kept
 
 
 def _append_retry_state(row: Activation, original: TaskActivation, added: TaskActivation) -> None:
