@@ -9,6 +9,7 @@ FORWARDER = BROKER + "test_ingest_forwarder.py::"
 OWNERSHIP = BROKER + "test_ingest_ownership.py::"
 DIRECT = BROKER + "test_ingest_direct.py::"
 UPKEEP = BROKER + "test_chores.py::"
+TOPICS = BROKER + "test_ingest_topics.py::"
 CONNECTIONS = BROKER + "test_ingest_connections.py::"
 TAILS = BROKER + "test_ingest_tails.py::"
 DRAIN = BROKER + "test_ingest_drain.py::"
@@ -749,6 +750,31 @@ BUGS = (
             BROKER
             + "test_ledger_adopt.py::test_an_adoption_that_ended_unasked_is_not_the_answer_to_the_next_one",
         ),
+    ),
+    # -- topics
+    Bug(
+        "a topic that cannot be created now ends the broker",
+        "reconnects; nothing but a broken promise ends the broker",
+        "broker/ingest/topics.py",
+        old="            if error.code() in _LASTING:\n",
+        new="            if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:\n",
+        tests=(TOPICS + "test_what_passes_is_to_be_tried_again_and_what_lasts_is_said",),
+    ),
+    Bug(
+        "a topic that may never be created is waited for",
+        "a user's mistake is said, with what to do next",
+        "broker/ingest/topics.py",
+        old="            if error.code() in _LASTING:\n",
+        new="            if False:\n",
+        tests=(TOPICS + "test_what_passes_is_to_be_tried_again_and_what_lasts_is_said",),
+    ),
+    Bug(
+        "that Kafka is waited for is said once, and never again",
+        "an operator is told what is waited for",
+        "broker/ingest/consumer.py",
+        old="                if now >= warn_at_ms:\n",
+        new="                if not warn_at_ms:\n",
+        tests=(TOPICS + "test_creating_is_tried_again_and_said_now_and_then",),
     ),
     # -- sent on
     Bug(

@@ -30,6 +30,8 @@ RETRY_SECONDS = 1.0
 POLL_SECONDS = 0.2
 # A topic that is not there is looked for this often.
 TOPIC_RETRY_SECONDS = 5.0
+# That Kafka is waited for is said again this often.
+WARN_AGAIN_SECONDS = 60.0
 
 
 class KafkaConsumer:
@@ -159,18 +161,20 @@ class KafkaConsumer:
 
     def _await_topics(self, loop: EventLoop) -> bool:
         """Wait until Kafka is there and has the topics; False when stopped before."""
-        away = False
+        warn_at_ms = 0
         while not self._stopping.is_set():
             try:
                 ready = self._topics_ready(self._settings, START_SECONDS_MAX - 0.5)
             except KafkaException as error:
-                if not away:
+                now = self._clock.mono_ms()
+                if now >= warn_at_ms:
+                    warn_at_ms = now + int(WARN_AGAIN_SECONDS * 1000)
                     log.warning(
-                        "Kafka cannot be reached; what is stored is served; trying again until it answers",
+                        "Kafka cannot be reached, or does not create a topic; what is stored is served;"
+                        " trying again until it does",
                         cluster=self._settings.kafka_cluster,
                         error=error.args[0].str(),
                     )
-                away = True
                 loop.tell(self._set_checked)
                 self._stopping.wait(RETRY_SECONDS)
             else:

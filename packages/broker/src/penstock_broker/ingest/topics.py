@@ -14,6 +14,19 @@ from penstock_broker.ingest.kafka import admin_config
 log = structlog.get_logger("ingest")
 
 CREATE_SECONDS_MAX = 10.0
+# What only a person can mend. Anything else may pass, as too few nodes for the replicas do.
+_LASTING = (
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.POLICY_VIOLATION,
+    KafkaError.INVALID_CONFIG,
+    KafkaError.INVALID_PARTITIONS,
+    KafkaError.INVALID_REQUEST,
+    KafkaError.TOPIC_EXCEPTION,
+    KafkaError.UNSUPPORTED_VERSION,
+    KafkaError._INVALID_ARG,
+    KafkaError._UNSUPPORTED_FEATURE,
+)
 # Small segments, rolled often: what is not compacted yet is read at every start of a broker.
 _COMPACTED = {
     "cleanup.policy": "compact",
@@ -32,9 +45,10 @@ def topic_exists(settings: Settings, seconds: float) -> bool:
 def ensure_topics(settings: Settings, seconds: float) -> bool:
     """See that the consumed topic and those that are produced to exist; blocks for up to ``seconds``.
 
-    Raises KafkaException when Kafka cannot be reached, FatalError when the consumed topic does not
-    exist and may not be created. Others that are missing are only warned of: what is for them waits; of
-    a missing ledger topic the ledger warns. True: there is a topic to consume.
+    Raises KafkaException when Kafka cannot be reached, or does not create a topic now; FatalError when
+    the consumed topic does not exist and may not be created, or Kafka refuses to create one. Others that
+    are missing are only warned of: what is for them waits; of a missing ledger topic the ledger warns.
+    True: there is a topic to consume.
     """
     admin = AdminClient(admin_config(settings))
     present = admin.list_topics(timeout=seconds).topics
@@ -79,17 +93,23 @@ def _create(admin: AdminClient, topics: list[str], settings: Settings) -> None:
         ],
         request_timeout=CREATE_SECONDS_MAX,
     )
+    passing: KafkaError | None = None
     for topic, future in futures.items():
         try:
             future.result()
-        except KafkaException as error:
-            # Another broker of the pool was faster.
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+        except KafkaException as caught:
+            error = caught.args[0]
+            if error.code() in _LASTING:
                 raise FatalError(
                     f"the topic {topic!r} cannot be created on the Kafka cluster {settings.kafka_cluster}:"
-                    f" {error.args[0].str()}",
+                    f" {error.str()}",
                     "create it by hand, and check default_topic_partitions"
                     " (TASKBROKER_DEFAULT_TOPIC_PARTITIONS)",
                 ) from None
+            # Else another broker of the pool was faster.
+            if error.code() != KafkaError.TOPIC_ALREADY_EXISTS and passing is None:
+                passing = KafkaError(error.code(), f"the topic {topic!r} is not created: {error.str()}")
         else:
             log.info("topic created", topic=topic, partitions=partitions)
+    if passing is not None:
+        raise KafkaException(passing)
