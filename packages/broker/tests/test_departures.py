@@ -8,13 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
+from penstock_broker import remote
+from penstock_broker.config import Settings
+from penstock_broker.errors import FatalError
 from penstock_protocol import signature
-from penstock_protocol.v1 import consumer_pb2, producer_pb2
+from penstock_protocol.v1 import admin_pb2, consumer_pb2, producer_pb2
 from penstock_protocol.v1.activation_pb2 import TaskActivation
 
 SECRET = "departing"
@@ -111,3 +116,31 @@ def test_mistakes_are_explained(environment: dict[str, str]) -> None:
     nobody = command(environment, "drain", "--grpc-port", "1")
     assert nobody.returncode == 1
     assert "no broker answers at 127.0.0.1:1" in nobody.stderr
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "the broker's disk does not take what is written (disk I/O error): repeat the call",
+        "the broker is stopping",
+    ],
+)
+def test_a_broker_that_cannot_do_it_now_says_why(why: str) -> None:
+    def refuse(_: bytes, context: Any) -> bytes:
+        context.abort(grpc.StatusCode.UNAVAILABLE, why)
+        return b""
+
+    class Failing(grpc.GenericRpcHandler):  # type: ignore[misc, name-defined]
+        def service(self, details: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Failing()])
+    settings = Settings(grpc_port=server.add_insecure_port("127.0.0.1:0"))
+    server.start()
+    try:
+        with pytest.raises(FatalError) as caught:
+            remote.call(settings, "Drain", admin_pb2.DrainRequest(), admin_pb2.DrainResponse)
+    finally:
+        server.stop(None)
+    assert caught.value.message == f"the broker at 127.0.0.1:{settings.grpc_port}: {why}"
+    assert not caught.value.hint

@@ -342,6 +342,14 @@ BUGS = (
         tests=(BROKER + "test_admin.py::test_a_replay_that_was_not_stored_keeps_its_dead_letter",),
     ),
     Bug(
+        "a broker whose disk fails is told to be away",
+        "an operator is told what is wrong",
+        "broker/remote.py",
+        old="        if said_by_broker(details):\n",
+        new="        if False:\n",
+        tests=(BROKER + "test_departures.py::test_a_broker_that_cannot_do_it_now_says_why",),
+    ),
+    Bug(
         "unsigned calls are served",
         "with a secret, an unsigned call is refused before it is parsed",
         "broker/dispatch/rpc.py",

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from penstock_broker.config import Settings
 from penstock_broker.errors import FatalError
 from penstock_protocol import signature
+from penstock_protocol.unavailable import said_by_broker
 from penstock_protocol.v1 import admin_pb2
 
 _SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -39,6 +40,8 @@ def call(settings: Settings, method: str, request: Message, answer: type[M]) -> 
 def _failure(error: grpc.RpcError, address: str) -> FatalError:
     code, details = error.code(), error.details()
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        if said_by_broker(details):
+            return FatalError(f"the broker at {address}: {details}")
         return FatalError(
             f"no broker answers at {address}",
             "it must run; give its own settings: its file with -c, or TASKBROKER_GRPC_ADDR and _PORT",

@@ -14,14 +14,12 @@ from google.protobuf.message import DecodeError, Message
 from penstock_client.cli.failures import NOT_FOUND, UNREACHABLE, USAGE, WRONG, Failure
 from penstock_client.cli.output import say
 from penstock_protocol import signature
+from penstock_protocol.unavailable import said_by_broker
 from penstock_protocol.v1 import admin_pb2
 
 _SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
 _SECRETS = ("PENSTOCK_GRPC_SHARED_SECRET", "TASKBROKER_GRPC_SHARED_SECRET")
 CALL_SECONDS = 20.0
-# In what a broker says that cannot do it now, its disk failing for one; else it is gRPC that says why nobody
-# answers.
-_SAID_BY_BROKERS = ("the broker", "Kafka")
 _OPTIONS = (
     # Brokers are neighbours; a proxy for the outside world has no business in between.
     ("grpc.enable_http_proxy", 0),
@@ -54,7 +52,7 @@ class Broker:
     def _failure(self, error: grpc.RpcError, method: str) -> Failure:
         code, details = error.code(), error.details()
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            if any(word in (details or "") for word in _SAID_BY_BROKERS):
+            if said_by_broker(details):
                 return Failure(f"the broker at {self.address}: {details}", code=WRONG)
             return Failure(
                 f"no broker answers at {self.address}",
