@@ -105,7 +105,8 @@ class Load:
         for worker in self.raw:
             worker.stop()
         ended = self.pool.ended()
-        assert self.books.violations == [], "acknowledged, and handed out again"
+        again = self.books.violations
+        assert again == [], "acknowledged, and handed out again"
         assert acknowledged <= raw.promised | raw.doubtful, "never sent"
         assert ended.keys() <= real.promised | real.doubtful, "never sent"
         twice = sum(n - 1 for n in self.books.handed_out.values()), sum(n - 1 for n in ended.values())

@@ -182,6 +182,8 @@ def test_a_broker_that_kafka_takes_for_another_joins_again(kafka_pool: Pool, fig
             "group.instance.id": brokers[0].environment["TASKBROKER_BROKER_ID"],
             "partition.assignment.strategy": "cooperative-sticky",
             "session.timeout.ms": 6_000,
+            # What it reads it does not keep.
+            "enable.auto.commit": False,
         }
     )
     impostor.subscribe([kafka_pool.topic])

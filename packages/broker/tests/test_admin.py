@@ -594,6 +594,16 @@ async def test_what_is_no_activation_stays_where_it_is(desk: Desk) -> None:
     assert (await desk.letters(), desk.store.outbox.resting) == ([], 0)
 
 
+async def test_what_is_discarded_makes_room_although_nobody_waits_for_it(desk: Desk) -> None:
+    await desk.rest(activation("dead", desk.clock))
+    (letter,) = await desk.letters()
+    discarding = asyncio.create_task(desk.store.outbox.drop_resting([letter.seq]))
+    await asyncio.sleep(0)
+    discarding.cancel()
+    assert await desk.letters() == []
+    assert desk.store.outbox.resting == 0
+
+
 async def test_calls_are_bounded(desk: Desk) -> None:
     with pytest.raises(Refused, match="at most"):
         await desk.replay(range(101))

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from penstock_broker.domain.activation import Activation, Reason, Route, Status
 from penstock_broker.ingest.admission import Admission, AdmissionLimits, position_id
 from penstock_broker.ingest.dead_letters import Letter, forward_id, letter
-from penstock_broker.ingest.forwarder import Forwarder, Lines
+from penstock_broker.ingest.forwarder import BATCH_BYTES_MAX, Forwarder, Lines
 from penstock_broker.ingest.publisher import Publisher
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
@@ -277,6 +277,24 @@ async def test_without_kafka_dead_letters_rest_in_the_store_up_to_its_bound(stor
         assert "dead_letters_rest_max" in forwarder.alarm
         assert (store.outbox.resting, store.outbox.size()) == (5, 2)
         assert store.imbalance() == 0
+
+
+async def test_what_no_place_takes_holds_up_nothing_behind_it(
+    kafka: MockKafka, store: Inflight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka refuses it as too large, and the store has no more room for such."""
+    monkeypatch.setattr("penstock_broker.ingest.forwarder.BACK_OFF_SECONDS_MIN", 0.05)
+    count = 2 * (5 + BATCH_BYTES_MAX // REFUSED_BYTES)
+    too_large = [dead(f"large-{n}", b"x" * REFUSED_BYTES) for n in range(count)]
+    settings = kafka_settings(kafka, tmp_path, message_bytes_max=1024)
+    async with forwarding(store, Publisher(settings)) as (forwarder, _):
+        await store.insert(too_large)
+        await until(lambda: forwarder.alarm)
+        assert store.outbox.resting == 5
+        await store.insert([dead(f"small-{n}") for n in range(3)])
+        await until(lambda: forwarder.forwarded == 3)
+        assert "dead_letters_rest_max" in forwarder.alarm
+        assert (store.outbox.resting, store.outbox.size()) == (5, count - 5)
 
 
 async def test_nothing_leaves_before_it_is_covered(kafka: MockKafka, store: Inflight, tmp_path: Path) -> None:

@@ -580,7 +580,7 @@ async def test_each_of_those_who_wait_is_told_when_its_own_task_is_covered(
     await insert(store, *rows, taken={source.id: 4})
     for row in claim(store, 4):
         await settled(store, token_of(store, row), Event.COMPLETE)
-    told = [asyncio.ensure_future(store.covered(row.id_hash)) for row in rows]
+    told = [asyncio.ensure_future(store.covered([row.id_hash])) for row in rows]
     for covered in range(5):
         store.cover(source, covered)
         await steps()

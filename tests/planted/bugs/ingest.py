@@ -10,6 +10,7 @@ OWNERSHIP = BROKER + "test_ingest_ownership.py::"
 DIRECT = BROKER + "test_ingest_direct.py::"
 UPKEEP = BROKER + "test_chores.py::"
 TOPICS = BROKER + "test_ingest_topics.py::"
+ANEW = BROKER + "test_ingest_anew.py::"
 CONNECTIONS = BROKER + "test_ingest_connections.py::"
 TAILS = BROKER + "test_ingest_tails.py::"
 DRAIN = BROKER + "test_ingest_drain.py::"
@@ -17,6 +18,17 @@ SENT_ON = BROKER + "test_ingest_sent_on.py::"
 WRITES = BROKER + "test_ledger_writes.py::"
 
 BUGS = (
+    Bug(
+        "answers of one call wait for their cover one after the other",
+        "what one broker acknowledged, no other runs again",
+        "broker/store/partitions.py",
+        old="        waits = [self._wait(id_hash) for id_hash in ids]\n        return [await wait for wait in waits]\n",
+        new="        return [await self._wait(id_hash) for id_hash in ids]\n",
+        tests=(
+            BROKER
+            + "test_store.py::test_an_outcome_is_refused_also_when_its_row_is_read_again_while_others_are_waited_for",
+        ),
+    ),
     Bug(
         "a Kafka that comes and goes is another broker",
         "reconnects; nothing but a broken promise ends the broker",
@@ -284,6 +296,48 @@ BUGS = (
         old="        if offset > source.next:\n            # Of a topic that was made anew since.\n            return\n",
         new="",
         tests=(INTAKE + "test_a_topic_that_was_made_anew_is_read_from_its_beginning",),
+    ),
+    Bug(
+        "partitions of a topic made anew that cannot begin at once never do",
+        "a topic that is made anew is read from its beginning",
+        "broker/ingest/poller.py",
+        old="            self._begin_anew(consumer)\n            if waiting",
+        new="            if waiting",
+        tests=(ANEW + "test_a_partition_without_a_leader_begins_when_it_has_one",),
+    ),
+    Bug(
+        "one partition of a topic made anew that cannot begin holds up the others",
+        "a topic that is made anew is read from its beginning",
+        "broker/ingest/poller.py",
+        old='                log.debug("a partition cannot begin again yet", partition=partition, error=str(error))\n',
+        new="                raise\n",
+        tests=(ANEW + "test_a_partition_that_is_not_there_any_more_holds_up_no_other",),
+    ),
+    Bug(
+        "until it begins again, a partition is read from where its old topic was",
+        "new tasks are never taken for old ones",
+        "broker/ingest/poller.py",
+        old="            self.tracks.remove(partition)\n            self._outside.discard(partition)\n        self._begin_anew",
+        new="            self._outside.discard(partition)\n        self._begin_anew",
+        tests=(ANEW + "test_a_partition_without_a_leader_begins_when_it_has_one",),
+    ),
+    Bug(
+        "a dead letter that no place takes stays in front of the others",
+        "nobody blocks anybody",
+        "broker/store/outbox.py",
+        old="        self._memory.outbox[Route.DEAD_LETTER].extend(self._exits(Route.DEAD_LETTER, rows[room:]))\n",
+        new="        self.give_back(Route.DEAD_LETTER, rows[room:])\n",
+        tests=(FORWARDER + "test_what_no_place_takes_holds_up_nothing_behind_it",),
+    ),
+    Bug(
+        "what is discarded makes no room when nobody waits for it",
+        "dead letters are kept",
+        "broker/store/outbox.py",
+        old="        batch.then.append(account)\n        await self._writer.answerable(self._writer.committed())\n",
+        new="        await self._writer.answerable(self._writer.committed())\n        account()\n",
+        tests=(
+            "packages/broker/tests/test_admin.py::test_what_is_discarded_makes_room_although_nobody_waits_for_it",
+        ),
     ),
     Bug(
         "the old topic's offsets are committed to the new one",

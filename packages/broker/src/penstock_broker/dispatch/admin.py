@@ -15,7 +15,7 @@ from penstock_broker.dispatch.service import COVER_SECONDS_MAX, Refused, parse
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Reason, Status, hash_id
 from penstock_broker.store.batch import ARRIVALS, Answer, Report
-from penstock_broker.store.database import Database, RestingLetter
+from penstock_broker.store.database import RestingLetter
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.inflight import Inflight
 from penstock_protocol import replay
@@ -257,17 +257,18 @@ class Admin:
             results[i] = pb.CANCEL_RESULT_ANOTHER_BROKERS
         return pb.CancelTasksResponse(results=results).SerializeToString()
 
-    async def _not_ours(self, ids: Sequence[str], applied: Iterable[int]) -> list[int]:
+    async def _not_ours(self, ids: Sequence[str], applied: Sequence[int]) -> list[int]:
         """Which of those cancelled another broker has taken over, once that is known."""
         try:
             async with asyncio.timeout(COVER_SECONDS_MAX):
-                return [i for i in applied if not await self._store.covered(hash_id(ids[i]))]
+                covered = await self._store.covered([hash_id(ids[i]) for i in applied])
         except TimeoutError:
             raise Refused(
                 grpc.StatusCode.UNAVAILABLE,
                 "cancelled here, but Kafka has not acknowledged the offset that this depends on: until it"
                 " has, another broker may take over the partition and run it",
             ) from None
+        return [i for i, ours in zip(applied, covered, strict=True) if not ours]
 
     async def _apply(
         self, ids: Sequence[str], verb: Verb, to: frozenset[Status]
@@ -426,7 +427,7 @@ class Admin:
             raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room: the intake of this broker is paused")
         rows = {seq: row for seq, letter in letters.items() if (row := self._replayed(letter)) is not None}
         await self._store.answerable(self._store.insert(list(rows.values())))
-        await self._drop(list(rows))
+        await self._store.outbox.drop_resting(list(rows))
         answer = pb.ReplayDeadLettersResponse()
         for seq in seqs:
             if (row := rows.get(seq)) is not None:
@@ -458,7 +459,7 @@ class Admin:
         asked = parse(pb.DiscardDeadLettersRequest, request)
         seqs = self._bounded(asked.seqs)
         letters = await self._store.read(lambda database: database.load_dead_letters(seqs))
-        discarded = await self._drop(seqs)
+        discarded = await self._store.outbox.drop_resting(seqs)
         if discarded:
             log.warning(
                 "dead letters were discarded",
@@ -467,14 +468,6 @@ class Admin:
                 by=asked.by[:NAME_CHARS_MAX],
             )
         return pb.DiscardDeadLettersResponse(discarded=discarded).SerializeToString()
-
-    async def _drop(self, seqs: Sequence[int]) -> int:
-        def drop(database: Database) -> int:
-            return database.drop_dead_letters(seqs)
-
-        dropped = await self._store.read(drop)
-        self._store.outbox.resting -= dropped
-        return dropped
 
     def _bounded(self, seqs: Sequence[int]) -> list[int]:
         if len(seqs) > LETTERS_MAX:

@@ -274,18 +274,19 @@ class Consumers:
         """Answers, once they are durable and no other broker can run again what they acknowledge."""
         await self.store.answerable(self.store.committed())
         answers = [s.answer if isinstance(s, Report) else s for s in settled]
-        if held := self.store.all_held(ids):
+        if held := [i for i in self.store.all_held(ids) if answers[i] <= Answer.DUPLICATE]:
             try:
                 async with asyncio.timeout(COVER_SECONDS_MAX):
-                    for i in held:
-                        if answers[i] <= Answer.DUPLICATE and not await self.store.covered(ids[i]):
-                            answers[i] = Answer.STALE
+                    covered = await self.store.covered([ids[i] for i in held])
             except TimeoutError:
                 raise Refused(
                     grpc.StatusCode.UNAVAILABLE,
                     "the outcome is stored, but Kafka has not acknowledged the offset it depends on:"
                     " repeat the call",
                 ) from None
+            for i, ours in zip(held, covered, strict=True):
+                if not ours:
+                    answers[i] = Answer.STALE
         counts = self.store.memory.tally.answers
         for answer in answers:
             counts[answer] += 1

@@ -142,6 +142,9 @@ class Forwarder:
             self._raise_alarm(failed[0].error, failed[0].topic)
         elif not self._full:
             self._clear_alarm()
+        elif not too_large:
+            # Those that no place takes wait behind these.
+            self._back_off = 0.0
 
     async def _publish(
         self, rows: Sequence[Activation], publisher: Publisher, trimmed: bool

@@ -84,6 +84,8 @@ class Poller:
         self._unbegun: set[int] = set()
         # Outside the log: where to go on is to be looked up.
         self._outside: set[int] = set()
+        # Of a topic that was made anew: not read until they have begun again.
+        self._anew: set[int] = set()
         # Written by the event loop, taken here.
         self._to_commit: Sequence[Position] | None = None
         # A commit is on its way.
@@ -144,7 +146,7 @@ class Poller:
             self._commit_last(consumer)
         except _GivenUp:
             self._given_up = True
-            lost = sorted({*self.tracks, *self._unbegun})
+            lost = sorted({*self.tracks, *self._unbegun, *self._anew})
             self._forget(lost)
             self._loop.tell(self._lose, lost)
             raise
@@ -241,10 +243,11 @@ class Poller:
         try:
             if self._clock.mono_ms() >= self._look_which_at:
                 self._look_which(consumer)
-            if waiting := sorted(partition for partition in self._unbegun if partition not in self.tails):
+            self._begin_anew(consumer)
+            if waiting := sorted(p for p in self._unbegun - self._anew if p not in self.tails):
                 self._begin_later(consumer, waiting)
-            if self._outside:
-                self._begin_inside(consumer, sorted(self._outside))
+            if outside := sorted(self._outside - self._anew):
+                self._begin_inside(consumer, outside)
             settled = self._assigned_once or self._clock.mono_ms() >= self._settle_at
             if settled and self._intake.unresolved and not self._intake.committing:
                 found = self._look_up(consumer, sorted(self._intake.unresolved), with_log=False)
@@ -265,10 +268,22 @@ class Poller:
             self._topic_id = id
             return False
         self._topic_id = id
-        partitions = sorted({*self.tracks, *self._unbegun})
-        found = [Found(p, None, (), *self._watermarks(consumer, p)) for p in partitions]
-        self._read_anew(consumer, self._loop.ask(self._intake.begin_anew(found)))
+        # What still comes from where they were read, and a commit of that, are of no use.
+        self._anew = {*self.tracks, *self._unbegun}
+        for partition in self._anew:
+            self.tracks.remove(partition)
+            self._outside.discard(partition)
+        self._begin_anew(consumer)
         return True
+
+    def _begin_anew(self, consumer: Consumer) -> None:
+        for partition in sorted(self._anew):
+            try:
+                found = Found(partition, None, (), *self._watermarks(consumer, partition))
+                self._read_anew(consumer, self._loop.ask(self._intake.begin_anew([found])))
+            except (KafkaException, TimeoutError) as error:
+                # It has no leader yet, or is not there any more and will be taken away.
+                log.debug("a partition cannot begin again yet", partition=partition, error=str(error))
 
     def _look_for_unread(self, consumer: Consumer) -> None:
         self._look_for_unread_at = self._clock.mono_ms() + LOOK_FOR_UNREAD_EVERY_MS
@@ -343,6 +358,7 @@ class Poller:
             self.tails.remove(partition)
             self._unbegun.discard(partition)
             self._outside.discard(partition)
+            self._anew.discard(partition)
         assigned = [TopicPartition(self.topic, b.partition, b.offset) for b in begun]
         consumer.incremental_assign(assigned)
         # A partition that was paused once stays so wherever it has been meanwhile.
@@ -416,6 +432,7 @@ class Poller:
             self.tails.remove(partition)
             self._unbegun.discard(partition)
             self._outside.discard(partition)
+            self._anew.discard(partition)
             self.lags.pop(partition, None)
 
     # -- other events of the client

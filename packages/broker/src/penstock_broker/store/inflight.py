@@ -535,9 +535,10 @@ class Inflight:
         self.memory.work.set()
         return report
 
-    async def covered(self, id_hash: int) -> bool:
-        """Wait until no other broker could run again what was reported on. False: one does."""
-        return await self.memory.partitions.covered(id_hash)
+    async def covered(self, ids: Sequence[int]) -> list[bool]:
+        """Of each of these id hashes, wait until no other broker could run again what was reported on.
+        False: one does."""
+        return await self.memory.partitions.covered(ids)
 
     def is_held(self, id_hash: int) -> bool:
         """Whether an answer on this id would have to wait for cover."""

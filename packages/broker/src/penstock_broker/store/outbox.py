@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from penstock_broker.domain.activation import Activation, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
@@ -51,14 +51,16 @@ class Outbox:
             row.id_hash = hash_id(row.id)
         return self._present(rows)
 
-    def _present(self, rows: Sequence[Activation]) -> list[Activation]:
+    def _present(self, rows: Iterable[Activation]) -> list[Activation]:
         """Those that have not left meanwhile."""
         return [row for row in rows if row.seq in self._memory.forwarding]
 
     def give_back(self, route: Route, rows: Sequence[Activation]) -> None:
         """Not acknowledged: they will be taken again."""
-        exits = [Exit(row.seq, row.size, route) for row in reversed(self._present(rows))]
-        self._memory.outbox[route].extendleft(exits)
+        self._memory.outbox[route].extendleft(self._exits(route, reversed(rows)))
+
+    def _exits(self, route: Route, rows: Iterable[Activation]) -> list[Exit]:
+        return [Exit(row.seq, row.size, route) for row in self._present(rows)]
 
     def forwarded(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
         """The log acknowledged these: they leave. Resolves when durable."""
@@ -82,16 +84,34 @@ class Outbox:
     def rest(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
         """Dead letters that cannot leave through Kafka are kept in the store, with their story.
 
-        Beyond the bound they stay in the outbox. Resolves when durable.
+        Beyond the bound they stay in the outbox, behind those that Kafka may take. Resolves when durable.
         """
         room = max(0, self._memory.limits.dead_letters_rest_max - self.resting)
         rows, now = self._present(rows), self._memory.clock.wall_ms()
         rest = rows[:room]
-        self.give_back(Route.DEAD_LETTER, rows[room:])
+        self._memory.outbox[Route.DEAD_LETTER].extend(self._exits(Route.DEAD_LETTER, rows[room:]))
         self.resting += len(rest)
         letters = [(r.seq, now, r.pair, r.id, r.taskname, r.reason, self._story(r), r.body) for r in rest]
         self._memory.batch.calls.append(lambda database: database.rest_dead_letters(letters))
         return self.forwarded(rest)
+
+    async def drop_resting(self, seqs: Sequence[int]) -> int:
+        """Remove these from the dead letters that are kept in the store: how many were there. Durable."""
+        dropped = 0
+
+        def drop(database: Database) -> None:
+            nonlocal dropped
+            dropped = database.drop_dead_letters(seqs)
+
+        def account() -> None:
+            self.resting -= dropped
+
+        batch = self._memory.batch
+        batch.calls.append(drop)
+        # Also when nobody waits for it any more.
+        batch.then.append(account)
+        await self._writer.answerable(self._writer.committed())
+        return dropped
 
     def _story(self, row: Activation) -> str:
         source = self._memory.partitions.get(row.source)

@@ -129,16 +129,26 @@ class Partitions:
         held, dropped = self._held, self._dropped
         return [at for at, id_hash in enumerate(ids) if id_hash in held or id_hash in dropped]
 
-    async def covered(self, id_hash: int) -> bool:
-        """Wait until no other broker could run again what was reported on. False: one does."""
+    async def covered(self, ids: Sequence[int]) -> list[bool]:
+        """Of each of these id hashes, wait until no other broker could run again what was reported on.
+        False: one does.
+
+        All wait from now on: a row that is dropped and read again, while another one is waited for, would
+        look like one that was never dropped.
+        """
+        waits = [self._wait(id_hash) for id_hash in ids]
+        return [await wait for wait in waits]
+
+    def _wait(self, id_hash: int) -> asyncio.Future[bool]:
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         held = self._held.get(id_hash)
         if held is None:
-            return id_hash not in self._dropped
-        source, offset = held
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._tie += 1
-        heapq.heappush(source.waiting, (offset, self._tie, future))
-        return await future
+            future.set_result(id_hash not in self._dropped)
+        else:
+            source, offset = held
+            self._tie += 1
+            heapq.heappush(source.waiting, (offset, self._tie, future))
+        return future
 
     def may_start(self, row: Activation) -> bool:
         """Whether nobody else runs a row, as far as it must be known."""

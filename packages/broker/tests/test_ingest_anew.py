@@ -1,0 +1,121 @@
+"""A topic is deleted and made anew while Kafka does not yet know all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from ingest_helpers import running_store, task_bytes
+
+from penstock_broker.config import Settings
+from penstock_broker.ingest.consumer import KafkaConsumer
+from penstock_broker.ingest.event_loop import EventLoop
+from penstock_broker.ingest.poller import Poller
+
+
+class Client:
+    """A consumer. Who asks for the end of a log is told so of these partitions."""
+
+    def __init__(self) -> None:
+        self.without_leader: set[int] = set()
+        self.read: dict[int, int] = {}
+        self.sent: list[tuple[int, int]] = []
+
+    def committed(self, asked: list[TopicPartition], timeout: float) -> list[TopicPartition]:
+        return [TopicPartition(p.topic, p.partition, -1001) for p in asked]
+
+    def get_watermark_offsets(self, asked: TopicPartition, timeout: float) -> tuple[int, int]:
+        if asked.partition in self.without_leader:
+            raise KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
+        return 0, 9
+
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+        self.read.update({p.partition: p.offset for p in partitions})
+
+    def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
+        for p in partitions:
+            del self.read[p.partition]
+
+    def pause(self, partitions: list[TopicPartition]) -> None: ...
+
+    def resume(self, partitions: list[TopicPartition]) -> None: ...
+
+    def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> None:
+        self.sent += [(p.partition, p.offset) for p in offsets]
+
+
+class Anew:
+    """A poller that reads two partitions, of which three messages each were taken, and a topic made anew."""
+
+    def __init__(self, poller: Poller, client: Client) -> None:
+        self.poller, self.client = poller, client
+
+    async def call(self, call: Callable[..., object], *arguments: object) -> None:
+        await asyncio.to_thread(call, *arguments)
+        # What it has told the loop.
+        await asyncio.sleep(0.01)
+
+    async def take(self, partition: int, *offsets: int) -> None:
+        messages = [
+            SimpleNamespace(
+                error=lambda: None,
+                partition=lambda: partition,
+                offset=lambda at=at: at,
+                value=lambda at=at: task_bytes(f"{self.poller._topic_id} {partition} {at}"),
+            )
+            for at in offsets
+        ]
+        await self.call(self.poller._take, messages)
+
+    async def look(self) -> None:
+        self.poller._look_which_at = 0
+        await self.call(self.poller._chores, self.client)
+
+
+@pytest.fixture
+async def anew(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Anew]:
+    topics = iter(["old"])
+    monkeypatch.setattr(
+        "penstock_broker.ingest.poller.Cluster",
+        lambda settings: SimpleNamespace(topic_id=lambda seconds: next(topics, "new"), unread=lambda s: []),
+    )
+    async with running_store(settings.db_path) as store:
+        poller, client = KafkaConsumer(store, settings)._poller, Client()
+        poller._loop, poller._stopping = EventLoop(), threading.Event()
+        made = Anew(poller, client)
+        await made.look()
+        await made.call(poller._on_assign, client, [TopicPartition("tasks", p) for p in (0, 1)])
+        for partition in (0, 1):
+            await made.take(partition, 0, 1, 2)
+        yield made
+
+
+async def test_a_partition_without_a_leader_begins_when_it_has_one(anew: Anew) -> None:
+    anew.client.without_leader = {0, 1}
+    await anew.look()
+    consumed = anew.poller.consumed
+    # From where the old one was read.
+    await anew.take(0, 3, 4)
+    await anew.call(anew.poller._commit, anew.client)
+    assert (anew.poller.consumed, anew.client.sent) == (consumed, [])
+    anew.client.without_leader = set()
+    await anew.look()
+    assert anew.client.read == {0: 0, 1: 0}
+    assert anew.poller._intake.readings.keys() == {0, 1}
+    await anew.take(0, 0, 1)
+    assert anew.poller.consumed == consumed + 2
+
+
+async def test_a_partition_that_is_not_there_any_more_holds_up_no_other(anew: Anew) -> None:
+    anew.client.without_leader = {0}
+    await anew.look()
+    assert anew.client.read[1] == 0
+    assert anew.poller._intake.readings.keys() == {1}
+    await anew.call(anew.poller._on_revoke, anew.client, [TopicPartition("tasks", 0)])
+    anew.client.without_leader = set()
+    await anew.look()
+    assert anew.poller._intake.readings.keys() == {1}
