@@ -332,6 +332,14 @@ BUGS = (
         tests=(CLIENT + "test_transports.py::test_a_producer_that_cannot_go_on_is_followed_by_another",),
     ),
     Bug(
+        "a flush does not count what a producer has that is being replaced",
+        "what was acknowledged to the caller is in Kafka",
+        "client/transports/kafka.py",
+        old="(len(old) if old is not None else 0) + ",
+        new="",
+        tests=(CLIENT + "test_transports.py::test_a_flush_counts_what_moves_to_another_producer",),
+    ),
+    Bug(
         "what is sent again goes anywhere",
         "what may be sent twice is known again",
         "client/transports/kafka.py",
