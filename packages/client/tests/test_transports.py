@@ -316,6 +316,8 @@ class BrokerDouble(grpc.GenericRpcHandler):
 
     def __init__(self) -> None:
         self.failures: list[grpc.StatusCode] = []
+        self.room = 1_000_000
+        self.too_large: set[str] = set()
         self.requests: list[producer_pb2.SendTasksRequest] = []
         self.signatures: list[bool] = []
         self.answer: bytes | None = None
@@ -329,7 +331,11 @@ class BrokerDouble(grpc.GenericRpcHandler):
         given = dict(context.invocation_metadata()).get(signature.HEADER, "")
         self.signatures.append(signature.verify(["secret"], METHOD, request, str(given)))
         parsed = producer_pb2.SendTasksRequest.FromString(request)
+        ids = {activation.id for activation in parsed.activations}
+        if len(ids) > self.room or ids & self.too_large:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
         self.requests.append(parsed)
+        self.room -= len(ids)
         if self.answer is not None:
             return self.answer
         answers = []
@@ -376,6 +382,28 @@ def test_a_broker_that_restarts_is_tried_again_under_the_same_id(broker: tuple[B
     double.failures = [grpc.StatusCode.UNAUTHENTICATED]
     with pytest.raises(SendError, match="unauthenticated: as told"):
         task_of(app).delay(1).wait(10)
+    app.close()
+
+
+def test_of_a_batch_that_is_too_large_is_sent_what_fits(broker: tuple[BrokerDouble, str]) -> None:
+    """Also beside one that does not fit alone; and when there is room again, all."""
+    double, address = broker
+    double.room = 0
+    app = App("a", broker=address, strict_kwargs="off", delivery_timeout_seconds=10)
+    task = task_of(app)
+    refs = [task.delay(n) for n in range(300)]
+    double.too_large = {refs[0].id}
+    double.room = 200
+    deadline = time.monotonic() + 8
+    while double.room and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert double.room == 0
+    assert sum(len(request.activations) for request in double.requests) == 200
+    double.room, double.too_large = 1_000_000, set()
+    assert app.flush(8) == 0
+    assert all(ref.future.exception() is None for ref in refs)
+    # Batches grow again.
+    assert max(len(request.activations) for request in double.requests[-4:]) > 8
     app.close()
 
 
