@@ -53,7 +53,11 @@ def mock_kafka() -> Iterator[str]:
 NOWHERE: dict[str, object] = {"bootstrap.servers": "127.0.0.1:1"}
 
 
-def producers(patch: pytest.MonkeyPatch, *firsts: dict[str, object] | KafkaException) -> list[Any]:
+def producers(
+    patch: pytest.MonkeyPatch,
+    *firsts: dict[str, object] | KafkaException,
+    kind: type[Producer] = Producer,
+) -> list[Any]:
     """What each producer is made with. ``firsts``: of the first ones what else they are made with, or why
     they cannot be made."""
     configs: list[Any] = []
@@ -63,7 +67,7 @@ def producers(patch: pytest.MonkeyPatch, *firsts: dict[str, object] | KafkaExcep
         configs.append(config)
         if isinstance(first, KafkaException):
             raise first
-        return Producer(config | first)
+        return kind(config | first)
 
     patch.setattr("penstock_client.transports.kafka.Producer", made)
     return configs
@@ -157,6 +161,36 @@ def test_a_producer_that_cannot_go_on_is_followed_by_another(
         assert app.flush(0.3) == 10
     assert len(configs) == 1 + replaced
     app.close()
+
+
+def test_a_flush_counts_what_moves_to_another_producer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each step of it: who is told that nothing is left takes all for sent."""
+    left: list[int] = []
+
+    class Watched(Producer):
+        def purge(self, *what: Any) -> None:
+            left.append(transport.flush(0))
+            super().purge(*what)
+            left.append(transport.flush(0))
+
+        def poll(self, *seconds: Any) -> int:
+            served = super().poll(*seconds)
+            if left:
+                left.append(transport.flush(0))
+            return served
+
+    configs = producers(monkeypatch, kind=Watched)
+    transport = connect(load_settings({"kafka": f"127.0.0.1:{unused_port()}"}))
+    for n in range(10):
+        transport.send(Outgoing(f"{n}", "task", "n", "topic", b"x"), Future())
+    configs[0]["error_cb"](KafkaError(KafkaError._FATAL, "out of order", fatal=True))
+    deadline = time.monotonic() + 10
+    while len(left) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # It may count what else a producer has to say.
+    assert len(left) >= 5
+    assert min(left) >= 10, left
+    transport.close()
 
 
 def test_what_is_sent_again_goes_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +316,8 @@ class BrokerDouble(grpc.GenericRpcHandler):
 
     def __init__(self) -> None:
         self.failures: list[grpc.StatusCode] = []
+        self.room = 1_000_000
+        self.too_large: set[str] = set()
         self.requests: list[producer_pb2.SendTasksRequest] = []
         self.signatures: list[bool] = []
         self.answer: bytes | None = None
@@ -295,7 +331,11 @@ class BrokerDouble(grpc.GenericRpcHandler):
         given = dict(context.invocation_metadata()).get(signature.HEADER, "")
         self.signatures.append(signature.verify(["secret"], METHOD, request, str(given)))
         parsed = producer_pb2.SendTasksRequest.FromString(request)
+        ids = {activation.id for activation in parsed.activations}
+        if len(ids) > self.room or ids & self.too_large:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
         self.requests.append(parsed)
+        self.room -= len(ids)
         if self.answer is not None:
             return self.answer
         answers = []
@@ -342,6 +382,28 @@ def test_a_broker_that_restarts_is_tried_again_under_the_same_id(broker: tuple[B
     double.failures = [grpc.StatusCode.UNAUTHENTICATED]
     with pytest.raises(SendError, match="unauthenticated: as told"):
         task_of(app).delay(1).wait(10)
+    app.close()
+
+
+def test_of_a_batch_that_is_too_large_is_sent_what_fits(broker: tuple[BrokerDouble, str]) -> None:
+    """Also beside one that does not fit alone; and when there is room again, all."""
+    double, address = broker
+    double.room = 0
+    app = App("a", broker=address, strict_kwargs="off", delivery_timeout_seconds=10)
+    task = task_of(app)
+    refs = [task.delay(n) for n in range(300)]
+    double.too_large = {refs[0].id}
+    double.room = 200
+    deadline = time.monotonic() + 8
+    while double.room and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert double.room == 0
+    assert sum(len(request.activations) for request in double.requests) == 200
+    double.room, double.too_large = 1_000_000, set()
+    assert app.flush(8) == 0
+    assert all(ref.future.exception() is None for ref in refs)
+    # Batches grow again.
+    assert max(len(request.activations) for request in double.requests[-4:]) > 8
     app.close()
 
 

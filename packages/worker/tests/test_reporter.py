@@ -14,7 +14,7 @@ from grpc.aio import AioRpcError, Metadata
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_worker import reporter as module
 from penstock_worker.claim import Claim
-from penstock_worker.frames import Assignment, Outcome
+from penstock_worker.frames import Assignment, Error, Outcome
 from penstock_worker.link import BrokerLink
 from penstock_worker.metrics import Metrics
 from penstock_worker.reporter import Reporter
@@ -30,12 +30,17 @@ class Link:
     def __init__(self) -> None:
         self.claims: dict[int, Claim] = {}
         self.answers: int | None = 1000
+        self.bytes_max = 1 << 20
         self.calls: list[list[bytes]] = []
+        self.told: list[pb.TaskOutcome] = []
 
     async def call(self, path: str, request: pb.SetTaskStatusesRequest, seconds: float) -> bytes:
         self.calls.append([outcome.claim_token for outcome in request.outcomes])
         if self.answers is None:
             raise AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata())
+        if request.ByteSize() > self.bytes_max:
+            raise AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata())
+        self.told += request.outcomes
         answers = [pb.OUTCOME_ANSWER_APPLIED] * min(self.answers, len(request.outcomes))
         return pb.SetTaskStatusesResponse(answers=answers).SerializeToString()
 
@@ -52,11 +57,14 @@ async def reporter(link: Link) -> AsyncIterator[Reporter]:
     made.close()
 
 
-def settle(reporter: Reporter, count: int) -> None:
+def settle(reporter: Reporter, count: int, errors: dict[int, Error] | None = None) -> None:
+    """So many have succeeded, but for those with errors."""
     for n in range(count):
         claim = Claim(reporter.link, Assignment(n, b"", b"%d" % n, 1, None), 1.0)
         reporter.link.claims[n] = claim
-        reporter.settle(claim, Outcome(pb.TASK_OUTCOME_STATUS_COMPLETE))
+        error = (errors or {}).get(n)
+        status = pb.TASK_OUTCOME_STATUS_FAILURE if error else pb.TASK_OUTCOME_STATUS_COMPLETE
+        reporter.settle(claim, Outcome(status, error=error))
 
 
 async def test_what_an_answer_does_not_mention_is_told_again(reporter: Reporter, link: Link) -> None:
@@ -65,6 +73,33 @@ async def test_what_an_answer_does_not_mention_is_told_again(reporter: Reporter,
     assert await reporter.flush(10) == 0
     assert link.calls == [[b"0", b"1", b"2", b"3", b"4"], [b"2", b"3", b"4"], [b"4"]]
     assert not link.claims
+
+
+async def test_of_a_batch_that_is_too_large_less_is_told_at_a_time(reporter: Reporter, link: Link) -> None:
+    link.bytes_max = 1024
+    settle(reporter, 1000)
+    await reporter.flush(5)
+    assert len(link.told) == 1000
+    assert not link.claims
+    link.bytes_max, link.calls = 1 << 20, []
+    for _ in range(3):
+        settle(reporter, 1000)
+        assert await reporter.flush(5) == 0
+    # Batches grow again.
+    assert max(map(len, link.calls)) > 200
+
+
+async def test_an_error_that_is_too_large_is_told_without_its_traceback(
+    reporter: Reporter, link: Link
+) -> None:
+    link.bytes_max = 1024
+    settle(reporter, 9, {4: Error("builtins.ValueError", "why " * 500, "in line 1\n" * 1600)})
+    await reporter.flush(5)
+    assert not link.claims
+    (failed,) = (told for told in link.told if told.status == pb.TASK_OUTCOME_STATUS_FAILURE)
+    assert (failed.claim_token, failed.error.type) == (b"4", "builtins.ValueError")
+    assert failed.error.message.startswith("why why")
+    assert failed.error.traceback == "left out: too large for this broker (message_bytes_max)"
 
 
 async def test_a_result_is_kept_for_a_broker_that_is_away_for_minutes(

@@ -202,6 +202,22 @@ BUGS = (
         tests=(WORKER + "test_reporter.py::test_what_an_answer_does_not_mention_is_told_again",),
     ),
     Bug(
+        "reports that are too large together are told together again",
+        "a report is sent until it is answered",
+        "worker/reporter.py",
+        old="min(self._batch_bytes_max, _bytes(batch) // 2)",
+        new="self._batch_bytes_max",
+        tests=(WORKER + "test_reporter.py::test_of_a_batch_that_is_too_large_less_is_told_at_a_time",),
+    ),
+    Bug(
+        "an error that is too large is told as it is",
+        "a report is sent until it is answered",
+        "worker/reporter.py",
+        old="        cut = batch[0].cut()\n",
+        new="        cut = False\n",
+        tests=(WORKER + "test_reporter.py::test_an_error_that_is_too_large_is_told_without_its_traceback",),
+    ),
+    Bug(
         "a result is given up after seconds",
         "a report is sent until it is answered",
         "worker/reporter.py",
@@ -333,6 +349,14 @@ BUGS = (
         tests=(CLIENT + "test_transports.py::test_a_producer_that_cannot_go_on_is_followed_by_another",),
     ),
     Bug(
+        "a flush does not count what a producer has that is being replaced",
+        "what was acknowledged to the caller is in Kafka",
+        "client/transports/kafka.py",
+        old="(len(old) if old is not None else 0) + ",
+        new="",
+        tests=(CLIENT + "test_transports.py::test_a_flush_counts_what_moves_to_another_producer",),
+    ),
+    Bug(
         "what is sent again goes anywhere",
         "what may be sent twice is known again",
         "client/transports/kafka.py",
@@ -364,6 +388,14 @@ BUGS = (
         old='b["source"] == "learned" and ',
         new="",
         tests=(CLIENT + "test_transports.py::test_a_producer_that_cannot_go_on_is_followed_by_another",),
+    ),
+    Bug(
+        "sends that are too large together are sent together again",
+        "what has room is taken",
+        "client/transports/grpc.py",
+        old="            self._batch_max = len(batch) // 2\n",
+        new="            pass\n",
+        tests=(CLIENT + "test_transports.py::test_of_a_batch_that_is_too_large_is_sent_what_fits",),
     ),
     Bug(
         "a dead letter that is replayed again has the id it had",

@@ -113,7 +113,9 @@ class BrokerLink:
         try:
             answer = await self._methods[path](body, timeout=timeout_seconds, metadata=metadata)
         except AioRpcError as error:
-            if path not in _REPORTS or not was_held(error, monotonic() - called_at):
+            # A living broker refused it as too large, and is told less at a time.
+            too_large = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            if path not in _REPORTS or not (too_large or was_held(error, monotonic() - called_at)):
                 self._unanswered(path, error)
             raise
         if self._reachable is not True:

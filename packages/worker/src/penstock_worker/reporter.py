@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import cast
 
+import grpc
 import structlog
 from grpc.aio import AioRpcError
 
@@ -32,6 +33,9 @@ LINGER_SECONDS = 0.004
 WAITING_REPORTS_MAX = 10_000
 WAITING_SECONDS_MAX = 900.0
 _DETAIL_CHARACTERS_MAX = 500
+# What a report has to say that its broker refused as too large: enough for the smallest message_bytes_max.
+_CUT_CHARACTERS_MAX = 100
+_CUT_TRACEBACK = "left out: too large for this broker (message_bytes_max)"
 
 log = structlog.get_logger("penstock_worker")
 
@@ -42,6 +46,19 @@ class Report:
     message: pb.TaskOutcome | pb.ReleasedTask
     bytes: int
     ended_at: float = field(default_factory=monotonic)
+
+    def cut(self) -> bool:
+        """To what a broker must know. Whether it became smaller."""
+        if isinstance(self.message, pb.ReleasedTask):
+            self.message.detail = bounded(self.message.detail, _CUT_CHARACTERS_MAX)
+        elif self.message.HasField("error"):
+            error = self.message.error
+            error.type = bounded(error.type, _CUT_CHARACTERS_MAX)
+            error.message = bounded(error.message, _CUT_CHARACTERS_MAX)
+            if len(error.traceback) > len(_CUT_TRACEBACK):
+                error.traceback = _CUT_TRACEBACK
+        before, self.bytes = self.bytes, self.message.ByteSize()
+        return self.bytes < before
 
 
 class Reporter:
@@ -107,6 +124,8 @@ class ReportQueue:
         self._link, self._path, self._worker_id, self._metrics = link, path, worker_id, metrics
         self._fresh: deque[Report] = deque()
         self._again: deque[Report] = deque()
+        # As many as the broker takes in one call, going by its last answers.
+        self._batch_bytes_max = BATCH_BYTES_MAX
         self._on_the_way = 0
         self._calls: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -152,7 +171,7 @@ class ReportQueue:
             return
         for queue in (self._again, self._fresh):
             while queue and len(self._calls) < CALLS_MAX:
-                batch = _take_batch(queue)
+                batch = _take_batch(queue, self._batch_bytes_max)
                 self._on_the_way += len(batch)
                 call = asyncio.get_running_loop().create_task(self._report(batch))
                 self._calls.add(call)
@@ -166,6 +185,8 @@ class ReportQueue:
             self._failed(batch, error, monotonic() - called_at)
         else:
             self._unanswered.succeeded()
+            taken = min(BATCH_BYTES_MAX, 2 * _bytes(batch))
+            self._batch_bytes_max = max(self._batch_bytes_max, taken)
             self._settled(batch, answers)
         finally:
             self._on_the_way -= len(batch)
@@ -186,16 +207,34 @@ class ReportQueue:
         return pb.ReleaseTasksResponse.FromString(body).answers
 
     def _failed(self, batch: list[Report], error: AioRpcError, seconds: float) -> None:
+        self._metrics.report_failed(error.code().name, len(batch))
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and self._made_smaller(batch):
+            self._again.extend(batch)
+            return
         # New reports need not wait for those the broker holds.
         if not was_held(error, seconds):
             self._unanswered.failed()
-        self._metrics.report_failed(error.code().name, len(batch))
         oldest = monotonic() - WAITING_SECONDS_MAX
         for report in batch:
             if report.ended_at > oldest:
                 self._again.append(report)
             else:
                 self._forget(report, "given_up")
+
+    def _made_smaller(self, batch: list[Report]) -> bool:
+        """Whether less is sent the next time of what was refused as too large."""
+        self._batch_bytes_max = min(self._batch_bytes_max, _bytes(batch) // 2)
+        if len(batch) > 1:
+            return True
+        cut = batch[0].cut()
+        if cut:
+            log.warning(
+                "what a task ended with is too large for its broker",
+                task=batch[0].claim.title,
+                broker=self._link.address,
+                hint="it is told shortened; raise the broker's message_bytes_max",
+            )
+        return cut
 
     def _settled(self, batch: list[Report], answers: Sequence[pb.OutcomeAnswer]) -> None:
         for report, answer in zip(batch, answers, strict=False):
@@ -219,10 +258,15 @@ class ReportQueue:
             )
 
 
-def _take_batch(queue: deque[Report]) -> list[Report]:
+def _bytes(batch: list[Report]) -> int:
+    return sum(report.bytes for report in batch)
+
+
+def _take_batch(queue: deque[Report], bytes_max: int) -> list[Report]:
+    """At least one."""
     batch = [queue.popleft()]
     size = batch[0].bytes
-    while queue and len(batch) < BATCH_REPORTS_MAX and size + queue[0].bytes <= BATCH_BYTES_MAX:
+    while queue and len(batch) < BATCH_REPORTS_MAX and size + queue[0].bytes <= bytes_max:
         batch.append(queue.popleft())
         size += batch[-1].bytes
     return batch

@@ -61,6 +61,8 @@ class GrpcTransport:
         )
         self._call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(METHOD)
         self._queue: queue.Queue[_Waiting | None] = queue.Queue(settings.buffer_messages_max)
+        # As many as the broker may have room for, going by its last answers.
+        self._batch_max = BATCH_TASKS_MAX
         self._unacknowledged = 0
         self._changed = threading.Condition()
         self._closed = False
@@ -89,42 +91,54 @@ class GrpcTransport:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch, size = [first], len(first[0].value)
-            while len(batch) < BATCH_TASKS_MAX and size < BATCH_BYTES_MAX:
-                try:
-                    more = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    self._closed = True
-                    break
-                batch.append(more)
-                size += len(more[0].value)
-            self._deliver(batch)
-            if self._closed:
+        waiting: list[_Waiting] = []
+        while True:
+            self._gather(waiting)
+            if not waiting:
                 return
+            waiting = self._deliver(waiting)
 
-    def _deliver(self, batch: list[_Waiting]) -> None:
-        """Until acknowledged or given up. Sent again under the same ids: the broker absorbs copies."""
-        while batch:
-            request = raw_pb2.RawSendTasksRequest(
-                activations=[message.value for message, _, _ in batch]
-            ).SerializeToString()
+    def _gather(self, waiting: list[_Waiting]) -> None:
+        """Add what else is to be sent; wait only when there is nothing yet. None comes once it is closed."""
+        while not self._closed and len(waiting) < BATCH_TASKS_MAX:
             try:
-                response = producer_pb2.SendTasksResponse.FromString(
-                    self._call(request, timeout=5.0, metadata=self._metadata(request))
-                )
-            except DecodeError:
-                self._fail(batch, "what answered there is no broker")
+                more = self._queue.get(block=not waiting)
+            except queue.Empty:
                 return
-            except grpc.RpcError as error:
-                batch = self._failed(batch, error)
-                if batch:
-                    time.sleep(RETRY_SECONDS)
-                continue
-            self._answered(batch, response.answers)
-            return
+            if more is None:
+                self._closed = True
+                return
+            waiting.append(more)
+
+    def _deliver(self, waiting: list[_Waiting]) -> list[_Waiting]:
+        """Send the first ones; what has neither been acknowledged nor given up. Sent again under the same
+        ids: the broker absorbs copies."""
+        batch = waiting[: self._fitting(waiting)]
+        later = waiting[len(batch) :]
+        request = raw_pb2.RawSendTasksRequest(
+            activations=[message.value for message, _, _ in batch]
+        ).SerializeToString()
+        try:
+            response = producer_pb2.SendTasksResponse.FromString(
+                self._call(request, timeout=5.0, metadata=self._metadata(request))
+            )
+        except DecodeError:
+            self._fail(batch, "what answered there is no broker")
+            return later
+        except grpc.RpcError as error:
+            return self._failed(batch, later, error)
+        self._batch_max = max(self._batch_max, min(BATCH_TASKS_MAX, 2 * len(batch)))
+        self._answered(batch, response.answers)
+        return later
+
+    def _fitting(self, waiting: Sequence[_Waiting]) -> int:
+        """How many of them go into one call."""
+        size = 0
+        for count, (message, _, _) in enumerate(waiting[: self._batch_max], 1):
+            size += len(message.value)
+            if size >= BATCH_BYTES_MAX:
+                return count
+        return min(len(waiting), self._batch_max)
 
     def _answered(self, batch: list[_Waiting], answers: Sequence[producer_pb2.SendAnswer]) -> None:
         self._fail(batch[len(answers) :], "the broker's answer does not mention it")
@@ -141,13 +155,24 @@ class GrpcTransport:
         secret = self._settings.grpc_shared_secret
         return ((signature.HEADER, signature.sign(secret, METHOD, request)),) if secret else ()
 
-    def _failed(self, batch: list[_Waiting], error: grpc.RpcError) -> list[_Waiting]:
+    def _failed(self, batch: list[_Waiting], later: list[_Waiting], error: grpc.RpcError) -> list[_Waiting]:
         """What is left to try after a call failed."""
-        code, detail = error.code(), error.details()
+        code, why = error.code(), f"{error.code().name.lower()}: {error.details()}"
+        if code not in _TRANSIENT:
+            self._fail(batch, why)
+            return later
+        # A broker takes all of a call or nothing: what fits may be a part of it.
+        halved = code is grpc.StatusCode.RESOURCE_EXHAUSTED and len(batch) > 1
+        if halved:
+            self._batch_max = len(batch) // 2
         now = time.monotonic()
-        left = [w for w in batch if code in _TRANSIENT and now < w[2] and not self._closed]
+        # One that does not even fit alone must not keep the others from it.
+        tried_next = batch + later if halved else later + batch
+        left = [w for w in tried_next if now < w[2] and not self._closed]
         kept = {id(w) for w in left}
-        self._fail([w for w in batch if id(w) not in kept], f"{code.name.lower()}: {detail}")
+        self._fail([w for w in tried_next if id(w) not in kept], why)
+        if left and not halved:
+            time.sleep(RETRY_SECONDS)
         return left
 
     def _fail(self, batch: Sequence[_Waiting], why: str) -> None:

@@ -41,7 +41,8 @@ class KafkaTransport:
         # Producers are counted. Of those that cannot go on, where another one can, the last.
         self._count = 0
         self._given_up = 0
-        # What producers that could not go on had, and no other has yet.
+        # The one that is being replaced, and what such producers had and no other has yet.
+        self._old: Producer | None = None
         self._again: deque[tuple[Outgoing, Future[None], int]] = deque()
         # Whoever sends does so with the one that is polled; a signal's handler may do so within.
         self._replacing = threading.RLock()
@@ -119,11 +120,13 @@ class KafkaTransport:
             "the Kafka producer cannot go on; a new one sends what waits for %s", self._settings.kafka
         )
         with self._replacing:
-            old, self._producer = self._producer, made
+            self._old = old = self._producer
+            self._producer = made
             self._count += 1
         old.purge()
         while len(old):
             old.poll(POLL_SECONDS)
+        self._old = None
 
     def _send_again(self) -> None:
         while self._again:
@@ -215,11 +218,19 @@ class KafkaTransport:
         while True:
             self._producer.flush(max(0.0, until - time.monotonic()))
             # It may have been replaced meanwhile.
-            waiting = len(self._producer) + len(self._again)
+            waiting = self._waiting()
             left = until - time.monotonic()
             if not waiting or left <= 0:
                 return waiting
             time.sleep(min(left, POLL_SECONDS))
+
+    def _waiting(self) -> int:
+        """At least what is not acknowledged."""
+        # What moves is for a moment in both: from the old producer to those that are sent again, therefore
+        # counted in this order, and from there, by who has the lock, to the new one.
+        with self._replacing:
+            old = self._old
+            return (len(old) if old is not None else 0) + len(self._again) + len(self._producer)
 
     def close(self) -> None:
         self._closing.set()
