@@ -19,8 +19,8 @@ BUGS = (
         "outcome answered before cover",
         "an outcome is answered when no other broker can run it again",
         "broker/dispatch/service.py",
-        old="        if held := self.store.all_held(ids):\n",
-        new="        if held := []:\n",
+        old="in self.store.all_held(ids) if answers",
+        new="in [] if answers",
         tests=(SERVICE + "test_an_outcome_is_answered_when_it_is_covered",),
     ),
     Bug(
@@ -337,8 +337,8 @@ BUGS = (
         "a dead letter is dropped before it is replayed",
         "what is replayed is durable before its dead letter is dropped",
         "broker/dispatch/admin.py",
-        old="        await self._store.answerable(self._store.insert(list(rows.values())))\n        await self._drop(list(rows))\n",
-        new="        await self._drop(list(rows))\n        await self._store.answerable(self._store.insert(list(rows.values())))\n",
+        old="        await self._store.answerable(self._store.insert(list(rows.values())))\n        await self._store.outbox.drop_resting(list(rows))\n",
+        new="        await self._store.outbox.drop_resting(list(rows))\n        await self._store.answerable(self._store.insert(list(rows.values())))\n",
         tests=(BROKER + "test_admin.py::test_a_replay_that_was_not_stored_keeps_its_dead_letter",),
     ),
     Bug(

@@ -328,6 +328,7 @@ BUGS = (
         old="        self._memory.outbox[Route.DEAD_LETTER].extend(self._exits(Route.DEAD_LETTER, rows[room:]))\n",
         new="        self.give_back(Route.DEAD_LETTER, rows[room:])\n",
         tests=(FORWARDER + "test_what_no_place_takes_holds_up_nothing_behind_it",),
+        hangs=True,
     ),
     Bug(
         "what is discarded makes no room when nobody waits for it",
