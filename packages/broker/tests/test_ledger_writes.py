@@ -15,6 +15,7 @@ from confluent_kafka import KafkaError, KafkaException
 from ingest_helpers import running_store, task_bytes, until
 from store_helpers import token_of
 
+from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.lifecycle import Event
@@ -25,7 +26,7 @@ from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.ledger import Ledger
 from penstock_broker.ingest.ledger_adopt import AdoptReport, adopt
-from penstock_broker.ingest.ledger_log import Message
+from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
 from penstock_broker.ingest.ledger_records import Account, Record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
 from penstock_broker.ingest.ownership import Owner
@@ -342,3 +343,27 @@ async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(
 async def _begin(path: Path, log: Log) -> None:
     async with broker(path, log):
         pass
+
+
+async def test_a_pool_without_a_ledger_begins_though_somebody_gave_up_waiting(tmp_path: Path) -> None:
+    async with running_store(tmp_path / "store.sqlite") as store:
+        ledger = Ledger(store, Settings(kafka_topic="tasks", db_path=tmp_path / "store.sqlite"))
+        log = Log()
+        log.is_there = lambda: False  # type: ignore[method-assign]
+        ledger.log = log  # type: ignore[assignment]
+        ledger.start()
+        waiting = asyncio.ensure_future(store.recorded())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        opening = asyncio.create_task(ledger.open(lambda: None))
+        await asyncio.wait({opening}, timeout=10)
+        assert opening.done()
+        assert opening.exception() is None
+        assert ledger.off
+        await ledger.stop()
+
+
+def test_after_a_write_that_failed_nothing_is_written_before_it_is_opened_again() -> None:
+    """The one after it may have been on its way already."""
+    with pytest.raises(Fenced):
+        LedgerLog(Settings(kafka_topic="tasks"), SystemClock(), "broker-1").write([])

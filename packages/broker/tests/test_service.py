@@ -151,6 +151,22 @@ async def test_without_cover_the_caller_is_told_to_repeat(
     assert await broker.report(task) == DUPLICATE
 
 
+async def test_a_report_by_id_that_is_repeated_waits_for_cover_as_the_first(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "COVER_SECONDS_MAX", 0.01)
+    source = broker.store.source("tasks", 0)
+    await broker.put("a", source=source.id, offset=0)
+    broker.store.claim(None, (), 1, BYTES, tokenless=True)
+    await settle_down(broker.store)
+    report = pb.SetTaskStatusRequest(id="a", status=TASK_ACTIVATION_STATUS_COMPLETE).SerializeToString()
+    for _ in range(2):
+        with pytest.raises(Refused, match="repeat the call"):
+            await broker.answered(broker.consumers.set_task_status(report))
+    broker.store.cover(source, 1)
+    await broker.answered(broker.consumers.set_task_status(report))
+
+
 async def test_a_claim_that_may_start_once_only_is_in_the_file_when_handed_out(broker: Broker) -> None:
     await broker.put("a", at_most_once=True)
     call = asyncio.ensure_future(broker.consumers.get_tasks(pb.GetTasksRequest().SerializeToString()))

@@ -346,6 +346,66 @@ async def test_an_uncovered_outcome_is_refused_when_another_broker_reads_the_tas
     assert claim_one(store).id == "3"
 
 
+@pytest.mark.parametrize("event", [Event.FAIL, Event.RETRY])
+async def test_of_an_outcome_and_a_drop_in_one_tick_nothing_is_left_in_the_ledger(
+    store: Inflight, clock: ManualClock, event: Event
+) -> None:
+    source = store.source("tasks", 0)
+    row = activation("a", clock, source=source.id, offset=0)
+    await insert(store, row, taken={source.id: 1})
+    claimed = claim_one(store)
+    await settle_down(store)
+    store.settle(token_of(store, claimed), event, clock.wall_ms())
+    store.drop_uncovered(source, 0)
+    await settle_down(store)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    check_store(store)
+
+
+async def test_a_range_that_begins_further_back_is_not_undone_by_what_still_waits(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source = store.source("tasks", 0)
+    store.begin_range(source, 100)
+    await settle_down(store)
+    store.insert([activation("a", clock, source=source.id, offset=119)], {source.id: 120})
+    store.begin_range(source, 0)
+    await settle_down(store)
+    assert (source.start, source.next) == (0, 0)
+
+
+async def test_an_outcome_whose_row_is_dropped_while_it_is_written_is_refused(
+    store: Inflight, clock: ManualClock
+) -> None:
+    """Of a row that memory does not hold."""
+    source = store.source("tasks", 0)
+    later = activation("a", clock, source=source.id, offset=0, delay_ms=60_000)
+    await insert(store, later, taken={source.id: 1})
+    cancelled = store.control.cancel(later.id_hash)
+    handoff = store.writer._handoff
+
+    async def dropping(write: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = await handoff(write, batch)
+        store.writer._handoff = handoff
+        store.drop_uncovered(source, 0)
+        return written
+
+    store.writer._handoff = dropping
+    await settle_down(store)
+    assert isinstance(cancelled, Report)
+    assert cancelled.answer is Answer.APPLIED
+    told = asyncio.ensure_future(store.covered([later.id_hash]))
+    await asyncio.wait({told}, timeout=1)
+    assert told.done()
+    assert told.result() == [False]
+    # Nobody was told that it is done: the log brings it back.
+    again = activation("a", clock, source=source.id, offset=0)
+    await insert(store, again, taken={source.id: 1})
+    assert [row.id for row in store.claim(None, (), 1, BYTES)] == ["a"]
+    await settle_down(store)
+    check_store(store)
+
+
 async def test_an_outcome_is_refused_also_when_its_row_is_read_again_while_others_are_waited_for(
     store: Inflight, clock: ManualClock
 ) -> None:

@@ -19,8 +19,8 @@ BUGS = (
         "outcome answered before cover",
         "an outcome is answered when no other broker can run it again",
         "broker/dispatch/service.py",
-        old="in self.store.all_held(ids) if answers",
-        new="in [] if answers",
+        old="in self.store.all_held(ids) if by_id",
+        new="in [] if by_id",
         tests=(SERVICE + "test_an_outcome_is_answered_when_it_is_covered",),
     ),
     Bug(
@@ -67,13 +67,13 @@ BUGS = (
         "the next task is claimed before the report is answered",
         "what is handed out is held at that moment",
         "broker/dispatch/service.py",
-        old="        await self._finish([self._settle_by_id(report)], [hash_id(report.id)])\n"
+        old="        await self._finish([self._settle_by_id(report)], [hash_id(report.id)], by_id=True)\n"
         "        response = raw_pb2.RawSetTaskStatusResponse()\n"
         "        # Not before: what is claimed is handed out at once.\n"
         '        if report.HasField("fetch_next_task") and (rows := await self._claim_one(report.fetch_next_task)):\n',
         new="        settled = self._settle_by_id(report)\n"
         '        rows = await self._claim_one(report.fetch_next_task) if report.HasField("fetch_next_task") else []\n'
-        "        await self._finish([settled], [hash_id(report.id)])\n"
+        "        await self._finish([settled], [hash_id(report.id)], by_id=True)\n"
         "        response = raw_pb2.RawSetTaskStatusResponse()\n"
         "        if rows:\n",
         tests=(SERVICE + "test_nothing_is_claimed_for_a_call_that_is_not_answered_yet",),

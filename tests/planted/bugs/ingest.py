@@ -19,6 +19,72 @@ WRITES = BROKER + "test_ledger_writes.py::"
 
 BUGS = (
     Bug(
+        "a report by id that is repeated is answered before cover",
+        "what one broker acknowledged, no other runs again",
+        "broker/dispatch/service.py",
+        old="if by_id or answers[i]",
+        new="if answers[i]",
+        tests=(
+            BROKER + "test_service.py::test_a_report_by_id_that_is_repeated_waits_for_cover_as_the_first",
+        ),
+    ),
+    Bug(
+        "an outcome and a drop in one tick leave a state in the ledger",
+        "the ledger says what is unfinished",
+        "broker/store/writer.py",
+        old="        memory.unfinished.kept(batch.kept)\n        memory.unfinished.left(batch.left)\n",
+        new="        memory.unfinished.left(batch.left)\n        memory.unfinished.kept(batch.kept)\n",
+        tests=(
+            BROKER + "test_store.py::test_of_an_outcome_and_a_drop_in_one_tick_nothing_is_left_in_the_ledger",
+        ),
+    ),
+    Bug(
+        "what still waits for its tick moves a range on that begins further back",
+        "no offset is skipped silently",
+        "broker/store/inflight.py",
+        old="            if arrival.taken.get(source.id, 0) > start:\n                arrival.taken = {id: end",
+        new="            if False:\n                arrival.taken = {id: end",
+        tests=(
+            BROKER + "test_store.py::test_a_range_that_begins_further_back_is_not_undone_by_what_still_waits",
+        ),
+    ),
+    Bug(
+        "a row that is dropped while its outcome is written is held for good",
+        "what one broker acknowledged, no other runs again",
+        "broker/store/partitions.py",
+        old="        if row.id_hash in self._dropped:\n            # While",
+        new="        if False:\n            # While",
+        tests=(
+            BROKER + "test_store.py::test_an_outcome_whose_row_is_dropped_while_it_is_written_is_refused",
+        ),
+    ),
+    Bug(
+        "a row that is dropped while its outcome is written is absorbed when the log brings it back",
+        "at least once",
+        "broker/store/memory.py",
+        old="                self.finished.discard(row.id_hash)\n                self.batch.finished",
+        new="                self.batch.finished",
+        tests=(
+            BROKER + "test_store.py::test_an_outcome_whose_row_is_dropped_while_it_is_written_is_refused",
+        ),
+    ),
+    Bug(
+        "a pool without a ledger does not begin when somebody gave up waiting",
+        "nothing but a broken promise ends the broker",
+        "broker/ingest/ledger.py",
+        old="            if not waiter.done():\n                waiter.set_result(None)\n\n    # -- restoring",
+        new="            waiter.set_result(None)\n\n    # -- restoring",
+        tests=(WRITES + "test_a_pool_without_a_ledger_begins_though_somebody_gave_up_waiting",),
+    ),
+    Bug(
+        "a write to the ledger after one that failed ends the broker",
+        "nothing but a broken promise ends the broker",
+        "broker/ingest/ledger_log.py",
+        old='            raise Fenced("the write before this one has failed")\n',
+        new="            raise AssertionError\n",
+        tests=(WRITES + "test_after_a_write_that_failed_nothing_is_written_before_it_is_opened_again",),
+    ),
+    Bug(
         "answers of one call wait for their cover one after the other",
         "what one broker acknowledged, no other runs again",
         "broker/store/partitions.py",

@@ -101,7 +101,7 @@ class Consumers:
 
     async def set_task_status(self, request: bytes) -> bytes:
         report = parse(consumer_pb2.SetTaskStatusRequest, request)
-        await self._finish([self._settle_by_id(report)], [hash_id(report.id)])
+        await self._finish([self._settle_by_id(report)], [hash_id(report.id)], by_id=True)
         response = raw_pb2.RawSetTaskStatusResponse()
         # Not before: what is claimed is handed out at once.
         if report.HasField("fetch_next_task") and (rows := await self._claim_one(report.fetch_next_task)):
@@ -114,7 +114,7 @@ class Consumers:
         for report in batch.updates:
             _v1_event(report)
         settled = [self._settle_by_id(report) for report in batch.updates]
-        await self._finish(settled, [hash_id(report.id) for report in batch.updates])
+        await self._finish(settled, [hash_id(report.id) for report in batch.updates], by_id=True)
         return consumer_pb2.SetBatchActivationStatusResponse().SerializeToString()
 
     def _settle_by_id(self, report: consumer_pb2.SetTaskStatusRequest) -> Answer | Report:
@@ -269,12 +269,15 @@ class Consumers:
         self.store.start_leases(_still_claimed(rows))
 
     async def _finish(
-        self, settled: Sequence[Answer | Report], ids: Sequence[int]
+        self, settled: Sequence[Answer | Report], ids: Sequence[int], *, by_id: bool = False
     ) -> list[consumer_pb2.OutcomeAnswer]:
-        """Answers, once they are durable and no other broker can run again what they acknowledge."""
+        """Answers, once they are durable and no other broker can run again what they acknowledge.
+
+        ``by_id``: a report without a token that is repeated finds nothing, and is answered as the first.
+        """
         await self.store.answerable(self.store.committed())
         answers = [s.answer if isinstance(s, Report) else s for s in settled]
-        if held := [i for i in self.store.all_held(ids) if answers[i] <= Answer.DUPLICATE]:
+        if held := [i for i in self.store.all_held(ids) if by_id or answers[i] <= Answer.DUPLICATE]:
             try:
                 async with asyncio.timeout(COVER_SECONDS_MAX):
                     covered = await self.store.covered([ids[i] for i in held])

@@ -220,7 +220,8 @@ class Ledger:
         if self._is_new():
             await self.store.set_meta(RESTORE, "done")
         for waiter in self._taken_waiters():
-            waiter.set_result(None)
+            if not waiter.done():
+                waiter.set_result(None)
 
     # -- restoring
 

@@ -77,7 +77,8 @@ class LedgerLog:
     def write(self, records: Sequence[Record]) -> None:
         """Write all of ``records`` or nothing. Raises Fenced, or KafkaException when it is not known."""
         producer = self._producer
-        assert producer is not None
+        if producer is None:
+            raise Fenced("the write before this one has failed")
         try:
             producer.begin_transaction()
             for key, value in records:

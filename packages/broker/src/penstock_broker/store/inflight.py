@@ -629,6 +629,10 @@ class Inflight:
         source.start = source.next = start
         # Read again from further back: what was covered once is not, when it comes again.
         source.covered = min(source.covered, start)
+        # Nor is that what is stored with what still waits for its tick.
+        for arrival in self.writer.arrivals:
+            if arrival.taken.get(source.id, 0) > start:
+                arrival.taken = {id: end for id, end in arrival.taken.items() if id != source.id}
         self._write(source)
 
     def cover(self, source: Source, offset: int) -> None:

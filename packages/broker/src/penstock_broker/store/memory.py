@@ -30,6 +30,7 @@ from penstock_broker.store.batch import Answer, Batch, Damaged, Report, move
 from penstock_broker.store.database import Database
 from penstock_broker.store.finished import (
     OFFSET_BITS,
+    VOID,
     Finished,
     last_of,
     place,
@@ -241,6 +242,10 @@ class Memory:
         at = place(row.source, row.offset)
         if change.status is GONE:
             self._left(row, last_of(row, report.outcome), report.now)
+            if row.seq in self.dropping:
+                # While this was written: nobody is told, and if the log brings it back here, it is new.
+                self.finished.discard(row.id_hash)
+                self.batch.finished.extend((row.id_hash, VOID))
             self.add_to_books({(row.pair, change.term): 1})
             if row.source != NO_SOURCE:
                 self.unfinished.left([at])

@@ -110,6 +110,9 @@ class Partitions:
         """A row was reported on: until it is covered, answers wait. Whether they do."""
         if row.source == NO_SOURCE or row.offset < (source := self._sources[row.source]).covered:
             return False
+        if row.id_hash in self._dropped:
+            # While the tick with the report was written.
+            return False
         self._held[row.id_hash] = source, row.offset
         return True
 

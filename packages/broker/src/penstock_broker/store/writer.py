@@ -317,9 +317,9 @@ class Writer:
     def _release(self, batch: Batch, written: Written) -> None:
         """What the tick wrote becomes visible in memory."""
         memory = self._memory
-        # What left first: an offset may be dropped, read again and stored anew in one tick.
-        memory.unfinished.left(batch.left)
+        # In one tick an offset may be reported on, then dropped, then read again and stored anew.
         memory.unfinished.kept(batch.kept)
+        memory.unfinished.left(batch.left)
         memory.unfinished.took(batch.rows)
         memory.unfinished.ranged(batch.sources)
         memory.disk_low = written.disk_low
