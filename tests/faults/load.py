@@ -106,7 +106,7 @@ class Load:
             worker.stop()
         ended = self.pool.ended()
         again = self.books.violations
-        assert again == [], "acknowledged, and handed out again"
+        assert again == [], f"acknowledged, and handed out again: {again[:20]}"
         assert acknowledged <= raw.promised | raw.doubtful, "never sent"
         assert ended.keys() <= real.promised | real.doubtful, "never sent"
         twice = sum(n - 1 for n in self.books.handed_out.values()), sum(n - 1 for n in ended.values())

@@ -293,7 +293,8 @@ def test_what_was_sent_is_flushed_at_the_exit(mock_kafka: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stderr == "told None"
+    # A slow machine is told before that it is waited for.
+    assert done.stderr.endswith("told None")
 
 
 def test_a_forked_child_connects_anew(mock_kafka: str) -> None:

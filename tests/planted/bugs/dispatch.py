@@ -357,4 +357,12 @@ BUGS = (
         new="            if secrets and not request:\n",
         tests=(BROKER + "test_rpc.py::test_an_unsigned_call_is_refused_before_it_is_parsed",),
     ),
+    Bug(
+        "a report by id that is repeated is answered before cover",
+        "what one broker acknowledged, no other runs again",
+        "broker/dispatch/service.py",
+        old="if by_id or answers[i]",
+        new="if answers[i]",
+        tests=(SERVICE + "test_a_report_by_id_that_is_repeated_waits_for_cover_as_the_first",),
+    ),
 )

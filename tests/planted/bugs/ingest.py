@@ -19,56 +19,6 @@ WRITES = BROKER + "test_ledger_writes.py::"
 
 BUGS = (
     Bug(
-        "a report by id that is repeated is answered before cover",
-        "what one broker acknowledged, no other runs again",
-        "broker/dispatch/service.py",
-        old="if by_id or answers[i]",
-        new="if answers[i]",
-        tests=(
-            BROKER + "test_service.py::test_a_report_by_id_that_is_repeated_waits_for_cover_as_the_first",
-        ),
-    ),
-    Bug(
-        "an outcome and a drop in one tick leave a state in the ledger",
-        "the ledger says what is unfinished",
-        "broker/store/writer.py",
-        old="        memory.unfinished.kept(batch.kept)\n        memory.unfinished.left(batch.left)\n",
-        new="        memory.unfinished.left(batch.left)\n        memory.unfinished.kept(batch.kept)\n",
-        tests=(
-            BROKER + "test_store.py::test_of_an_outcome_and_a_drop_in_one_tick_nothing_is_left_in_the_ledger",
-        ),
-    ),
-    Bug(
-        "what still waits for its tick moves a range on that begins further back",
-        "no offset is skipped silently",
-        "broker/store/inflight.py",
-        old="            if arrival.taken.get(source.id, 0) > start:\n                arrival.taken = {id: end",
-        new="            if False:\n                arrival.taken = {id: end",
-        tests=(
-            BROKER + "test_store.py::test_a_range_that_begins_further_back_is_not_undone_by_what_still_waits",
-        ),
-    ),
-    Bug(
-        "a row that is dropped while its outcome is written is held for good",
-        "what one broker acknowledged, no other runs again",
-        "broker/store/partitions.py",
-        old="        if row.id_hash in self._dropped:\n            # While",
-        new="        if False:\n            # While",
-        tests=(
-            BROKER + "test_store.py::test_an_outcome_whose_row_is_dropped_while_it_is_written_is_refused",
-        ),
-    ),
-    Bug(
-        "a row that is dropped while its outcome is written is absorbed when the log brings it back",
-        "at least once",
-        "broker/store/memory.py",
-        old="                self.finished.discard(row.id_hash)\n                self.batch.finished",
-        new="                self.batch.finished",
-        tests=(
-            BROKER + "test_store.py::test_an_outcome_whose_row_is_dropped_while_it_is_written_is_refused",
-        ),
-    ),
-    Bug(
         "a pool without a ledger does not begin when somebody gave up waiting",
         "nothing but a broken promise ends the broker",
         "broker/ingest/ledger.py",
@@ -83,17 +33,6 @@ BUGS = (
         old='            raise Fenced("the write before this one has failed")\n',
         new="            raise AssertionError\n",
         tests=(WRITES + "test_after_a_write_that_failed_nothing_is_written_before_it_is_opened_again",),
-    ),
-    Bug(
-        "answers of one call wait for their cover one after the other",
-        "what one broker acknowledged, no other runs again",
-        "broker/store/partitions.py",
-        old="        waits = [self._wait(id_hash) for id_hash in ids]\n        return [await wait for wait in waits]\n",
-        new="        return [await self._wait(id_hash) for id_hash in ids]\n",
-        tests=(
-            BROKER
-            + "test_store.py::test_an_outcome_is_refused_also_when_its_row_is_read_again_while_others_are_waited_for",
-        ),
     ),
     Bug(
         "a Kafka that comes and goes is another broker",
@@ -386,25 +325,6 @@ BUGS = (
         old="            self.tracks.remove(partition)\n            self._outside.discard(partition)\n        self._begin_anew",
         new="            self._outside.discard(partition)\n        self._begin_anew",
         tests=(ANEW + "test_a_partition_without_a_leader_begins_when_it_has_one",),
-    ),
-    Bug(
-        "a dead letter that no place takes stays in front of the others",
-        "nobody blocks anybody",
-        "broker/store/outbox.py",
-        old="        self._memory.outbox[Route.DEAD_LETTER].extend(self._exits(Route.DEAD_LETTER, rows[room:]))\n",
-        new="        self.give_back(Route.DEAD_LETTER, rows[room:])\n",
-        tests=(FORWARDER + "test_what_no_place_takes_holds_up_nothing_behind_it",),
-        hangs=True,
-    ),
-    Bug(
-        "what is discarded makes no room when nobody waits for it",
-        "dead letters are kept",
-        "broker/store/outbox.py",
-        old="        batch.then.append(account)\n        await self._writer.answerable(self._writer.committed())\n",
-        new="        await self._writer.answerable(self._writer.committed())\n        account()\n",
-        tests=(
-            "packages/broker/tests/test_admin.py::test_what_is_discarded_makes_room_although_nobody_waits_for_it",
-        ),
     ),
     Bug(
         "the old topic's offsets are committed to the new one",

@@ -354,11 +354,8 @@ class Poller:
             again = {b.partition for b in begun}
             self._to_commit = [p for p in self._to_commit if p.partition not in again]
         for partition, source, offset in begun:
+            self._wait_no_more(partition)
             self.tracks.add(partition, source, offset)
-            self.tails.remove(partition)
-            self._unbegun.discard(partition)
-            self._outside.discard(partition)
-            self._anew.discard(partition)
         assigned = [TopicPartition(self.topic, b.partition, b.offset) for b in begun]
         consumer.incremental_assign(assigned)
         # A partition that was paused once stays so wherever it has been meanwhile.
@@ -429,11 +426,14 @@ class Poller:
     def _forget(self, partitions: Iterable[int]) -> None:
         for partition in partitions:
             self.tracks.remove(partition)
-            self.tails.remove(partition)
-            self._unbegun.discard(partition)
-            self._outside.discard(partition)
-            self._anew.discard(partition)
+            self._wait_no_more(partition)
             self.lags.pop(partition, None)
+
+    def _wait_no_more(self, partition: int) -> None:
+        """It has begun, or is gone."""
+        self.tails.remove(partition)
+        for waiting in (self._unbegun, self._outside, self._anew):
+            waiting.discard(partition)
 
     # -- other events of the client
 

@@ -34,7 +34,6 @@ from penstock_broker.store.batch import Answer, Report, repeated
 from penstock_broker.store.control import Control
 from penstock_broker.store.database import Database
 from penstock_broker.store.finished import (
-    VOID,
     is_elsewhere,
     is_report,
     last_of,
@@ -629,10 +628,8 @@ class Inflight:
         source.start = source.next = start
         # Read again from further back: what was covered once is not, when it comes again.
         source.covered = min(source.covered, start)
-        # Nor is that what is stored with what still waits for its tick.
         for arrival in self.writer.arrivals:
-            if arrival.taken.get(source.id, 0) > start:
-                arrival.taken = {id: end for id, end in arrival.taken.items() if id != source.id}
+            arrival.take_back(source.id, start)
         self._write(source)
 
     def cover(self, source: Source, offset: int) -> None:
@@ -706,9 +703,8 @@ class Inflight:
                 seqs.append(seq)
             elif seq in memory.forwarding:
                 seqs.append(seq)
-            else:  # gone, but nobody was told: if the log brings it back here, it is new
-                memory.finished.discard(id_hash)
-                memory.batch.finished.extend((id_hash, VOID))
+            else:
+                memory.unfinish(id_hash)
             memory.forwarding.discard(seq)
         memory.dropping.update(seqs)
         queued = self._drop_queued(source, boundary)
@@ -764,8 +760,7 @@ class Inflight:
             mine = [row for row in arrival.rows if row.source == source.id and row.offset >= boundary]
             if mine:
                 arrival.rows = [row for row in arrival.rows if row not in mine]
-            if arrival.taken.get(source.id, 0) > boundary:
-                arrival.taken = {**arrival.taken, source.id: boundary}
+            arrival.take_back(source.id, boundary)
             for row in mine:
                 self.memory.forget(row)
             dropped += len(mine)

@@ -243,9 +243,8 @@ class Memory:
         if change.status is GONE:
             self._left(row, last_of(row, report.outcome), report.now)
             if row.seq in self.dropping:
-                # While this was written: nobody is told, and if the log brings it back here, it is new.
-                self.finished.discard(row.id_hash)
-                self.batch.finished.extend((row.id_hash, VOID))
+                # While this was written.
+                self.unfinish(row.id_hash)
             self.add_to_books({(row.pair, change.term): 1})
             if row.source != NO_SOURCE:
                 self.unfinished.left([at])
@@ -280,6 +279,11 @@ class Memory:
         self.finished.add(now, row.id_hash, last)
         self.rows -= 1
         self.bytes -= row.size
+
+    def unfinish(self, id_hash: int) -> None:
+        """It is gone, but nobody was told: if the log brings it back here, it is new."""
+        self.finished.discard(id_hash)
+        self.batch.finished.extend((id_hash, VOID))
 
     def _stayed(self, row: Activation, change: Change) -> None:
         """The row is only in the store now: whoever is to see it next must know."""

@@ -63,6 +63,11 @@ class Arrival:
     term: str
     stored: asyncio.Future[None]
 
+    def take_back(self, source: int, end: int) -> None:
+        """Of that source no more counts as taken than what is below ``end``."""
+        if self.taken.get(source, 0) > end:
+            self.taken = {**self.taken, source: end}
+
 
 class Writer:
     """Gathers, writes, releases."""
