@@ -42,6 +42,7 @@ class Faults:
             "broker adopted": self.broker_adopted,
             "old copy put back": self.old_copy_put_back,
             "broker stopped": self.broker_stopped,
+            "broker put out of its group": self.put_out,
             "event loop blocked": self.loop_blocked,
             "broker cut off Kafka": self.cut_kafka,
             "worker cut off broker": self.cut_worker,
@@ -198,6 +199,17 @@ class Faults:
             seconds = self._seconds(20)
             self._tell("broker stopped", f"{machine.name} for {seconds:.2f} s")
             machine.pause(seconds)
+
+    def put_out(self) -> None:
+        """Of a broker that is well, and joins again: what it gives up may be its own again at once. It is
+        told at once: Kafka forgets nobody who is heard of, and as long as one does not know, there are two
+        who have a partition."""
+        members = [c for c in self.pool.kafka.consumers if c.in_group and c.reachable]
+        if members:
+            consumer, times = self.rng.choice(members), self.rng.randint(1, 5)
+            name = f"{consumer.process.name} of {consumer.config['group.id']}"
+            self._tell("broker put out of its group", f"{name}, when it commits, {times} times")
+            self.pool.kafka.forgets[consumer] = times
 
     def loop_blocked(self) -> None:
         if machine := self._broker():

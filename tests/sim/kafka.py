@@ -59,6 +59,8 @@ class Cluster:
         self.recorded_at: dict[str, float] = {}
         # By brokers' names: called once, when they give partitions up next.
         self.when_given_up: dict[str, Callable[[], None]] = {}
+        # Members that their group forgets when they commit, and how often yet.
+        self.forgets: dict[Consumer, int] = {}
         # Told when one is opened.
         self.on_opened: Callable[[], None] = lambda: None
         # Told of each record: topic, partition, offset; and by whom, if it is of a transaction.
@@ -152,11 +154,11 @@ class Group:
 
         def look() -> None:
             if self.members.get(member.consumer.instance) is member and member.seen_at == seen:
-                self._remove(member)
+                self.remove(member)
 
         self.cluster.hub.later(self.session_seconds, look)
 
-    def _remove(self, member: Member) -> None:
+    def remove(self, member: Member) -> None:
         self.cluster.hub.tell(NAME, f"{member.consumer.instance} is out: {sorted(member.assigned)}")
         del self.members[member.consumer.instance]
         self._rebalance()
@@ -240,6 +242,9 @@ class Group:
         self, consumer: Consumer, id: int, generation: int, positions: Iterable[tuple[int, int, str]]
     ) -> KafkaError | None:
         """``id`` and ``generation`` as the member knew them when it sent this."""
+        if self.cluster.forgets.get(consumer) and consumer.in_group:
+            self.cluster.forgets[consumer] -= 1
+            consumer.put_out()
         member = self.members.get(consumer.instance)
         if member is None or (member.consumer is consumer and member.id != id):
             return KafkaError(KafkaError.UNKNOWN_MEMBER_ID, "unknown member")

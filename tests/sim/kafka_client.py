@@ -381,6 +381,15 @@ class Consumer(Client):
             elif answer == "sync" and not self._busy:
                 self._group.sync(self)
 
+    @property
+    def in_group(self) -> bool:
+        return self._member and not self._closed and self._group.is_member(self)
+
+    def put_out(self) -> None:
+        """The coordinator does not know us any more, and says so."""
+        self._group.remove(self._group.members[self.instance])
+        self._heartbeat()
+
     def _lose(self) -> None:
         """The group goes on without us."""
         self.generation = -1

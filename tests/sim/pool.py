@@ -259,6 +259,7 @@ class Pool:
         self.network.heal_all()
         self.kafka.up, self.kafka.slow = True, 1.0
         self.kafka.refuses.clear()
+        self.kafka.forgets.clear()
         for machine in self.brokers.values():
             machine.disk.recover()
             machine.clock.jump(0)
