@@ -115,6 +115,12 @@ def test_an_unknown_key_names_its_line_and_the_nearest_setting(file: Path) -> No
     ]
 
 
+@pytest.mark.parametrize("value", ["2026-99-99", "9" * 5000], ids=["no date", "no number"])
+def test_a_value_that_yaml_refuses_is_no_yaml(file: Path, value: str) -> None:
+    file.write_text(f"db_name: {value}\n")
+    assert f"the configuration file {file} is not YAML" in problems(file)[0]
+
+
 def test_an_unknown_key_inside_a_map(file: Path) -> None:
     file.write_text("kafka_topics: {t: {consumer_gruop: g}}\n")
     assert problems(file) == [

@@ -145,6 +145,13 @@ def test_the_newer_form_names_its_group_and_may_leave_out_the_topics() -> None:
         ({"kafka_clusters": CLUSTERS, "kafka_cluster": "k:1"}, "cannot be mixed with kafka_cluster"),
         ({"kafka_deadletter_cluster": "elsewhere:9092"}, "only go to kafka_cluster (127.0.0.1:9092)"),
         ({"kafka_topic": "t", "kafka_deadletter_topic": "t"}, "is the consumed topic (t)"),
+        ({"kafka_topic": "t", "kafka_deadletter_topic": "t-overflow"}, "is the overflow topic (t-overflow)"),
+        ({"kafka_topic": "penstock-ledger"}, "kafka_ledger_topic is the consumed topic (penstock-ledger)"),
+        ({"kafka_deadletter_topic": "l", "kafka_ledger_topic": "l"}, "is the dead letter topic (l)"),
+        (
+            {"kafka_retry_topic": "l", "kafka_ledger_topic": "l"},
+            "kafka_retry_topic is the ledger's topic (l)",
+        ),
         ({"kafka_topic": "a b"}, "1 to 249 of the characters"),
         ({"kafka_topic": ".."}, "1 to 249 of the characters"),
         ({"kafka_cluster": "kafka"}, "host:port is expected"),

@@ -49,7 +49,7 @@ class Broker:
 
     async def begin(self, *found: Found) -> list[int]:
         begun = await self.intake.begin(found)
-        await self.intake.begun([b.partition for b in begun])
+        self.intake.begun([b.partition for b in begun])
         return [b.offset for b in begun]
 
     def deliver(self, first: int, end: int, partition: int = 0, prefix: str = "id") -> None:

@@ -77,6 +77,14 @@ def test_where_reading_starts(
     assert choose_start(listed, committed, taken, A) == expected
 
 
+def test_what_was_adopted_and_never_read_here_is_owned_from_its_end() -> None:
+    me = Me("b", "1")
+    start = choose_start((), None, (-1, 500), me)
+    assert start.since is not None
+    owners = record_owner((), start.since, me, 1)
+    assert decode(encode(owners)) == owners == (Owner(500, me, 1),)
+
+
 @pytest.mark.parametrize(
     ("listed", "committed", "known_to", "expected"),
     [

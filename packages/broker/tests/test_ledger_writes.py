@@ -19,13 +19,13 @@ from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.lifecycle import Event
-from penstock_broker.errors import Replaced
+from penstock_broker.errors import FatalError, Replaced
 from penstock_broker.ingest import ledger as ledger_module
 from penstock_broker.ingest import ledger_adopt
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.ledger import Ledger
-from penstock_broker.ingest.ledger_adopt import AdoptReport, adopt
+from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport, adopt
 from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
 from penstock_broker.ingest.ledger_records import Account, Record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
@@ -361,6 +361,60 @@ async def test_a_pool_without_a_ledger_begins_though_somebody_gave_up_waiting(tm
         assert opening.exception() is None
         assert ledger.off
         await ledger.stop()
+
+
+async def test_while_there_is_no_ledger_what_is_finished_takes_no_memory(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "LOOK_AGAIN_SECONDS", 0.01)
+    log.is_there = lambda: False  # type: ignore[method-assign]
+    async with broker(path, log) as one:
+        await one.take(0, 10)
+        await one.finish()
+        await until(lambda: one.store.memory.unfinished.keys() == [])
+        await one.take(10, 12)
+        # It is all recorded when there is one.
+        log.is_there = lambda: True  # type: ignore[method-assign]
+        await until(lambda: log.account().ranges)
+        assert [offsets_of(0, segment) for segment in log.account().segments.values()] == [[10]]
+
+
+async def test_a_new_store_does_not_believe_one_answer_without_the_ledger(path: Path, log: Log) -> None:
+    async with broker(path, log, killed=True) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        log.owners = (Owner(0, one.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(3)}
+    answers = [True, False]
+    log.is_there = lambda: answers.pop() if len(answers) > 1 else answers[0]  # type: ignore[method-assign]
+    async with broker(path.with_name("new.sqlite"), log) as heir:
+        assert heir.store.memory.rows == 3
+
+
+@pytest.mark.parametrize(
+    "key", [b"hello", b"", b"5", b'["broker"]', b'["broker","penstock-tasks",{}]', b"[[]]"]
+)
+async def test_what_is_no_brokers_record_is_passed_over(path: Path, log: Log, key: bytes) -> None:
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        log.records.append((key, b"x"))
+        log.refuses = 1
+        await one.store.recorded()
+        await one.take(4, 6)
+        await one.store.recorded()
+        assert log.account().ranges["tasks", 0] == (0, 6, 6)
+
+
+@pytest.mark.parametrize("value", [b"x", b"[]", b"{}", b'{"penstock":2}', b'{"penstock":1,"more":1}'])
+async def test_a_record_that_cannot_be_read_is_told_by_its_key(path: Path, log: Log, value: bytes) -> None:
+    log.records.append((b'["broker","penstock-tasks","broker-1"]', value))
+    with pytest.raises(
+        FatalError, match=r'record \["broker", "penstock-tasks", "broker-1"\].* newer version'
+    ):
+        await _begin(path, log)
+    async with broker(path, log, broker_id="broker-2") as two:
+        with pytest.raises(AdoptError, match="newer version"):
+            await adopt(two.ledger, [], "broker-1", force=True)
 
 
 def test_after_a_write_that_failed_nothing_is_written_before_it_is_opened_again() -> None:

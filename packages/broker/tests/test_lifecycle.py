@@ -191,6 +191,17 @@ def test_what_goes_on_elsewhere_is_not_due_earlier_there(event: Event) -> None:
     assert decide(activation, event, NOW, LIMITS).ready_at == NOW + 5_000
 
 
+@pytest.mark.parametrize("event", [Event.HAND_OVER, Event.OVERFLOW])
+@pytest.mark.parametrize("status", [Status.PENDING, Status.PROCESSING])
+def test_what_is_ready_does_not_wait_elsewhere_for_a_clock_that_was_ahead(
+    event: Event, status: Status
+) -> None:
+    activation = row(status)
+    activation.ready_at = NOW + 86_400_000
+    if (status, event) != (Status.PROCESSING, Event.OVERFLOW):
+        assert decide(activation, event, NOW, LIMITS).ready_at == NOW
+
+
 def test_what_stays_because_it_is_too_large_is_not_due_earlier() -> None:
     activation = row(Status.FORWARDING, reason=Reason.HANDED_OVER)
     activation.ready_at = NOW + 5_000

@@ -130,7 +130,7 @@ def _read_file(path: Path, found: _Collected) -> None:
     try:
         root = yaml.compose(text, yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError([f"the configuration file {path} is not YAML: {_one_line(error)}"]) from None
     if content is None:
         return

@@ -484,14 +484,19 @@ class Settings(BaseSettings):
                 f"kafka_deadletter_cluster is {self.kafka_deadletter_cluster}, but dead letters can only"
                 f" go to kafka_cluster ({self.kafka_cluster}): remove the setting"
             )
-        if self.kafka_deadletter_topic == self.kafka_topic:
-            raise ValueError(
-                f"kafka_deadletter_topic is the consumed topic ({self.kafka_topic}): name another one"
-            )
-        if self.kafka_deadletter_topic == self.kafka_retry_topic:
-            raise ValueError(
-                f"kafka_retry_topic is the dead letter topic ({self.kafka_retry_topic}): name another one"
-            )
+        # Retries may go back to where they came from.
+        used = {self.kafka_topic: "consumed", self.kafka_overflow_topic: "overflow"}
+        for setting, use in (
+            ("kafka_deadletter_topic", "dead letter"),
+            ("kafka_ledger_topic", "ledger's"),
+        ):
+            topic = getattr(self, setting)
+            if topic in used:
+                raise ValueError(f"{setting} is the {used[topic]} topic ({topic}): name another one")
+            used[topic] = use
+        if used.get(self.kafka_retry_topic or "") in ("dead letter", "ledger's"):
+            topic = self.kafka_retry_topic
+            raise ValueError(f"kafka_retry_topic is the {used[topic]} topic ({topic}): name another one")
         if not (is_loopback(self.grpc_addr) or self.grpc_shared_secret or self.insecure):
             raise ValueError(
                 f"listening on {self.grpc_addr} without a secret would let anyone who can connect fetch and"

@@ -261,6 +261,12 @@ def _leave(
     return _keep(row, FORWARDING, ready_at, claim=claim, attempts=attempts, reason=reason)
 
 
+def _due_at(row: Activation, now: int) -> int:
+    """Before which it must not run. The place of one that is ready may be in the future: in the order of a
+    clock that was ahead."""
+    return row.ready_at if row.status is DELAYED else min(row.ready_at, now)
+
+
 def _later(
     row: Activation,
     now: int,
@@ -322,11 +328,11 @@ def _cancel(row: Activation, event: Event, now: int, limits: Limits, delay: int 
 def _hand_over(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
     if row.at_most_once and row.status is PROCESSING:
         return _dead(row, Reason.START_UNKNOWN, now)
-    return _leave(row, row.ready_at, Reason.HANDED_OVER, row.claim + (row.status is PROCESSING))
+    return _leave(row, _due_at(row, now), Reason.HANDED_OVER, row.claim + (row.status is PROCESSING))
 
 
 def _overflow(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
-    return _leave(row, row.ready_at, Reason.OVERFLOW)
+    return _leave(row, _due_at(row, now), Reason.OVERFLOW)
 
 
 def _refused(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:

@@ -328,7 +328,7 @@ class Intake:
             )
         return Start(found.low, found.low, continues=False, skipped=max(0, found.low - start.offset))
 
-    async def begun(self, partitions: Iterable[int]) -> None:
+    def begun(self, partitions: Iterable[int]) -> None:
         """They are being read: let the group know that they are ours."""
         for partition in partitions:
             if partition in self.readings:

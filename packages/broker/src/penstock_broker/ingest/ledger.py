@@ -24,6 +24,7 @@ from penstock_broker.ingest.ledger_records import (
     Record,
     Taken,
     head_record,
+    parts_of,
     range_record,
     read_account,
     segment_record,
@@ -44,6 +45,8 @@ RETRY_SECONDS = 1.0
 LOOK_AGAIN_SECONDS = 5.0
 # A Kafka that has just been made needs a while for its first transaction.
 PATIENCE_MS = 20_000
+# A new store that begins without a ledger restores nothing later: one answer is not enough for that.
+LOOKS_FOR_THE_TOPIC = 3
 # An idle broker says that it lives.
 HEARTBEAT_SECONDS = 10.0
 STOP_SECONDS_MAX = 1.0
@@ -89,6 +92,8 @@ class Ledger:
         # Records to write with the next ones, in one transaction; an adopter's on the adopted one.
         self._more: list[Record] = []
         self._failed = False
+        # Records in the topic that are nobody's.
+        self._strange = 0
         store.hold_at_most_once(True)
         store.recorded = self.recorded
         store.writer.on_committed.append(self._look)
@@ -127,7 +132,7 @@ class Ledger:
 
     async def _open(self, on_known: Callable[[], None]) -> bool:
         """One attempt; whether it succeeded."""
-        if not await self.call(self.log.is_there):
+        if not await self._is_there():
             await self._go_without("the topic does not exist")
             return True
         refused = None
@@ -153,9 +158,27 @@ class Ledger:
         self._opened.set()
         return True
 
+    async def _is_there(self) -> bool:
+        for look in range(LOOKS_FOR_THE_TOPIC if self._is_new() else 1):
+            if look:
+                await asyncio.sleep(RETRY_SECONDS)
+            if await self.call(self.log.is_there):
+                return True
+        return False
+
     async def read(self, broker_id: str) -> Account:
-        """What the ledger says of a broker of this pool."""
+        """What the ledger says of a broker of this pool. Raises FatalError when that cannot be read."""
         records = await self.call(self.log.read)
+        strange = [key for key, _ in records if parts_of(key) is None]
+        if strange and not self._strange:
+            log.warning(
+                "records in the ledger's topic are no broker's: they are passed over",
+                topic=self.settings.kafka_ledger_topic,
+                count=len(strange),
+                first_key=strange[0][:100],
+                hint="only brokers may write to the topic: ask who else does",
+            )
+        self._strange = len(strange)
         return read_account(records, self.settings.kafka_consumer_group, broker_id)
 
     def _is_new(self) -> bool:
@@ -274,6 +297,8 @@ class Ledger:
     async def _record(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            if not self.is_open:
+                self.store.memory.unfinished.tidy()
             if self.off:
                 await asyncio.sleep(LOOK_AGAIN_SECONDS)
                 with contextlib.suppress(KafkaException):

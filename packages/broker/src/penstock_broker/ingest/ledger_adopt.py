@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import structlog
 from confluent_kafka import KafkaException
 
+from penstock_broker.errors import FatalError
 from penstock_broker.ingest.intake import Intake
 from penstock_broker.ingest.ledger import Ledger
 from penstock_broker.ingest.ledger_log import Fenced
@@ -76,6 +77,8 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
             adopted += await restore(ledger, left, "adopted")
             await ledger.record_with(_handed(ledger, broker_id, account, left))
         await ledger.record_with([_handed_head(ledger, broker_id, account)])
+    except FatalError as error:
+        raise AdoptError(str(error)) from None
     except KafkaException as error:
         raise AdoptError(
             f"Kafka did not answer while {broker_id!r} was adopted ({error.args[0].str()}):"

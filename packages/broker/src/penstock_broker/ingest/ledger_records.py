@@ -10,14 +10,16 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from penstock_broker.errors import FatalError
 from penstock_broker.ingest.ownership import Me
 from penstock_broker.store.ledger import SEGMENT_OFFSETS, Segment, State
 
 _FORMAT = 1
+_KINDS = ("broker", "range", "segment")
 _TO_DIGITS = bytes.maketrans(b"\0\1", b"01")
 _FROM_DIGITS = bytes.maketrans(b"01", b"\0\1")
 
@@ -77,34 +79,60 @@ def segment_record(group: str, broker_id: str, where: Where, segment: Segment) -
 
 
 def read_account(records: Iterable[Record], group: str, broker_id: str) -> Account:
-    """What ``records``, oldest first, say of one broker; other brokers' are passed over."""
+    """What ``records``, oldest first, say of one broker; others' are passed over.
+
+    Raises FatalError when one of its own cannot be understood.
+    """
     account = Account()
     for key, value in latest(records).items():
         kind, of_group, of_broker, *where = key
         if (of_group, of_broker) != (group, broker_id):
             continue
-        data = json.loads(value)
-        del data["penstock"]
-        if kind == "broker":
-            successor = data.pop("successor")
-            account.head = Head(**data, successor=Me(*successor) if successor else None)
-        elif kind == "range":
-            account.ranges[where[0], where[1]] = Taken(**data)
-        elif kind == "segment":
-            account.segments[where[0], where[1], where[2]] = _segment(data)
+        try:
+            _enter(account, kind, where, json.loads(value))
+        except (ValueError, TypeError, KeyError, IndexError, zlib.error):
+            raise FatalError(
+                f"the record {json.dumps(key)} in the ledger's topic is none that this version can read",
+                "if a newer version of the broker wrote it, start that one again; whatever else is under a"
+                " broker's keys does not belong there: ask who writes to the topic",
+            ) from None
     return account
+
+
+def _enter(account: Account, kind: str, where: Sequence[Any], data: dict[str, Any]) -> None:
+    if data.pop("penstock") != _FORMAT:
+        raise ValueError("another format")
+    if kind == "broker":
+        successor = data.pop("successor")
+        account.head = Head(**data, successor=Me(*successor) if successor else None)
+    elif kind == "range":
+        account.ranges[where[0], where[1]] = Taken(**data)
+    else:
+        account.segments[where[0], where[1], where[2]] = _segment(data)
 
 
 def latest(records: Iterable[Record]) -> dict[tuple[Any, ...], bytes]:
     """The last value of each key that is not void."""
     found: dict[tuple[Any, ...], bytes] = {}
     for key, value in records:
-        parts = tuple(json.loads(key))
+        parts = parts_of(key)
+        if parts is None:
+            continue
         if value is None:
             found.pop(parts, None)
         else:
             found[parts] = value
     return found
+
+
+def parts_of(key: bytes) -> tuple[Any, ...] | None:
+    """What a record is of; None: it is no broker's, but somebody else's who has the topic."""
+    try:
+        kind, group, broker_id, *where = json.loads(key)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    parts = (kind, group, broker_id, *where)
+    return parts if kind in _KINDS and all(isinstance(part, (str, int)) for part in parts) else None
 
 
 def _segment(data: dict[str, Any]) -> Segment:

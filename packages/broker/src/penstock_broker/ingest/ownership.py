@@ -143,7 +143,8 @@ def choose_start(owners: Sequence[Owner], committed: int | None, taken: tuple[in
     """
     first, end = taken
     if committed is None:
-        return Start(end, min(first, end), continues=True) if end >= 0 else Start(None, None, continues=False)
+        since = end if first < 0 else min(first, end)
+        return Start(end, since, continues=True) if end >= 0 else Start(None, None, continues=False)
     mine = bool(owners) and owners[0].me == me
     if not mine:
         return Start(committed, committed, continues=committed == end)

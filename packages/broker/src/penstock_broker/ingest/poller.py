@@ -360,7 +360,7 @@ class Poller:
         consumer.incremental_assign(assigned)
         # A partition that was paused once stays so wherever it has been meanwhile.
         (consumer.pause if self.paused else consumer.resume)(assigned)
-        self._loop.ask(self._intake.begun([b.partition for b in begun]))
+        self._loop.tell(self._intake.begun, [b.partition for b in begun])
 
     def _read_anew(self, consumer: Consumer, begun: Sequence[Begun]) -> None:
         """These are assigned already, but not from there."""

@@ -182,6 +182,12 @@ class Unfinished:
             self._segments[key] = dense if count > SPARSE_MAX else dict.fromkeys(offsets or (), 1)
         return Segment(copy, dict(self._states.get(key, {})))
 
+    def tidy(self) -> None:
+        """Nobody writes what has changed, and who begins to writes all: keep only what is unfinished."""
+        for key in self.dirty:
+            self.segment(key)
+        self.dirty.clear()
+
     def places(self) -> dict[int, State | None]:
         """Every unfinished place with its state."""
         found: dict[int, State | None] = {}
