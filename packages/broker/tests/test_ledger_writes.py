@@ -27,7 +27,7 @@ from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.ledger import Ledger
 from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport, adopt
 from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
-from penstock_broker.ingest.ledger_records import Account, Record, read_account
+from penstock_broker.ingest.ledger_records import Account, Head, Record, head_record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
 from penstock_broker.ingest.ownership import Owner
 from penstock_broker.store.batch import Batch, Written
@@ -392,7 +392,13 @@ async def test_a_new_store_does_not_believe_one_answer_without_the_ledger(path: 
 
 
 @pytest.mark.parametrize(
-    "key", [b"hello", b"", b"5", b'["broker"]', b'["broker","penstock-tasks",{}]', b"[[]]"]
+    "key",
+    [
+        pytest.param(b"hello", id="no JSON"),
+        pytest.param(b"5", id="no list"),
+        pytest.param(b"[[]]", id="too short"),
+        pytest.param(b'["broker","penstock-tasks",{}]', id="no name"),
+    ],
 )
 async def test_what_is_no_brokers_record_is_passed_over(path: Path, log: Log, key: bytes) -> None:
     async with broker(path, log) as one:
@@ -405,7 +411,16 @@ async def test_what_is_no_brokers_record_is_passed_over(path: Path, log: Log, ke
         assert log.account().ranges["tasks", 0] == (0, 6, 6)
 
 
-@pytest.mark.parametrize("value", [b"x", b"[]", b"{}", b'{"penstock":2}', b'{"penstock":1,"more":1}'])
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"x",
+        b"[]",
+        b"{}",
+        b'{"penstock":1,"more":1}',
+        head_record("", "", Head("a", 1, 1, 1))[1].replace(b'"penstock":1', b'"penstock":2'),  # type: ignore[union-attr]
+    ],
+)
 async def test_a_record_that_cannot_be_read_is_told_by_its_key(path: Path, log: Log, value: bytes) -> None:
     log.records.append((b'["broker","penstock-tasks","broker-1"]', value))
     with pytest.raises(

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import grpc
 import pytest
+import uvloop
 from grpc.aio import AioRpcError, Metadata
 
 from penstock_protocol.v1 import consumer_pb2 as pb
@@ -33,6 +34,9 @@ class Link:
         self.bytes_max = 1 << 20
         self.calls: list[list[bytes]] = []
         self.told: list[pb.TaskOutcome] = []
+        # Until it is set no call is answered.
+        self.ready = asyncio.Event()
+        self.ready.set()
 
     async def call(self, path: str, request: pb.SetTaskStatusesRequest, seconds: float) -> bytes:
         self.calls.append([outcome.claim_token for outcome in request.outcomes])
@@ -41,6 +45,7 @@ class Link:
         if request.ByteSize() > self.bytes_max:
             raise AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata())
         self.told += request.outcomes
+        await self.ready.wait()
         answers = [pb.OUTCOME_ANSWER_APPLIED] * min(self.answers, len(request.outcomes))
         return pb.SetTaskStatusesResponse(answers=answers).SerializeToString()
 
@@ -73,6 +78,25 @@ async def test_what_an_answer_does_not_mention_is_told_again(reporter: Reporter,
     assert await reporter.flush(10) == 0
     assert link.calls == [[b"0", b"1", b"2", b"3", b"4"], [b"2", b"3", b"4"], [b"4"]]
     assert not link.claims
+
+
+def test_what_waits_for_calls_is_told_when_all_of_them_are_answered_at_once() -> None:
+    """As by one commit of a slow disk; on the loop that workers have."""
+
+    async def report() -> None:
+        link = Link()
+        reporter = Reporter(cast("BrokerLink", link), "worker", Metrics())
+        link.ready.clear()
+        settle(reporter, module.CALLS_MAX * module.BATCH_REPORTS_MAX)
+        while len(link.calls) < module.CALLS_MAX:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        settle(reporter, 100)
+        link.ready.set()
+        assert await reporter.flush(10) == 0
+        reporter.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(report())
 
 
 async def test_of_a_batch_that_is_too_large_less_is_told_at_a_time(reporter: Reporter, link: Link) -> None:

@@ -53,6 +53,14 @@ BUGS = (
         tests=(LIFECYCLE + "test_an_at_most_once_task_that_never_started_is_handed_over",),
     ),
     Bug(
+        "what is ready waits elsewhere for a clock that was ahead",
+        "a drain hands over what is unfinished",
+        "broker/domain/lifecycle.py",
+        old="    return row.ready_at if row.status is DELAYED else min(row.ready_at, now)\n",
+        new="    return row.ready_at\n",
+        tests=(LIFECYCLE + "test_what_is_ready_does_not_wait_elsewhere_for_a_clock_that_was_ahead",),
+    ),
+    Bug(
         "what is too large to leave starts at once",
         "nothing starts before its delay is over",
         "broker/domain/lifecycle.py",

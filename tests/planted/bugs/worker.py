@@ -218,6 +218,17 @@ BUGS = (
         tests=(WORKER + "test_reporter.py::test_an_error_that_is_too_large_is_told_without_its_traceback",),
     ),
     Bug(
+        "what waits for calls is not told when all of them are answered at once",
+        "a report is sent until it is answered",
+        "worker/reporter.py",
+        old='            self._calls.discard(cast("asyncio.Task[None]", asyncio.current_task()))\n',
+        new="            asyncio.current_task().add_done_callback(self._calls.discard)\n",
+        tests=(
+            WORKER
+            + "test_reporter.py::test_what_waits_for_calls_is_told_when_all_of_them_are_answered_at_once",
+        ),
+    ),
+    Bug(
         "a result is given up after seconds",
         "a report is sent until it is answered",
         "worker/reporter.py",

@@ -173,9 +173,7 @@ class ReportQueue:
             while queue and len(self._calls) < CALLS_MAX:
                 batch = _take_batch(queue, self._batch_bytes_max)
                 self._on_the_way += len(batch)
-                call = asyncio.get_running_loop().create_task(self._report(batch))
-                self._calls.add(call)
-                call.add_done_callback(self._calls.discard)
+                self._calls.add(asyncio.get_running_loop().create_task(self._report(batch)))
 
     async def _report(self, batch: list[Report]) -> None:
         called_at = monotonic()
@@ -190,6 +188,8 @@ class ReportQueue:
             self._settled(batch, answers)
         finally:
             self._on_the_way -= len(batch)
+            # Not when the task is done: what is sent next may be sent before that is known.
+            self._calls.discard(cast("asyncio.Task[None]", asyncio.current_task()))
         if not self.waiting():
             self._drained.set()
         elif self._timer is None and (self._fresh or self._again):

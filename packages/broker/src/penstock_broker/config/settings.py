@@ -494,8 +494,8 @@ class Settings(BaseSettings):
             if topic in used:
                 raise ValueError(f"{setting} is the {used[topic]} topic ({topic}): name another one")
             used[topic] = use
-        if used.get(self.kafka_retry_topic or "") in ("dead letter", "ledger's"):
-            topic = self.kafka_retry_topic
+        topic = self.kafka_retry_topic or ""
+        if topic in (self.kafka_deadletter_topic, self.kafka_ledger_topic):
             raise ValueError(f"kafka_retry_topic is the {used[topic]} topic ({topic}): name another one")
         if not (is_loopback(self.grpc_addr) or self.grpc_shared_secret or self.insecure):
             raise ValueError(
