@@ -564,6 +564,25 @@ async def test_a_replay_that_was_interrupted_runs_once(desk: Desk) -> None:
     assert len(await desk.claim(9)) == 1
 
 
+async def test_what_dies_again_in_the_same_way_is_replayed_again(desk: Desk) -> None:
+    """Also while its first replay is within the window."""
+    replays = []
+    for late_ms in (desk.store.limits.dedup_window_ms // 2, 0):
+        await desk.rest(desk.admission.admit(message("monthly", desk.clock), desk.clock.wall))
+        desk.clock.advance(late_ms)
+        (letter,) = await desk.letters()
+        (sent,) = await desk.replay([letter.seq])
+        replays.append(sent.id)
+        claimed = await desk.claim(9)
+        assert [row.id for row in claimed] == [sent.id]
+        await desk.settle(claimed[0], Event.COMPLETE)
+        while desk.store.content_of("monthly") is not None:
+            desk.clock.advance(60_000)
+            desk.store.forget_finished()
+        assert late_ms == 0 or desk.store.content_of(sent.id) is not None
+    assert len(set(replays)) == 2
+
+
 async def test_a_replay_that_was_not_stored_keeps_its_dead_letter(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

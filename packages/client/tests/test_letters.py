@@ -22,11 +22,12 @@ class Kafka:
         for topic in ("tasks", "orders", "tasks-dlq", "tasks-dlq-handled"):
             self._cluster.list_topics(topic, timeout=10)
 
-    def die(self, id: str, *, origin: str | None = None) -> None:
-        """A broker forwards a dead letter."""
+    def die(self, id: str, *, origin: str | None = None, at: str = "2026-01-31T08:00:00.000Z") -> None:
+        """A broker forwards a dead letter, each time in the same way."""
         state = RetryState(attempts=3, max_attempts=3)
         value = TaskActivation(id=id, taskname="t", retry_state=state).SerializeToString()
         headers = {"penstock-forward-id": f"of {id}", "penstock-reason": "failed"}
+        headers["penstock-dead-at"] = at
         if origin is not None:
             headers["penstock-origin-topic"] = origin
         producer = Producer({"bootstrap.servers": self.address, "log_level": 2})
@@ -78,6 +79,19 @@ def test_each_time_it_is_replayed_it_has_another_id(kafka: Kafka) -> None:
     assert _do([kafka.letters()], ALL, "discard", 100, None).done == 1
     ids.append(kafka.replay(ALL)["a"])
     assert len(set(ids)) == 3
+
+
+def test_what_dies_again_in_the_same_way_is_another_dead_letter(kafka: Kafka) -> None:
+    """As one whose id is sent each month; a copy of a dead letter is none."""
+    kafka.die("monthly")
+    ids = {kafka.replay(Wanted())["monthly"]}
+    kafka.die("monthly")
+    assert kafka.replay(Wanted()) == {}
+    kafka.die("monthly", at="2026-02-28T08:00:00.000Z")
+    assert [letter.where for letter in kafka.letters().read(Wanted())] == ["tasks-dlq/0/2"]
+    ids.add(kafka.replay(Wanted())["monthly"])
+    assert len(ids) == 2
+    assert kafka.replay(Wanted()) == {}
 
 
 class Refusing:

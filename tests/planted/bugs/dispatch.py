@@ -342,6 +342,14 @@ BUGS = (
         tests=(BROKER + "test_admin.py::test_a_replay_that_was_not_stored_keeps_its_dead_letter",),
     ),
     Bug(
+        "what dies again in the same way is replayed as it was",
+        "nothing is discarded silently",
+        "broker/dispatch/admin.py",
+        old="letter.reason), letter.at)",
+        new="letter.reason), 0)",
+        tests=(BROKER + "test_admin.py::test_what_dies_again_in_the_same_way_is_replayed_again",),
+    ),
+    Bug(
         "a broker whose disk fails is told to be away",
         "an operator is told what is wrong",
         "broker/remote.py",

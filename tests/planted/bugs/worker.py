@@ -406,6 +406,22 @@ BUGS = (
         tests=(LETTERS + "test_each_time_it_is_replayed_it_has_another_id",),
     ),
     Bug(
+        "what dies again in the same way is handled already",
+        "nothing is discarded silently",
+        "client/cli/letters.py",
+        old='replay.letter_name(said.get("forward-id") or where, dead_at)',
+        new='replay.letter_name(said.get("forward-id") or where, 0)',
+        tests=(LETTERS + "test_what_dies_again_in_the_same_way_is_another_dead_letter",),
+    ),
+    Bug(
+        "a copy of a dead letter is another one",
+        "what was sent twice is known as one",
+        "client/cli/letters.py",
+        old='replay.letter_name(said.get("forward-id") or where, dead_at)',
+        new="replay.letter_name(where, dead_at)",
+        tests=(LETTERS + "test_what_dies_again_in_the_same_way_is_another_dead_letter",),
+    ),
+    Bug(
         "a discarded letter forgets how often it was replayed",
         "a replay runs",
         "client/cli/letters.py",

@@ -447,7 +447,7 @@ class Admin:
 
     def _replayed(self, letter: RestingLetter) -> Activation | None:
         attempts = json.loads(letter.story)["attempts"]
-        name = replay.forward_id(letter.id, attempts, letter.reason)
+        name = replay.letter_name(replay.forward_id(letter.id, attempts, letter.reason), letter.at)
         now = self._store.clock.wall_ms()
         activation = replay.replayed(letter.body or b"", name, 1, now)
         row = None if activation is None else self._admit(activation.SerializeToString(), now)

@@ -41,7 +41,8 @@ class Letter:
     dead_at: int
     size: int
     story: dict[str, Any] = field(default_factory=dict)
-    forward_id: str = ""
+    # What it is known by; empty when it rests in a store.
+    name: str = ""
     handled: dict[str, Any] | None = None
     # Its bytes; empty when they rest in a store and were not asked for.
     value: bytes = b""
@@ -200,7 +201,7 @@ class TopicLetters:
     """Those in a dead-letter topic.
 
     A topic cannot lose single records, so what was done with each is a record of its own, keyed by the
-    dead letter's forward id, in the compacted topic ``<topic>-handled``. It is written once what was
+    dead letter's name, in the compacted topic ``<topic>-handled``. It is written once what was
     sent is acknowledged: a replay that is interrupted goes on where it was, and what it had sent without
     a record of it has the same id again.
     """
@@ -301,7 +302,8 @@ class TopicLetters:
         said = {k.removeprefix("penstock-"): v for k, v in headers.items() if k.startswith("penstock-")}
         value = message.value() or b""
         where = f"{self.topic}/{message.partition()}/{message.offset()}"
-        forward_id = said.get("forward-id") or where
+        dead_at = _epoch_ms(said.get("dead-at")) or message.timestamp()[1]
+        name = replay.letter_name(said.get("forward-id") or where, dead_at)
         activation = _activation(value)
         return Letter(
             where=where,
@@ -310,11 +312,11 @@ class TopicLetters:
             namespace=activation.namespace,
             taskname=activation.taskname,
             reason=said.get("reason", ""),
-            dead_at=_epoch_ms(said.get("dead-at")) or message.timestamp()[1],
+            dead_at=dead_at,
             size=len(value),
             story=said,
-            forward_id=forward_id,
-            handled=self._handled.get(forward_id),
+            name=name,
+            handled=self._handled.get(name),
             value=value,
         )
 
@@ -328,7 +330,7 @@ class TopicLetters:
     def replay(self, letter: Letter) -> None:
         self._serve()
         number = 1 + (letter.handled or {}).get("number", 0)
-        activation = replay.replayed(letter.value, letter.forward_id, number, int(time.time() * 1000))
+        activation = replay.replayed(letter.value, letter.name, number, int(time.time() * 1000))
         if activation is None:
             self._done.left += 1
             return
@@ -364,10 +366,10 @@ class TopicLetters:
             if error is not None:
                 self._failed(error)
             else:
-                self._handled[letter.forward_id] = record
+                self._handled[letter.name] = record
                 self._done.done += 1
 
-        self._produce(self._books, json.dumps(record).encode(), letter.forward_id, written)
+        self._produce(self._books, json.dumps(record).encode(), letter.name, written)
 
     def _produce(self, topic: str, value: bytes, key: str, told: Any) -> None:
         producer = self._open_books()
