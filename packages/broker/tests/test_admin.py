@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -517,6 +518,30 @@ async def test_dead_letters_are_listed_by_filter(desk: Desk) -> None:
     assert "it never works" in answer.letter.story
     absent = await desk.call("GetDeadLetter", pb.GetDeadLetterRequest(id="c"), pb.GetDeadLetterResponse)
     assert not absent.HasField("letter")
+
+
+async def test_dead_letters_with_long_stories_come_in_pages_that_are_bounded(desk: Desk) -> None:
+    rows = [activation(f"t{n}", desk.clock) for n in range(60)]
+    await desk.insert(*rows)
+    long = json.dumps({"type": "E", "message": "错" * 16_384, "traceback": "错" * 16_384})
+    for row in await desk.claim(len(rows)):
+        assert desk.store.settle(token_of(desk.store, row), Event.FAIL, desk.clock.wall, None, long)
+    await desk.store.committed()
+    await desk.store.outbox.rest(await desk.store.outbox.take(Route.DEAD_LETTER, len(rows), BYTES))
+    await desk.rest(*(activation(f"s{n}", desk.clock) for n in range(60)))
+    ids, after, pages = [], 0, 0
+    while after is not None:
+        request = pb.ListDeadLettersRequest(after_seq=after)
+        page = await desk.call("ListDeadLetters", request, pb.ListDeadLettersResponse)
+        assert page.ByteSize() < 4 * 1024 * 1024, "what any client of gRPC takes"
+        ids += [letter.id for letter in page.letters]
+        after, pages = page.next_after_seq if page.HasField("next_after_seq") else None, pages + 1
+    assert ids == [f"t{n}" for n in range(60)] + [f"s{n}" for n in range(60)]
+    assert pages < 20
+    request = pb.ListDeadLettersRequest(after_seq=0, limit=7)
+    page = await desk.call("ListDeadLetters", request, pb.ListDeadLettersResponse)
+    assert len(page.letters) == 7
+    assert page.next_after_seq == page.letters[-1].seq
 
 
 async def test_a_replay_is_a_new_task_that_knows_its_root(desk: Desk) -> None:

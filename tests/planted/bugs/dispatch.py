@@ -342,6 +342,22 @@ BUGS = (
         tests=(BROKER + "test_admin.py::test_a_replay_that_was_not_stored_keeps_its_dead_letter",),
     ),
     Bug(
+        "a page of dead letters is as large as their stories",
+        "an operator's call is bounded",
+        "broker/dispatch/admin.py",
+        old="while len(letters) < limit and chars < PAGE_STORIES_CHARS_MAX:",
+        new="while len(letters) < limit:",
+        tests=(BROKER + "test_admin.py::test_dead_letters_with_long_stories_come_in_pages_that_are_bounded",),
+    ),
+    Bug(
+        "a page of dead letters that is cut short is the last",
+        "an operator's call is bounded",
+        "broker/dispatch/admin.py",
+        old="        if not last:\n            answer.next_after_seq = letters[-1].seq",
+        new="        if len(letters) == limit:\n            answer.next_after_seq = letters[-1].seq",
+        tests=(BROKER + "test_admin.py::test_dead_letters_with_long_stories_come_in_pages_that_are_bounded",),
+    ),
+    Bug(
         "what dies again in the same way is replayed as it was",
         "nothing is discarded silently",
         "broker/dispatch/admin.py",

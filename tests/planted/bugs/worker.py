@@ -403,7 +403,9 @@ BUGS = (
         "client/forks.py",
         old="before=connecting.acquire, after_in_parent=connecting.release, ",
         new="",
-        tests=(CLIENT + "test_transports.py::test_a_child_that_is_forked_while_another_thread_connects_sends",),
+        tests=(
+            CLIENT + "test_transports.py::test_a_child_that_is_forked_while_another_thread_connects_sends",
+        ),
     ),
     Bug(
         "a handler of a signal that sends waits for the first task to be sent",
@@ -467,6 +469,14 @@ BUGS = (
         tests=(LETTERS + "test_what_dies_again_in_the_same_way_is_another_dead_letter",),
     ),
     Bug(
+        "large dead letters are produced until the producer is full",
+        "a replay goes through",
+        "client/cli/letters.py",
+        old=" or self._open_bytes >= UNACKNOWLEDGED_BYTES_MAX:",
+        new=":",
+        tests=(LETTERS + "test_a_replay_of_large_letters_waits_before_a_producer_is_full",),
+    ),
+    Bug(
         "a discarded letter forgets how often it was replayed",
         "a replay runs",
         "client/cli/letters.py",
@@ -505,6 +515,14 @@ BUGS = (
         old="            if error is not None:\n                self._failed(error)\n            else:\n                self._done.ids",
         new="            if error or not error:\n                self._done.ids",
         tests=(LETTERS + "test_what_was_not_acknowledged_is_not_written_down_as_replayed",),
+    ),
+    Bug(
+        "a replay has any rate",
+        "a user's mistake gets a message",
+        "client/cli/dlq.py",
+        old="min=0.01, max=1_000_000, ",
+        new="min=0.01, ",
+        tests=(CLIENT + "test_cli.py::test_mistakes_are_explained",),
     ),
     Bug(
         "each place of dead letters counts for itself",

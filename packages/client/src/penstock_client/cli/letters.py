@@ -23,8 +23,9 @@ from penstock_protocol.v1.activation_pb2 import TaskActivation
 KAFKA_SECONDS = 10.0
 DELIVERY_SECONDS = 30.0
 CHUNK = 50
-# Produced and not acknowledged.
+# Produced and not acknowledged. What is produced beyond these fits into a producer's buffer (1 GiB).
 UNACKNOWLEDGED_MAX = 1_000
+UNACKNOWLEDGED_BYTES_MAX = 256 * 1024 * 1024
 HANDLED = "-handled"
 
 
@@ -215,7 +216,7 @@ class TopicLetters:
         self._books = topic + HANDLED
         self._batch = uuid.uuid4().hex[:12]
         self._producer: Producer | None = None
-        self._open = 0
+        self._open = self._open_bytes = 0
         self._done = Done()
         partitions = self._metadata(topic)
         if partitions is None and must:
@@ -324,7 +325,7 @@ class TopicLetters:
         """Let what was sent be acknowledged, and wait if that is much. Not in a callback of the producer."""
         producer = self._open_books()
         producer.poll(0)
-        while self._open >= UNACKNOWLEDGED_MAX:
+        while self._open >= UNACKNOWLEDGED_MAX or self._open_bytes >= UNACKNOWLEDGED_BYTES_MAX:
             producer.poll(0.1)
 
     def replay(self, letter: Letter) -> None:
@@ -374,15 +375,19 @@ class TopicLetters:
     def _produce(self, topic: str, value: bytes, key: str, told: Any) -> None:
         producer = self._open_books()
 
+        def count(messages: int) -> None:
+            self._open += messages
+            self._open_bytes += messages * len(value)
+
         def delivered(error: KafkaError | None, message: Message) -> None:
-            self._open -= 1
+            count(-1)
             told(error, message)
 
-        self._open += 1
+        count(1)
         try:
             producer.produce(topic, value, key, on_delivery=delivered)
         except KafkaException as error:
-            self._open -= 1
+            count(-1)
             self._failed(error.args[0])
 
     def _open_books(self) -> Producer:
