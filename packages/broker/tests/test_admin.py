@@ -529,13 +529,14 @@ async def test_dead_letters_with_long_stories_come_in_pages_that_are_bounded(des
     await desk.store.committed()
     await desk.store.outbox.rest(await desk.store.outbox.take(Route.DEAD_LETTER, len(rows), BYTES))
     await desk.rest(*(activation(f"s{n}", desk.clock) for n in range(60)))
-    ids, after, pages = [], 0, 0
-    while after is not None:
+    ids: list[str] = []
+    after, pages, more = 0, 0, True
+    while more:
         request = pb.ListDeadLettersRequest(after_seq=after)
         page = await desk.call("ListDeadLetters", request, pb.ListDeadLettersResponse)
         assert page.ByteSize() < 4 * 1024 * 1024, "what any client of gRPC takes"
         ids += [letter.id for letter in page.letters]
-        after, pages = page.next_after_seq if page.HasField("next_after_seq") else None, pages + 1
+        after, pages, more = page.next_after_seq, pages + 1, page.HasField("next_after_seq")
     assert ids == [f"t{n}" for n in range(60)] + [f"s{n}" for n in range(60)]
     assert pages < 20
     request = pb.ListDeadLettersRequest(after_seq=0, limit=7)

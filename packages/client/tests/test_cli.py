@@ -411,6 +411,7 @@ def test_unknown_ids(penstock: Penstock) -> None:
         (["tasks", "ls", "--rpc-host-list", ","], "empty"),
         (["dlq", "ls", "--since", "yesterday"], "neither a duration"),
         (["dlq", "replay", "--rate", "inf"], "Invalid value for '--rate'"),
+        (["dlq", "replay", "--rate", "1e7"], "Invalid value for '--rate'"),
         (["tasks", "retry"], "give ids, or a filter"),
         (["namespaces", "ls", "--app", "shop"], "write MODULE:APP"),
         (["namespaces", "ls", "--app", "no_such_module:app"], "no_such_module"),
