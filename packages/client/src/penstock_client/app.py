@@ -179,7 +179,8 @@ class App:
 
     @property
     def transport(self) -> Transport:
-        """How tasks leave; connected when the first one is sent."""
+        """How tasks leave; connected when the first one is sent, or by reading this: as a program does at its
+        start whose handlers of signals send. Raises ConfigError, SendError."""
         if self._transport is None:
             with forks.connecting:
                 if self._transport is None:
