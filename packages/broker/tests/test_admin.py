@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -519,6 +520,31 @@ async def test_dead_letters_are_listed_by_filter(desk: Desk) -> None:
     assert not absent.HasField("letter")
 
 
+async def test_dead_letters_with_long_stories_come_in_pages_that_are_bounded(desk: Desk) -> None:
+    rows = [activation(f"t{n}", desk.clock) for n in range(60)]
+    await desk.insert(*rows)
+    long = json.dumps({"type": "E", "message": "错" * 16_384, "traceback": "错" * 16_384})
+    for row in await desk.claim(len(rows)):
+        assert desk.store.settle(token_of(desk.store, row), Event.FAIL, desk.clock.wall, None, long)
+    await desk.store.committed()
+    await desk.store.outbox.rest(await desk.store.outbox.take(Route.DEAD_LETTER, len(rows), BYTES))
+    await desk.rest(*(activation(f"s{n}", desk.clock) for n in range(60)))
+    ids: list[str] = []
+    after, pages, more = 0, 0, True
+    while more:
+        request = pb.ListDeadLettersRequest(after_seq=after)
+        page = await desk.call("ListDeadLetters", request, pb.ListDeadLettersResponse)
+        assert page.ByteSize() < 4 * 1024 * 1024, "what any client of gRPC takes"
+        ids += [letter.id for letter in page.letters]
+        after, pages, more = page.next_after_seq, pages + 1, page.HasField("next_after_seq")
+    assert ids == [f"t{n}" for n in range(60)] + [f"s{n}" for n in range(60)]
+    assert pages < 20
+    request = pb.ListDeadLettersRequest(after_seq=0, limit=7)
+    page = await desk.call("ListDeadLetters", request, pb.ListDeadLettersResponse)
+    assert len(page.letters) == 7
+    assert page.next_after_seq == page.letters[-1].seq
+
+
 async def test_a_replay_is_a_new_task_that_knows_its_root(desk: Desk) -> None:
     row = desk.admission.admit(message("root", desk.clock), desk.clock.wall)
     await desk.rest(row)
@@ -562,6 +588,25 @@ async def test_a_replay_that_was_interrupted_runs_once(desk: Desk) -> None:
     assert again.result == pb.REPLAY_RESULT_SENT
     assert desk.store.outbox.resting == 0
     assert len(await desk.claim(9)) == 1
+
+
+async def test_what_dies_again_in_the_same_way_is_replayed_again(desk: Desk) -> None:
+    """Also while its first replay is within the window."""
+    replays = []
+    for late_ms in (desk.store.limits.dedup_window_ms // 2, 0):
+        await desk.rest(desk.admission.admit(message("monthly", desk.clock), desk.clock.wall))
+        desk.clock.advance(late_ms)
+        (letter,) = await desk.letters()
+        (sent,) = await desk.replay([letter.seq])
+        replays.append(sent.id)
+        claimed = await desk.claim(9)
+        assert [row.id for row in claimed] == [sent.id]
+        await desk.settle(claimed[0], Event.COMPLETE)
+        while desk.store.content_of("monthly") is not None:
+            desk.clock.advance(60_000)
+            desk.store.forget_finished()
+        assert late_ms == 0 or desk.store.content_of(sent.id) is not None
+    assert len(set(replays)) == 2
 
 
 async def test_a_replay_that_was_not_stored_keeps_its_dead_letter(

@@ -75,7 +75,8 @@ def test_only_headers_are_trimmed() -> None:
     made = letter(dead(error=json.dumps({"message": "x" * 5000})), None, "tasks-dlq", trimmed=True)
     assert made.value == b"original"
     assert sum(len(name) + len(str(value)) for name, value in made.headers) < 400
-    assert {"penstock-reason", "penstock-forward-id"} <= headers_of(made.headers).keys()
+    known_by = {"penstock-reason", "penstock-forward-id", "penstock-dead-at"}
+    assert known_by <= headers_of(made.headers).keys()
 
 
 def test_a_forward_id_is_that_of_activation_attempt_and_reason() -> None:

@@ -320,7 +320,7 @@ def test_a_dead_letter_of_a_topic_that_was_made_anew_is_replayed_to_the_new_one(
     letters = TopicLetters(address, "tasks-dlq", "tasks", must=True)
     value = TaskActivation(id="a", taskname="t", application="shop", namespace="pay").SerializeToString()
     story = {"origin-topic": "tasks@0TgTgTgTgTgTgTgTgTgTgg"}
-    letters.replay(Letter("", "a", "shop", "pay", "t", "failed", 0, 0, story, forward_id="f", value=value))
+    letters.replay(Letter("", "a", "shop", "pay", "t", "failed", 0, 0, story, name="f", value=value))
     assert letters.finish().done == 1
     (sent,) = [m.value() or b"" for m in letters._messages("tasks", [0, 1, 2, 3]) if m.value()]
     assert TaskActivation.FromString(sent).taskname == "t"
@@ -410,6 +410,8 @@ def test_unknown_ids(penstock: Penstock) -> None:
         (["tasks", "ls", "--rpc-host-list", "broker"], "no address"),
         (["tasks", "ls", "--rpc-host-list", ","], "empty"),
         (["dlq", "ls", "--since", "yesterday"], "neither a duration"),
+        (["dlq", "replay", "--rate", "inf"], "Invalid value for '--rate'"),
+        (["dlq", "replay", "--rate", "1e7"], "Invalid value for '--rate'"),
         (["tasks", "retry"], "give ids, or a filter"),
         (["namespaces", "ls", "--app", "shop"], "write MODULE:APP"),
         (["namespaces", "ls", "--app", "no_such_module:app"], "no_such_module"),

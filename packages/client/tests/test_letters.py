@@ -22,11 +22,20 @@ class Kafka:
         for topic in ("tasks", "orders", "tasks-dlq", "tasks-dlq-handled"):
             self._cluster.list_topics(topic, timeout=10)
 
-    def die(self, id: str, *, origin: str | None = None) -> None:
-        """A broker forwards a dead letter."""
+    def die(
+        self,
+        id: str,
+        *,
+        origin: str | None = None,
+        at: str = "2026-01-31T08:00:00.000Z",
+        parameters: bytes = b"",
+    ) -> None:
+        """A broker forwards a dead letter, each time in the same way."""
         state = RetryState(attempts=3, max_attempts=3)
-        value = TaskActivation(id=id, taskname="t", retry_state=state).SerializeToString()
+        task = TaskActivation(id=id, taskname="t", retry_state=state, parameters_bytes=parameters)
+        value = task.SerializeToString()
         headers = {"penstock-forward-id": f"of {id}", "penstock-reason": "failed"}
+        headers["penstock-dead-at"] = at
         if origin is not None:
             headers["penstock-origin-topic"] = origin
         producer = Producer({"bootstrap.servers": self.address, "log_level": 2})
@@ -80,6 +89,19 @@ def test_each_time_it_is_replayed_it_has_another_id(kafka: Kafka) -> None:
     assert len(set(ids)) == 3
 
 
+def test_what_dies_again_in_the_same_way_is_another_dead_letter(kafka: Kafka) -> None:
+    """As one whose id is sent each month; a copy of a dead letter is none."""
+    kafka.die("monthly")
+    ids = {kafka.replay(Wanted())["monthly"]}
+    kafka.die("monthly")
+    assert kafka.replay(Wanted()) == {}
+    kafka.die("monthly", at="2026-02-28T08:00:00.000Z")
+    assert [letter.where for letter in kafka.letters().read(Wanted())] == ["tasks-dlq/0/2"]
+    ids.add(kafka.replay(Wanted())["monthly"])
+    assert len(ids) == 2
+    assert kafka.replay(Wanted()) == {}
+
+
 class Refusing:
     """A producer to which Kafka acknowledges no task."""
 
@@ -102,6 +124,41 @@ def test_what_was_not_acknowledged_is_not_written_down_as_replayed(kafka: Kafka)
     done = _do([letters], Wanted(), "replay", 100, None)
     assert (done.done, done.failed, done.ids) == (0, 1, {})
     assert producer.topics == ["tasks"]
+
+
+class Counting:
+    """A producer that keeps what it is given until it is asked for what became of it."""
+
+    def __init__(self) -> None:
+        self.told: list[Callable[[], None]] = []
+        self.bytes = self.bytes_max = 0
+
+    def produce(
+        self, topic: str, value: bytes, key: str, on_delivery: Callable[[object, object], None]
+    ) -> None:
+        def tell() -> None:
+            self.bytes -= len(value)
+            on_delivery(None, None)
+
+        self.told.append(tell)
+        self.bytes += len(value)
+        self.bytes_max = max(self.bytes_max, self.bytes)
+
+    def poll(self, seconds: float) -> None:
+        if seconds and self.told:
+            self.told.pop(0)()
+
+
+def test_a_replay_of_large_letters_waits_before_a_producer_is_full(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock_client.cli.letters.UNACKNOWLEDGED_BYTES_MAX", 1_000_000)
+    for n in range(30):
+        kafka.die(f"large-{n}", parameters=b"x" * 100_000)
+    letters, producer = kafka.letters(), Counting()
+    letters._producer = producer  # type: ignore[assignment]
+    assert _do([letters], Wanted(), "replay", 100, None).done == 30
+    assert 1_000_000 <= producer.bytes_max < 1_200_000
 
 
 def test_no_more_are_handled_than_were_asked_for(kafka: Kafka) -> None:

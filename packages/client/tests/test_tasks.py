@@ -196,6 +196,17 @@ def test_arguments_are_refused_by_name_and_size(app: App, sent: MemoryTransport)
     assert decode_parameters(activation) == (["x" * 100_000], {})
 
 
+def test_the_headers_of_a_large_task_may_be_passed_on(app: App, sent: MemoryTransport) -> None:
+    @app.namespace("main").task(name="t", retry=None)
+    def task(data: Any) -> None: ...
+
+    task.options(headers={"traceparent": "00-a-b-01"}).delay("x" * 50_000)
+    assert "compression-type" in last(sent).headers
+    task.options(headers=last(sent).headers).delay(1)
+    assert last(sent).headers == {"traceparent": "00-a-b-01"}
+    assert decode_parameters(last(sent)) == ([1], {})
+
+
 def test_a_task_without_kwargs_is_warned_of_or_refused() -> None:
     def task(n: int) -> None: ...
 

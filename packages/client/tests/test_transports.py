@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from penstock_client import App, BufferFull, ConfigError, SendError, Task, TaskRef
-from penstock_client.settings import load_settings
-from penstock_client.transports import Outgoing, connect
+from penstock_client.settings import ClientSettings, load_settings
+from penstock_client.transports import Outgoing, Transport, connect
 from penstock_protocol import signature
 from penstock_protocol.v1 import activation_pb2, producer_pb2
 
@@ -264,6 +265,37 @@ def test_a_handler_of_a_signal_may_send_while_something_is_sent(
     app.close()
 
 
+def test_a_handler_of_a_signal_that_sends_while_the_first_task_is_sent_is_told_so(
+    mock_kafka: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = App("a", kafka=mock_kafka, strict_kwargs="off")
+    task = task_of(app)
+    told: list[str] = []
+
+    def handler(*_: object) -> None:
+        try:
+            task.delay(2)
+        except SendError as error:
+            told.append(str(error))
+
+    def interrupted(settings: ClientSettings) -> Transport:
+        signal.raise_signal(signal.SIGUSR1)
+        return connect(settings)
+
+    monkeypatch.setattr("penstock_client.app.connect", interrupted)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        task.delay(1).wait(20)
+        assert len(told) == 1
+        assert "app.transport" in told[0]
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(told) == 1
+    assert app.flush(20) == 0
+    app.close()
+
+
 def test_nothing_says_where_tasks_go() -> None:
     with pytest.raises(ConfigError, match=r"PENSTOCK_KAFKA for Kafka,.* or PENSTOCK_BROKER"):
         task_of(App("a", strict_kwargs="off")).delay(1)
@@ -308,6 +340,29 @@ def test_a_forked_child_connects_anew(mock_kafka: str) -> None:
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 7)\n"
     )
     # The child leaves as any program does, with all its clean-up: 7 is what it has to say.
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=50, check=False)
+    assert done.returncode == 7
+
+
+def test_a_child_that_is_forked_while_another_thread_connects_sends(mock_kafka: str) -> None:
+    code = (
+        "import os, signal, sys, threading, time, penstock_client.app; from penstock_client import App\n"
+        f"app = App('a', kafka='{mock_kafka}', strict_kwargs='off')\n"
+        "task = app.namespace('n').task(name='t', retry=None)(lambda: None)\n"
+        "connect, connects = penstock_client.app.connect, threading.Event()\n"
+        "def slowly(settings):\n"
+        "    connects.set()\n"
+        "    time.sleep(0.5)\n"
+        "    return connect(settings)\n"
+        "penstock_client.app.connect = slowly\n"
+        "first = threading.Thread(target=task.delay)\n"
+        "first.start()\n"
+        "connects.wait()\n"
+        "child = os.fork()\n"
+        "child or signal.alarm(12)\n"
+        "task.delay().wait(20)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 7)\n"
+    )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=50, check=False)
     assert done.returncode == 7
 
@@ -413,6 +468,39 @@ def test_a_broker_that_is_not_there_fails_the_future_in_time() -> None:
     app = App("a", broker=address, strict_kwargs="off", delivery_timeout_seconds=0.5)
     with pytest.raises(SendError, match=rf"was not sent to the broker at {address}: unavailable"):
         task_of(app).delay(1).wait(20)
+    app.close()
+
+
+def test_what_waits_for_a_broker_is_bounded() -> None:
+    address = f"127.0.0.1:{unused_port()}"
+    app = App("a", broker=address, strict_kwargs="off", send_timeout_seconds=0.1, buffer_messages_max=10)
+    task = task_of(app)
+    refs = [task.delay(n) for n in range(10)]
+    with pytest.raises(BufferFull, match=rf"10 tasks wait for the broker at {address}; buffer_messages_max"):
+        task.delay(10)
+    assert app.flush(0) == 10
+    app.transport.close()
+    assert all(ref.future.exception(10) for ref in refs)
+
+
+def test_a_handler_of_a_signal_may_send_at_any_moment(broker: tuple[BrokerDouble, str]) -> None:
+    app = App("a", broker=broker[1], strict_kwargs="off")
+    task = task_of(app)
+    task.delay(0).wait(10)
+    by_handler: list[TaskRef] = []
+
+    def interrupt(frame: object, event: str, what: object) -> None:
+        """Where Python would call the handler: as a function begins, or is left."""
+        if event in ("call", "return"):
+            by_handler.append(task.delay(2))
+
+    sys.setprofile(interrupt)
+    try:
+        sent = task.delay(1)
+    finally:
+        sys.setprofile(None)
+    for ref in (sent, *by_handler):
+        ref.wait(10)
     app.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock_protocol.replay import ROOT_ID, forward_id, replay_id, replayed
+from penstock_protocol.replay import ROOT_ID, forward_id, letter_name, replay_id, replayed
 from penstock_protocol.v1.activation_pb2 import RetryState, SentOn, TaskActivation
 
 LETTER = TaskActivation(
@@ -17,7 +17,7 @@ LETTER = TaskActivation(
 
 
 def test_it_is_new_and_asks_for_the_same() -> None:
-    name = forward_id("first", 3, "attempts_exhausted")
+    name = letter_name(forward_id("first", 3, "attempts_exhausted"), 1_700_000_000_000)
     sent = replayed(LETTER.SerializeToString(), name, 1, 1_800_000_000_000)
     assert sent is not None
     assert (sent.id, sent.headers[ROOT_ID]) == (replay_id(name, 1), "first")
@@ -28,6 +28,10 @@ def test_it_is_new_and_asks_for_the_same() -> None:
 
 def test_the_same_replay_has_the_same_id_and_another_one_another() -> None:
     assert replay_id("x", 1) == replay_id("x", 1) != replay_id("x", 2)
+
+
+def test_what_dies_again_in_the_same_way_is_another_dead_letter() -> None:
+    assert letter_name("x", 1) == letter_name("x", 1) != letter_name("x", 2)
 
 
 def test_the_root_is_the_first_of_the_line() -> None:

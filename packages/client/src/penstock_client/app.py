@@ -8,7 +8,6 @@ import inspect
 import logging
 import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, over
 from penstock_client import forks
 from penstock_client.context import TaskContext
 from penstock_client.durations import Duration, seconds
-from penstock_client.errors import AppError, nearest
+from penstock_client.errors import AppError, SendError, nearest
 from penstock_client.retry import Backoff, Exponential, Fixed, Retry, exception_types
 from penstock_client.settings import ClientSettings, load_settings, setting_origins
 from penstock_client.task import Task, TaskRef, _refuse
@@ -80,7 +79,7 @@ class App:
         self._tasks: dict[str, Task[..., Any]] = {}
         self._routes: dict[str, str] = {}
         self._transport = transport
-        self._connecting = threading.Lock()
+        self._connecting = False
         # Called with the future of each task that is sent, once it is answered. For a worker, whose tasks
         # are not done before what they have sent is safe.
         self.answered: Callable[[Future[None]], None] | None = None
@@ -180,19 +179,32 @@ class App:
 
     @property
     def transport(self) -> Transport:
-        """How tasks leave; connected when the first one is sent."""
+        """How tasks leave; connected when the first one is sent, or by reading this: as a program does at its
+        start whose handlers of signals send. Raises ConfigError, SendError."""
         if self._transport is None:
-            with self._connecting:
+            with forks.connecting:
                 if self._transport is None:
-                    self._transport = connect(self.settings)
+                    self._transport = self._connect()
                     atexit.register(self._flush_at_exit)
                     forks.watch(self)
         return self._transport
 
+    def _connect(self) -> Transport:
+        if self._connecting:
+            # What it interrupts, modules that are being imported, goes on after it only.
+            raise SendError(
+                "a handler of a signal cannot send while the first task of its process is being sent: connect"
+                " at the start, by app.transport"
+            )
+        self._connecting = True
+        try:
+            return connect(self.settings)
+        finally:
+            self._connecting = False
+
     def forget_transport(self) -> Transport | None:
         """Connect anew for the next task. For a forked child: what waits is its parent's to send."""
         transport, self._transport = self._transport, None
-        self._connecting = threading.Lock()
         atexit.unregister(self._flush_at_exit)
         return transport
 

@@ -373,7 +373,8 @@ def _texts(headers: Mapping[str, str] | None) -> dict[str, str] | None:
     for name, value in headers.items():
         if type(name) is not str or type(value) is not str:
             raise TypeError(f"headers are texts; {name!r} is {value!r}")
-    return dict(headers)
+    # Of another task's headers, this one says how that one's arguments are encoded.
+    return {name: value for name, value in headers.items() if name != COMPRESSION_HEADER}
 
 
 def _id(task_id: str | None) -> str | None:

@@ -22,13 +22,19 @@ def forward_id(id: str, attempts: int, reason: str) -> str:
     return str(uuid.uuid5(_FORWARDS, f"{id}/{attempts}/{reason}"))
 
 
-def replay_id(forward_id: str, number: int) -> str:
+def letter_name(forward_id: str, dead_at: int) -> str:
+    """Of a dead letter, and of its copies. An id that is sent again can die again in the same way: that is
+    another dead letter, by when it died (epoch ms)."""
+    return f"{forward_id}/{dead_at}"
+
+
+def replay_id(letter_name: str, number: int) -> str:
     """Of what the ``number``-th replay (from 1) of a dead letter sends: sent twice, it runs once within the
     de-duplication window."""
-    return str(uuid.uuid5(_REPLAYS, f"{forward_id}/{number}"))
+    return str(uuid.uuid5(_REPLAYS, f"{letter_name}/{number}"))
 
 
-def replayed(value: bytes, forward_id: str, number: int, now_ms: int) -> TaskActivation | None:
+def replayed(value: bytes, letter_name: str, number: int, now_ms: int) -> TaskActivation | None:
     """The activation that the ``number``-th replay of a dead letter sends.
 
     A new one: ``received_at`` is ``now_ms`` (epoch), no attempt was made; its delay and expiry count anew,
@@ -44,7 +50,7 @@ def replayed(value: bytes, forward_id: str, number: int, now_ms: int) -> TaskAct
     _, activation = original_of(value, activation)
     if ROOT_ID not in activation.headers:
         activation.headers[ROOT_ID] = activation.id
-    activation.id = replay_id(forward_id, number)
+    activation.id = replay_id(letter_name, number)
     activation.received_at.FromMilliseconds(now_ms)
     if activation.HasField("retry_state"):
         activation.retry_state.attempts = 0

@@ -15,7 +15,7 @@ from penstock_broker.dispatch.service import COVER_SECONDS_MAX, Refused, parse
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.activation import Activation, Reason, Status, hash_id
 from penstock_broker.store.batch import ARRIVALS, Answer, Report
-from penstock_broker.store.database import RestingLetter
+from penstock_broker.store.database import Database, RestingLetter
 from penstock_broker.store.index import PairQueue
 from penstock_broker.store.inflight import Inflight
 from penstock_protocol import replay
@@ -29,6 +29,9 @@ SCAN_ROWS_MAX = 5_000
 PAGE_NAMESPACES = 500
 IDS_MAX = 1_000
 LETTERS_MAX = 100
+# Of the stories of dead letters. A page may have a piece more, and any client of gRPC takes 4 MiB.
+PAGE_STORIES_CHARS_MAX = 1024 * 1024
+PIECE_LETTERS = 5
 AHEAD_MAX = 10_000
 NAME_CHARS_MAX = 100
 # SQLite's integers.
@@ -382,21 +385,30 @@ class Admin:
         wanted, limit = asked.filter, min(asked.limit or PAGE_TASKS_MAX, PAGE_TASKS_MAX)
         pairs, after_seq = self._pairs(wanted), _seq(asked.after_seq)
         answer = pb.ListDeadLettersResponse()
-        letters = await self._store.read(
-            lambda database: database.dead_letters(
-                after_seq,
-                pairs,
-                wanted.taskname if wanted.HasField("taskname") else None,
-                wanted.reason if wanted.HasField("reason") else None,
-                limit,
-            )
-        )
+        taskname = wanted.taskname if wanted.HasField("taskname") else None
+        reason = wanted.reason if wanted.HasField("reason") else None
+
+        def page(database: Database) -> tuple[list[RestingLetter], bool]:
+            """The letters, and whether they were the last."""
+            letters: list[RestingLetter] = []
+            chars, after = 0, after_seq
+            while len(letters) < limit and chars < PAGE_STORIES_CHARS_MAX:
+                n = min(PIECE_LETTERS, limit - len(letters))
+                piece = database.dead_letters(after, pairs, taskname, reason, n)
+                letters += piece
+                if len(piece) < n:
+                    return letters, True
+                chars += sum(len(letter.story) for letter in piece)
+                after = piece[-1].seq
+            return letters, False
+
+        letters, last = await self._store.read(page)
         for letter in letters:
             if wanted.from_at <= letter.at and (
                 not wanted.HasField("until_at") or letter.at < wanted.until_at
             ):
                 self._fill_letter(answer.letters.add(), letter)
-        if len(letters) == limit:
+        if not last:
             answer.next_after_seq = letters[-1].seq
         return answer.SerializeToString()
 
@@ -447,7 +459,7 @@ class Admin:
 
     def _replayed(self, letter: RestingLetter) -> Activation | None:
         attempts = json.loads(letter.story)["attempts"]
-        name = replay.forward_id(letter.id, attempts, letter.reason)
+        name = replay.letter_name(replay.forward_id(letter.id, attempts, letter.reason), letter.at)
         now = self._store.clock.wall_ms()
         activation = replay.replayed(letter.body or b"", name, 1, now)
         row = None if activation is None else self._admit(activation.SerializeToString(), now)

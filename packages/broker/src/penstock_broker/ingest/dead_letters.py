@@ -44,7 +44,12 @@ def letter(row: Activation, source: Source | None, topic: str, trimmed: bool = F
             "penstock-origin-partition": source.partition,
             "penstock-origin-offset": row.offset,
         }
-    headers |= {"penstock-attempts": row.attempts, "penstock-deliveries-lost": row.lost}
+    headers |= {
+        "penstock-attempts": row.attempts,
+        "penstock-deliveries-lost": row.lost,
+        # A row that is on its way out was ready to leave when it died.
+        "penstock-dead-at": _time(row.ready_at),
+    }
     if not trimmed:
         error = _error(row.error)
         headers |= {
@@ -52,8 +57,6 @@ def letter(row: Activation, source: Source | None, topic: str, trimmed: bool = F
             "penstock-error-message": error.get("message", "")[:ERROR_MESSAGE_CHARS_MAX],
             "penstock-error-traceback": _both_ends(error.get("traceback", "")),
             "penstock-received-at": _time(row.received_at),
-            # A row that is on its way out was ready to leave when it died.
-            "penstock-dead-at": _time(row.ready_at),
         }
     encoded: list[tuple[str, str | bytes | None]] = [
         (name, str(value).encode("utf-8", "replace")) for name, value in headers.items()

@@ -82,7 +82,7 @@ def ls(
     kafka: KafkaOption = None,
     topic: TopicOption = None,
 ) -> None:
-    """List dead letters that nobody has handled, oldest first.
+    """List dead letters that nobody has handled: of each broker and partition in turn, oldest first.
 
     Examples: penstock dlq ls --reason attempts_exhausted --since 2h; penstock dlq ls -o json --limit 1000
     """
@@ -189,7 +189,10 @@ def replay(
     since: SinceOption = None,
     until: UntilOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Replay at most so many.")] = None,
-    rate: Annotated[float | None, typer.Option(min=0.01, help="Replay at most so many a second.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1_000_000, help="Replay at most so many a second."),
+    ] = None,
     again: Annotated[
         bool, typer.Option("--again", help="Also those replayed or discarded before; they run once more.")
     ] = False,

@@ -23,8 +23,9 @@ from penstock_protocol.v1.activation_pb2 import TaskActivation
 KAFKA_SECONDS = 10.0
 DELIVERY_SECONDS = 30.0
 CHUNK = 50
-# Produced and not acknowledged.
+# Produced and not acknowledged. What is produced beyond these fits into a producer's buffer (1 GiB).
 UNACKNOWLEDGED_MAX = 1_000
+UNACKNOWLEDGED_BYTES_MAX = 256 * 1024 * 1024
 HANDLED = "-handled"
 
 
@@ -41,7 +42,8 @@ class Letter:
     dead_at: int
     size: int
     story: dict[str, Any] = field(default_factory=dict)
-    forward_id: str = ""
+    # What it is known by; empty when it rests in a store.
+    name: str = ""
     handled: dict[str, Any] | None = None
     # Its bytes; empty when they rest in a store and were not asked for.
     value: bytes = b""
@@ -200,7 +202,7 @@ class TopicLetters:
     """Those in a dead-letter topic.
 
     A topic cannot lose single records, so what was done with each is a record of its own, keyed by the
-    dead letter's forward id, in the compacted topic ``<topic>-handled``. It is written once what was
+    dead letter's name, in the compacted topic ``<topic>-handled``. It is written once what was
     sent is acknowledged: a replay that is interrupted goes on where it was, and what it had sent without
     a record of it has the same id again.
     """
@@ -214,7 +216,7 @@ class TopicLetters:
         self._books = topic + HANDLED
         self._batch = uuid.uuid4().hex[:12]
         self._producer: Producer | None = None
-        self._open = 0
+        self._open = self._open_bytes = 0
         self._done = Done()
         partitions = self._metadata(topic)
         if partitions is None and must:
@@ -301,7 +303,8 @@ class TopicLetters:
         said = {k.removeprefix("penstock-"): v for k, v in headers.items() if k.startswith("penstock-")}
         value = message.value() or b""
         where = f"{self.topic}/{message.partition()}/{message.offset()}"
-        forward_id = said.get("forward-id") or where
+        dead_at = _epoch_ms(said.get("dead-at")) or message.timestamp()[1]
+        name = replay.letter_name(said.get("forward-id") or where, dead_at)
         activation = _activation(value)
         return Letter(
             where=where,
@@ -310,11 +313,11 @@ class TopicLetters:
             namespace=activation.namespace,
             taskname=activation.taskname,
             reason=said.get("reason", ""),
-            dead_at=_epoch_ms(said.get("dead-at")) or message.timestamp()[1],
+            dead_at=dead_at,
             size=len(value),
             story=said,
-            forward_id=forward_id,
-            handled=self._handled.get(forward_id),
+            name=name,
+            handled=self._handled.get(name),
             value=value,
         )
 
@@ -322,13 +325,13 @@ class TopicLetters:
         """Let what was sent be acknowledged, and wait if that is much. Not in a callback of the producer."""
         producer = self._open_books()
         producer.poll(0)
-        while self._open >= UNACKNOWLEDGED_MAX:
+        while self._open >= UNACKNOWLEDGED_MAX or self._open_bytes >= UNACKNOWLEDGED_BYTES_MAX:
             producer.poll(0.1)
 
     def replay(self, letter: Letter) -> None:
         self._serve()
         number = 1 + (letter.handled or {}).get("number", 0)
-        activation = replay.replayed(letter.value, letter.forward_id, number, int(time.time() * 1000))
+        activation = replay.replayed(letter.value, letter.name, number, int(time.time() * 1000))
         if activation is None:
             self._done.left += 1
             return
@@ -364,23 +367,27 @@ class TopicLetters:
             if error is not None:
                 self._failed(error)
             else:
-                self._handled[letter.forward_id] = record
+                self._handled[letter.name] = record
                 self._done.done += 1
 
-        self._produce(self._books, json.dumps(record).encode(), letter.forward_id, written)
+        self._produce(self._books, json.dumps(record).encode(), letter.name, written)
 
     def _produce(self, topic: str, value: bytes, key: str, told: Any) -> None:
         producer = self._open_books()
 
+        def count(messages: int) -> None:
+            self._open += messages
+            self._open_bytes += messages * len(value)
+
         def delivered(error: KafkaError | None, message: Message) -> None:
-            self._open -= 1
+            count(-1)
             told(error, message)
 
-        self._open += 1
+        count(1)
         try:
             producer.produce(topic, value, key, on_delivery=delivered)
         except KafkaException as error:
-            self._open -= 1
+            count(-1)
             self._failed(error.args[0])
 
     def _open_books(self) -> Producer:

@@ -60,7 +60,8 @@ class GrpcTransport:
             ),
         )
         self._call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(METHOD)
-        self._queue: queue.Queue[_Waiting | None] = queue.Queue(settings.buffer_messages_max)
+        # A signal's handler may send while something is put there.
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         # As many as the broker may have room for, going by its last answers.
         self._batch_max = BATCH_TASKS_MAX
         self._unacknowledged = 0
@@ -70,20 +71,22 @@ class GrpcTransport:
         self._thread.start()
 
     def send(self, message: Outgoing, future: Future[None]) -> None:
-        if self._closed:
-            raise SendError(f"task {message.taskname} ({message.id}) was not sent: the client was closed")
+        settings = self._settings
         with self._changed:
+            has_room = self._changed.wait_for(self._has_room, settings.send_timeout_seconds)
+            if self._closed:
+                raise SendError(f"task {message.taskname} ({message.id}) was not sent: the client was closed")
+            if not has_room:
+                raise BufferFull(
+                    f"task {message.taskname} ({message.id}) was not sent: {settings.buffer_messages_max}"
+                    f" tasks wait for the broker at {settings.broker}; buffer_messages_max bounds them"
+                    " (PENSTOCK_BUFFER_MESSAGES_MAX)"
+                )
             self._unacknowledged += 1
-        waiting = (message, future, time.monotonic() + self._settings.delivery_timeout_seconds)
-        try:
-            self._queue.put(waiting, timeout=self._settings.send_timeout_seconds)
-        except queue.Full:
-            self._acknowledged(1)
-            raise BufferFull(
-                f"task {message.taskname} ({message.id}) was not sent: {self._settings.buffer_messages_max}"
-                f" tasks wait for the broker at {self._settings.broker}; buffer_messages_max bounds them"
-                " (PENSTOCK_BUFFER_MESSAGES_MAX)"
-            ) from None
+        self._queue.put((message, future, time.monotonic() + settings.delivery_timeout_seconds))
+
+    def _has_room(self) -> bool:
+        return self._unacknowledged < self._settings.buffer_messages_max
 
     def _acknowledged(self, tasks: int) -> None:
         with self._changed:
