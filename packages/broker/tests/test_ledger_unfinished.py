@@ -240,6 +240,23 @@ async def test_a_retry_that_was_to_leave_is_not_due_earlier_when_it_is_restored(
     store.database.close()
 
 
+async def test_a_dead_letter_died_when_it_did_also_when_it_is_restored(tmp_path: Path) -> None:
+    """Sent a second time, it is known as the first."""
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    await taken(store, clock, 1)
+    (row,) = store.claim(None, (), 1, 1 << 20)
+    store.settle(token_of(store, row), Event.FAIL, clock.wall)
+    await settle_down(store)
+    (state,) = store.memory.unfinished.places().values()
+    died_at = clock.wall_ms()
+    clock.advance(60_000)
+    again = activation("t0", clock)
+    become(again, state, clock.wall, store.limits.lifecycle)
+    assert (again.reason, again.ready_at) == (Reason.FAILED, died_at)
+    store.database.close()
+
+
 async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) -> None:
     """Or its attempts would begin again when the next disk is lost."""
     clock = ManualClock()

@@ -53,6 +53,17 @@ BUGS = (
         tests=(LIFECYCLE + "test_an_at_most_once_task_that_never_started_is_handed_over",),
     ),
     Bug(
+        "a dead letter that is restored died when it was restored",
+        "dead letters have deterministic ids",
+        "broker/store/ledger.py",
+        old="change.status in (Status.DELAYED, Status.FORWARDING)",
+        new="change.status is Status.DELAYED or change.reason in ('retried', 'handed_over', 'overflow')",
+        tests=(
+            BROKER
+            + "test_ledger_unfinished.py::test_a_dead_letter_died_when_it_did_also_when_it_is_restored",
+        ),
+    ),
+    Bug(
         "what is ready waits elsewhere for a clock that was ahead",
         "a drain hands over what is unfinished",
         "broker/domain/lifecycle.py",

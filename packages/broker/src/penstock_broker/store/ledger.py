@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from penstock_broker.domain.activation import NO_SOURCE, Activation, Route, Status, route_of
+from penstock_broker.domain.activation import NO_SOURCE, Activation, Status
 from penstock_broker.domain.lifecycle import Change
 from penstock_broker.store.finished import OFFSET_BITS, place
 
@@ -30,7 +30,7 @@ class State(NamedTuple):
 
     attempts: int
     lost: int
-    # Epoch ms at which a retry is due, here or where it is to go; 0: now.
+    # Epoch ms at which a retry is due, here or where it is to go, or at which it died; 0: now.
     due_at: int
     # Why it is to leave; None: it is to run.
     reason: str | None
@@ -51,7 +51,7 @@ def state_after(row: Activation, change: Activation | Change, claimed: bool = Fa
     state = State(
         change.attempts,
         change.lost,
-        change.ready_at if change.status is Status.DELAYED or _goes_on(change) else 0,
+        change.ready_at if change.status in (Status.DELAYED, Status.FORWARDING) else 0,
         change.reason if change.status is Status.FORWARDING else None,
         claimed,
         change.given_back_at,
@@ -59,11 +59,6 @@ def state_after(row: Activation, change: Activation | Change, claimed: bool = Fa
         row.retry_delay_ms,
     )
     return state if any(state[:6]) else None
-
-
-def _goes_on(change: Activation | Change) -> bool:
-    """Whether it leaves for where it is run on, and not before it is due."""
-    return change.status is Status.FORWARDING and route_of(change.reason) is not Route.DEAD_LETTER
 
 
 class Segment(NamedTuple):
