@@ -17,6 +17,8 @@ import pytest
 from memory_broker import MemoryBroker
 from worker_runs import appears, start
 
+from penstock_protocol.v1 import consumer_pb2 as pb
+
 
 async def outcome_of(*arguments: str) -> tuple[int | None, str]:
     process = await start(*arguments)
@@ -111,6 +113,28 @@ async def test_children_do_not_outlive_a_killed_parent(broker: MemoryBroker, tmp
     await process.wait()
     _, alive = await asyncio.to_thread(psutil.wait_procs, children, 30)
     assert not alive
+
+
+async def test_a_log_that_nobody_reads_any_more_stops_nothing(broker: MemoryBroker) -> None:
+    reader, writer = os.pipe()
+    process = await start(
+        "run", "worker_tasks:app", "--rpc-host-list", broker.address, "--concurrency", "1", stderr=writer
+    )
+    os.close(writer)
+    try:
+        broker.put("noop")
+        await broker.settled(1)
+        os.close(reader)
+        failing = {broker.put("raise", "fail") for _ in range(3)}
+        last = broker.put("noop")
+        outcomes = await broker.settled(5)
+        assert all(outcomes[id].status == pb.TASK_OUTCOME_STATUS_FAILURE for id in failing)
+        assert outcomes[last].status == pb.TASK_OUTCOME_STATUS_COMPLETE
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
 
 
 async def test_metrics(broker: MemoryBroker, free_port: int) -> None:

@@ -16,7 +16,9 @@ from memory_broker import MemoryBroker
 TESTS = Path(__file__).parent
 
 
-async def start(*arguments: str, **environment: str) -> asyncio.subprocess.Process:
+async def start(
+    *arguments: str, stderr: int = asyncio.subprocess.PIPE, **environment: str
+) -> asyncio.subprocess.Process:
     """The command, in the directory of the tests' application."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
@@ -25,7 +27,7 @@ async def start(*arguments: str, **environment: str) -> asyncio.subprocess.Proce
         *arguments,
         cwd=TESTS,
         env=os.environ | environment,
-        stderr=asyncio.subprocess.PIPE,
+        stderr=stderr,
     )
 
 

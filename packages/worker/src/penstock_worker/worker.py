@@ -176,9 +176,9 @@ class Worker:
         if error is None:
             loop.default_exception_handler(context)
             return
-        log.error("internal error, stopping", error=repr(error), what=context["message"])
         self._failure = self._failure or error
         self._stop.set()
+        log.error("internal error, stopping", error=repr(error), what=context["message"])
 
     def stop(self) -> None:
         """Finish what runs within the grace time, then return from `run`; called again: kill it."""
