@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from memory_broker import MemoryBroker
-from worker_runs import appears, start
+from worker_runs import TESTS, appears, start
 
 from penstock_protocol.v1 import consumer_pb2 as pb
 
@@ -101,6 +101,34 @@ async def test_sigterm_finishes_and_exits_with_0(broker: MemoryBroker, tmp_path:
     gate.touch()
     assert await process.wait() == 0
     assert id in dict(broker.outcomes)
+
+
+async def test_it_ends_though_a_child_cannot_be_killed(broker: MemoryBroker, tmp_path: Path) -> None:
+    """Like one that hangs in the kernel, or has become another user's."""
+    program = """
+import os, penstock_worker.children, penstock_worker.cli
+def not_permitted(group, number):
+    raise PermissionError
+os.killpg = not_permitted
+penstock_worker.children.EXIT_SECONDS_MAX = 0.2
+penstock_worker.cli.main()
+"""
+    broker.put("block", str(tmp_path / "gate"))
+    arguments = ("run", "worker_tasks:app", "--rpc-host-list", broker.address, "--concurrency", "1")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program, *arguments, "--grace-seconds", "0"),
+        cwd=TESTS,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        pid = await appears(tmp_path / "gate.started")
+        process.terminate()
+        _, errors = await process.communicate()
+        assert process.returncode == 0, errors
+        assert f"pids=[{pid}]" in errors.decode()
+    finally:
+        if process.returncode is None:
+            process.kill()
 
 
 async def test_children_do_not_outlive_a_killed_parent(broker: MemoryBroker, tmp_path: Path) -> None:

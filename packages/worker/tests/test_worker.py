@@ -404,6 +404,20 @@ async def test_a_lost_answer_is_asked_for_again_with_the_same_request(broker: Me
     assert max(requests.values()) == 2
 
 
+async def test_the_lost_answer_of_a_poll_is_asked_for_again_though_it_waited_longer_than_a_lease() -> None:
+    broker = MemoryBroker(lease_ms=100)
+    await broker.start()
+    async with worker(broker):
+        await broker.until(broker.is_polled)
+        await asyncio.sleep(0.2)
+        # Claimed only now: its lease has just begun.
+        broker.losses = 1
+        id = broker.put("noop")
+        outcomes = await broker.settled(1)
+    assert outcomes[id].claim_token == b"token-1"
+    await broker.stop()
+
+
 async def test_a_report_that_was_not_answered_is_sent_again(broker: MemoryBroker) -> None:
     refusals = [1, 2, 3]
 
