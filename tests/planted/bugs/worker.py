@@ -238,7 +238,6 @@ BUGS = (
         tests=(
             RUNS + "test_the_lost_answer_of_a_poll_is_asked_for_again_though_it_waited_longer_than_a_lease",
         ),
-        hangs=True,
     ),
     Bug(
         "an open poll is left behind at the stop",
