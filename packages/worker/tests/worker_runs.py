@@ -38,7 +38,8 @@ async def worker(
     """A worker that serves these brokers; stopped at the end, which must be a clean one."""
     hosts = ",".join(broker.address for broker in brokers)
     fixed = ("--rpc-host-list", hosts, "--concurrency", str(slots), "--grace-seconds", "60")
-    process = await start("run", "worker_tasks:app", *fixed, *options, **environment)
+    arguments = ("run", "worker_tasks:app", *fixed, *options)
+    process = await start(*arguments, stderr=asyncio.subprocess.PIPE, **environment)
     assert process.stderr is not None
     log = asyncio.create_task(process.stderr.read())
     try:
