@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
 from typing import Any, Literal
 
 import pytest
@@ -128,6 +130,24 @@ def test_the_level_can_be_raised(stream: io.StringIO) -> None:
     structlog.get_logger().warning("not shown")
     logging.getLogger("x").warning("not shown")
     assert stream.getvalue() == ""
+
+
+def test_a_log_that_cannot_be_written_stops_nothing() -> None:
+    def raised() -> Exception | None:
+        try:
+            structlog.get_logger().info("lost")
+            logging.getLogger("some.library").warning("lost")
+        except (OSError, ValueError) as error:
+            return error
+        return None
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as stream:
+        logs.configure("info", "json", stream=stream)
+        assert raised() is None
+    # Its stream is closed.
+    assert raised() is None
 
 
 @given(st.text())

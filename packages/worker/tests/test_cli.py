@@ -15,7 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 from memory_broker import MemoryBroker
-from worker_runs import appears, start
+from worker_runs import TESTS, appears, start
+
+from penstock_protocol.v1 import consumer_pb2 as pb
 
 
 async def outcome_of(*arguments: str) -> tuple[int | None, str]:
@@ -101,6 +103,34 @@ async def test_sigterm_finishes_and_exits_with_0(broker: MemoryBroker, tmp_path:
     assert id in dict(broker.outcomes)
 
 
+async def test_it_ends_though_a_child_cannot_be_killed(broker: MemoryBroker, tmp_path: Path) -> None:
+    """Like one that hangs in the kernel, or has become another user's."""
+    program = """
+import os, penstock_worker.children, penstock_worker.cli
+def not_permitted(group, number):
+    raise PermissionError
+os.killpg = not_permitted
+penstock_worker.children.EXIT_SECONDS_MAX = 0.2
+penstock_worker.cli.main()
+"""
+    broker.put("block", str(tmp_path / "gate"))
+    arguments = ("run", "worker_tasks:app", "--rpc-host-list", broker.address, "--concurrency", "1")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program, *arguments, "--grace-seconds", "0"),
+        cwd=TESTS,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        pid = await appears(tmp_path / "gate.started")
+        process.terminate()
+        _, errors = await process.communicate()
+        assert process.returncode == 0, errors
+        assert f"pids=[{pid}]" in errors.decode()
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+
 async def test_children_do_not_outlive_a_killed_parent(broker: MemoryBroker, tmp_path: Path) -> None:
     broker.put("stuck_in_c", str(tmp_path / "stuck"))
     process = await start("run", "worker_tasks:app", "--rpc-host-list", broker.address, "--concurrency", "2")
@@ -111,6 +141,28 @@ async def test_children_do_not_outlive_a_killed_parent(broker: MemoryBroker, tmp
     await process.wait()
     _, alive = await asyncio.to_thread(psutil.wait_procs, children, 30)
     assert not alive
+
+
+async def test_a_log_that_nobody_reads_any_more_stops_nothing(broker: MemoryBroker) -> None:
+    reader, writer = os.pipe()
+    process = await start(
+        "run", "worker_tasks:app", "--rpc-host-list", broker.address, "--concurrency", "1", stderr=writer
+    )
+    os.close(writer)
+    try:
+        broker.put("noop")
+        await broker.settled(1)
+        os.close(reader)
+        failing = {broker.put("raise", "fail") for _ in range(3)}
+        last = broker.put("noop")
+        outcomes = await broker.settled(5)
+        assert all(outcomes[id].status == pb.TASK_OUTCOME_STATUS_FAILURE for id in failing)
+        assert outcomes[last].status == pb.TASK_OUTCOME_STATUS_COMPLETE
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
 
 
 async def test_metrics(broker: MemoryBroker, free_port: int) -> None:

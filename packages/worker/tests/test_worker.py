@@ -404,6 +404,22 @@ async def test_a_lost_answer_is_asked_for_again_with_the_same_request(broker: Me
     assert max(requests.values()) == 2
 
 
+async def test_the_lost_answer_of_a_poll_is_asked_for_again_though_it_waited_longer_than_a_lease() -> None:
+    broker = MemoryBroker(lease_ms=100)
+    await broker.start()
+    async with worker(broker):
+        await broker.until(broker.is_polled)
+        polls = len(broker.fetches)
+        await asyncio.sleep(0.2)
+        # Claimed only now: its lease has just begun.
+        broker.losses = 1
+        broker.put("noop")
+        await broker.until(lambda: len(broker.fetches) > polls)
+        assert broker.fetches[polls].request_id == broker.fetches[polls - 1].request_id
+        await broker.settled(1)
+    await broker.stop()
+
+
 async def test_a_report_that_was_not_answered_is_sent_again(broker: MemoryBroker) -> None:
     refusals = [1, 2, 3]
 

@@ -16,7 +16,9 @@ from memory_broker import MemoryBroker
 TESTS = Path(__file__).parent
 
 
-async def start(*arguments: str, **environment: str) -> asyncio.subprocess.Process:
+async def start(
+    *arguments: str, stderr: int = asyncio.subprocess.PIPE, **environment: str
+) -> asyncio.subprocess.Process:
     """The command, in the directory of the tests' application."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
@@ -25,7 +27,7 @@ async def start(*arguments: str, **environment: str) -> asyncio.subprocess.Proce
         *arguments,
         cwd=TESTS,
         env=os.environ | environment,
-        stderr=asyncio.subprocess.PIPE,
+        stderr=stderr,
     )
 
 
@@ -36,7 +38,8 @@ async def worker(
     """A worker that serves these brokers; stopped at the end, which must be a clean one."""
     hosts = ",".join(broker.address for broker in brokers)
     fixed = ("--rpc-host-list", hosts, "--concurrency", str(slots), "--grace-seconds", "60")
-    process = await start("run", "worker_tasks:app", *fixed, *options, **environment)
+    arguments = ("run", "worker_tasks:app", *fixed, *options)
+    process = await start(*arguments, stderr=asyncio.subprocess.PIPE, **environment)
     assert process.stderr is not None
     log = asyncio.create_task(process.stderr.read())
     try:

@@ -310,6 +310,14 @@ BUGS = (
         tests=(SERVICE + "test_one_wrong_status_in_a_batch_settles_nothing",),
     ),
     Bug(
+        "a log that cannot be written ends the broker",
+        "a log that cannot be written stops nothing",
+        "broker/logs.py",
+        old='    out = cast("TextIO", _Stream(stream))\n',
+        new="    out = stream\n",
+        tests=(BROKER + "test_logs.py::test_a_log_that_cannot_be_written_stops_nothing",),
+    ),
+    Bug(
         "a broker that stops leaves polls open",
         "answer open polls empty",
         "broker/server.py",

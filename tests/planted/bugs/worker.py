@@ -3,6 +3,8 @@
 from tests.planted.bug import CLIENT, PROTOCOL, WORKER, Bug
 
 RUNS = WORKER + "test_worker.py::"
+COMMAND = WORKER + "test_cli.py::"
+POOL = WORKER + "test_pool.py::"
 EXECUTION = WORKER + "test_execution.py::"
 PAYLOAD = PROTOCOL + "test_payload.py::"
 REPLAY = PROTOCOL + "test_replay.py::"
@@ -110,6 +112,58 @@ BUGS = (
         hangs=True,
     ),
     Bug(
+        "a child that leaves behind what may not be killed is not replaced",
+        "a slot is replaced",
+        "worker/process.py",
+        old="suppress(ProcessLookupError, PermissionError):\n            os.killpg",
+        new="suppress(ProcessLookupError):\n            os.killpg",
+        tests=(POOL + "test_a_child_that_leaves_behind_what_may_not_be_killed_is_replaced",),
+        hangs=True,
+    ),
+    Bug(
+        "a child that cannot be killed is waited for",
+        "a worker ends when it is told to",
+        "worker/worker.py",
+        old="await asyncio.wait_for(self._pool.wait_idle(), EXIT_SECONDS_MAX)",
+        new="await self._pool.wait_idle()",
+        tests=(COMMAND + "test_it_ends_though_a_child_cannot_be_killed",),
+        hangs=True,
+    ),
+    Bug(
+        "a child goes on before it is told to die",
+        "only what ran too long is killed",
+        "worker/process.py",
+        old=(
+            "            with contextlib.suppress(ProcessLookupError, PermissionError):\n"
+            "                os.kill(self.pid, STACK_SIGNAL)\n"
+            "            self._signal(signal.SIGCONT)\n"
+        ),
+        new=(
+            "            self._signal(signal.SIGCONT)\n"
+            "            with contextlib.suppress(ProcessLookupError, PermissionError):\n"
+            "                os.kill(self.pid, STACK_SIGNAL)\n"
+        ),
+        tests=(POOL + "test_the_next_task_is_not_killed_in_place_of_one_that_has_just_ended",),
+    ),
+    Bug(
+        "a worker keeps what it can no longer start",
+        "a task never waits in a worker that cannot start it",
+        "worker/pool.py",
+        old="        if not self.children.cannot_load():\n",
+        new="        if True:\n",
+        tests=(POOL + "test_what_waits_goes_back_when_children_can_no_longer_load_the_application",),
+        hangs=True,
+    ),
+    Bug(
+        "a worker whose log nobody reads stands still",
+        "a log that cannot be written stops nothing",
+        "worker/cli.py",
+        old='PrintLoggerFactory(cast("TextIO", _Stream(sys.stderr)))',
+        new="PrintLoggerFactory(sys.stderr)",
+        tests=(COMMAND + "test_a_log_that_nobody_reads_any_more_stops_nothing",),
+        hangs=True,
+    ),
+    Bug(
         "retries without back-off",
         "a retry waits as its policy says",
         "worker/execution.py",
@@ -170,10 +224,20 @@ BUGS = (
         "a lost answer is not asked for again",
         "what was claimed and never arrived is fetched by the same request",
         "worker/fetcher.py",
-        old="        if not lost or lost_for > source.link.lease_seconds:\n",
-        new="        if lost:\n",
+        old="        if not lost or lost_for >",
+        new="        if lost or lost_for >",
         tests=(RUNS + "test_a_lost_answer_is_asked_for_again_with_the_same_request",),
         hangs=True,
+    ),
+    Bug(
+        "a lost answer is as old as its question",
+        "what was claimed and never arrived is fetched by the same request",
+        "worker/fetcher.py",
+        old="source.link.lease_seconds + request.wait_ms / 1000:\n",
+        new="source.link.lease_seconds:\n",
+        tests=(
+            RUNS + "test_the_lost_answer_of_a_poll_is_asked_for_again_though_it_waited_longer_than_a_lease",
+        ),
     ),
     Bug(
         "an open poll is left behind at the stop",

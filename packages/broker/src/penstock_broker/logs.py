@@ -6,10 +6,11 @@ same way.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -102,6 +103,7 @@ def configure(
 ) -> None:
     """Sets up structlog and ``logging`` for the process, to ``stream`` (standard error by default)."""
     stream = sys.stderr if stream is None else stream
+    out = cast("TextIO", _Stream(stream))
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -121,13 +123,28 @@ def configure(
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(out),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(out)
     handler.setFormatter(_library_formatter(shared, renderer))
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_use)
     logging.basicConfig(handlers=[handler], level=max(number, logging.INFO), force=True)
+
+
+class _Stream:
+    """A text stream whose failures are nobody's trouble: its reader may be gone, its disk full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:

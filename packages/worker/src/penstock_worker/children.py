@@ -52,6 +52,10 @@ class Children:
         """Those that can be given tasks."""
         return [child for child in self._children if child.state is State.READY and not child.kill_reason]
 
+    def cannot_load(self) -> bool:
+        """Whether the last that was started has failed to load the application."""
+        return self._reload_failures > 0
+
     def start(self, slots: int) -> None:
         """Start this many; `loaded` tells when the first has the application."""
         for _ in range(slots):
@@ -125,7 +129,7 @@ class Children:
             child.kill(KillReason.GRACE_OVER)
 
     async def close(self) -> None:
-        """Let all exit; kill those that do not."""
+        """Let all exit; kill those that do not, and leave behind those that cannot be killed."""
         self.replacing = False
         await asyncio.gather(*self._starts)
         children = list(self._children)
@@ -134,11 +138,25 @@ class Children:
                 child.kill(KillReason.GRACE_OVER)
             child.state = State.STOPPING
             child.send(Stop())
-        try:
-            async with asyncio.timeout(EXIT_SECONDS_MAX):
-                await asyncio.gather(*(child.wait_dead() for child in children))
-        except TimeoutError:
-            log.warning("child processes did not exit and are killed", seconds=EXIT_SECONDS_MAX)
-            for child in children:
-                child.kill(KillReason.GRACE_OVER)
+        if await _all_dead(children):
+            return
+        log.warning("child processes did not exit and are killed", seconds=EXIT_SECONDS_MAX)
+        for child in children:
+            child.kill(KillReason.GRACE_OVER)
+        if not await _all_dead(children):
+            pids = [child.pid for child in children if child.state is not State.DEAD]
+            log.error(
+                "child processes cannot be killed and are left behind",
+                pids=pids,
+                hint="do they hang in the kernel, or belong to another user?",
+            )
+
+
+async def _all_dead(children: list[Child]) -> bool:
+    """Whether all died within `EXIT_SECONDS_MAX`."""
+    try:
+        async with asyncio.timeout(EXIT_SECONDS_MAX):
             await asyncio.gather(*(child.wait_dead() for child in children))
+    except TimeoutError:
+        return False
+    return True

@@ -176,7 +176,7 @@ class Fetcher:
         try:
             await self._fetch(source, request)
         except AioRpcError as error:
-            self._unanswered(source, error)
+            self._unanswered(source, request, error)
         finally:
             source.asked_for = 0
             source.visited_at = monotonic()
@@ -214,14 +214,15 @@ class Fetcher:
         )
         return Claim(link, assignment, task.deadline_ms / 1000)
 
-    def _unanswered(self, source: Source, error: AioRpcError) -> None:
+    def _unanswered(self, source: Source, request: pb.GetTasksRequest, error: AioRpcError) -> None:
         source.backoff.failed()
         source.has_work = True
         self._metrics.fetched(source.link.address, "error")
         if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
             source.batch_max = max(1, source.batch_max // 4)
         lost_for = monotonic() - source.unanswered_since
-        # Refused, not lost: nothing was claimed. Or so old that its claims have come back by themselves.
+        # Refused, not lost: nothing was claimed. Or so old that its claims have come back by themselves,
+        # even those of the end of its wait.
         lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        if not lost or lost_for > source.link.lease_seconds:
+        if not lost or lost_for > source.link.lease_seconds + request.wait_ms / 1000:
             source.unanswered = None

@@ -92,7 +92,10 @@ class Pool:
 
     def _release_surplus(self) -> None:
         capacity, _ = self._capacity()
-        surplus = self._held - max(capacity, self.slots)
+        if not self.children.cannot_load():
+            # A slot whose child is being replaced has it back in a moment.
+            capacity = max(capacity, self.slots)
+        surplus = self._held - capacity
         if surplus > 0:
             self._release_backlog(max(0, len(self._backlog) - surplus), pb.RELEASE_REASON_SURPLUS)
 

@@ -195,17 +195,17 @@ class Child:
             self.kill(reason)
         else:
             self.kill_reason = reason
-            self._signal(signal.SIGCONT)
-            with contextlib.suppress(ProcessLookupError):
+            # Sent while it is stopped, so that it goes on into its death and not into the next task.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.pid, STACK_SIGNAL)
+            self._signal(signal.SIGCONT)
             asyncio.get_running_loop().call_later(STACK_SECONDS, self.kill, reason)
 
     def _signal(self, number: int) -> None:
-        try:
+        # It has just died by itself, and its exit is on the way; or all that is left of its group is
+        # another user's.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
-        except ProcessLookupError:
-            # It has just died by itself; its exit is on the way.
-            return
 
     async def wait_dead(self) -> None:
         await self._dead.wait()

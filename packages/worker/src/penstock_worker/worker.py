@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import structlog
 
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_worker import __version__
+from penstock_worker.children import EXIT_SECONDS_MAX
 from penstock_worker.claim import Claim
 from penstock_worker.fetcher import Fetcher, Wish
 from penstock_worker.frames import Outcome, Ready
@@ -146,7 +148,9 @@ class Worker:
         if not await self._idle_within(grace_seconds):
             log.warning("grace time is over, killing what still runs", running=self._pool.running)
             self._pool.children.kill_all()
-            await self._pool.wait_idle()
+            # Not for ever: what hangs in the kernel cannot be killed.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._pool.wait_idle(), EXIT_SECONDS_MAX)
         await last_polls
         left_seconds = max(FLUSH_SECONDS_MAX, grace_seconds - (monotonic() - stopped_at))
         if self._kill.is_set():
@@ -176,9 +180,9 @@ class Worker:
         if error is None:
             loop.default_exception_handler(context)
             return
-        log.error("internal error, stopping", error=repr(error), what=context["message"])
         self._failure = self._failure or error
         self._stop.set()
+        log.error("internal error, stopping", error=repr(error), what=context["message"])
 
     def stop(self) -> None:
         """Finish what runs within the grace time, then return from `run`; called again: kill it."""
