@@ -328,7 +328,9 @@ def _body(row: Activation) -> bytes:
     body = row.body or b""
     if not row.attempts:
         return body
-    state = activation_pb2.RetryState(attempts=row.attempts, max_attempts=row.max_attempts)
+    state = activation_pb2.RetryState(
+        attempts=row.attempts, max_attempts=row.max_attempts, delay_on_retry=row.retry_delay_ms // 1000
+    )
     return body + activation_pb2.TaskActivation(retry_state=state).SerializeToString()
 
 

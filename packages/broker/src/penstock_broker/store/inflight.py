@@ -30,7 +30,7 @@ from penstock_broker.domain.activation import (
 from penstock_broker.domain.conflict import in_conflict, refuse_conflict
 from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store.batch import Answer, Report, repeated
+from penstock_broker.store.batch import Answer, Report, keep_said, repeated
 from penstock_broker.store.control import Control
 from penstock_broker.store.database import Database
 from penstock_broker.store.finished import (
@@ -518,19 +518,28 @@ class Inflight:
             return Answer.UNKNOWN
         seq = entry >> CONTENT_BITS
         row = self.memory.resident.get(seq)
-        forgotten = seq >> SEQ_BITS < self.epoch
+        # It was here at the start, and none has claimed it since: a restart may have lost its claim.
+        before = None if event is Event.COMPLETE else self.epoch
         if row is None:
-            if event is not Event.COMPLETE and not forgotten:
+            if before is not None and seq >> SEQ_BITS >= before:
                 return Answer.STALE
             only = frozenset((PENDING,))
-            outcome = OUTCOMES[event]
-            return self._report(Report(event, now, seq, None, 0, outcome, only, retry_delay_ms, max_attempts))
-        if event is not Event.COMPLETE:
-            restored = row.status is PROCESSING and row.claim_epoch < self.epoch
-            if not (row.tokenless or restored or (row.status is PENDING and forgotten)):
-                return Answer.STALE
-        if max_attempts is not None:
-            row.max_attempts = max_attempts
+            return self._report(
+                Report(
+                    event,
+                    now,
+                    seq,
+                    outcome=OUTCOMES[event],
+                    only=only,
+                    retry_delay_ms=retry_delay_ms,
+                    max_attempts=max_attempts,
+                    before_epoch=before,
+                )
+            )
+        forgotten = before is not None and max(row.claim_epoch, seq >> SEQ_BITS) < before
+        if before is not None and not (row.tokenless or forgotten):
+            return Answer.STALE
+        keep_said(row, max_attempts, retry_delay_ms)
         self.memory.change(row, event, now, retry_delay_ms, outcome=OUTCOMES[event])
         return Answer.APPLIED
 
