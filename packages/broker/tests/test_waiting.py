@@ -258,7 +258,7 @@ async def test_a_call_does_not_wait_for_the_ledger_for_ever_and_the_next_has_wha
     check_store(store)
 
 
-@pytest.mark.parametrize("why", ["its worker does not ask again", "the ledger does not take it", "closed"])
+@pytest.mark.parametrize("why", ["its worker does not ask again", "the ledger does not take it"])
 async def test_at_most_once_claims_that_are_not_handed_out_go_back(
     store: Inflight, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -272,14 +272,26 @@ async def test_at_most_once_claims_that_are_not_handed_out_go_back(
     if why == "its worker does not ask again":
         await ledger.under_way()
         ledger.write()
-    if why == "closed":
-        waiting.close()
     while store.memory.counts[1][Status.PENDING] < 2:
         await asyncio.sleep(0)
         await settle_down(store)
     await settle_down(store)
     check_store(store)
     assert ids(store.claim(None, (), 2, 1 << 20)) == ["once 0", "once 1"]
+
+
+async def test_a_broker_that_stops_gives_back_at_most_once_claims(store: Inflight) -> None:
+    waiting = Waiting(store, 1 << 20)
+    SlowLedger(store)
+    await from_log(store, once=2)
+    poll = asyncio.create_task(waiting.wait(ANY, 2, 0, "w"))
+    await asyncio.sleep(0)
+    await settle_down(store)
+    waiting.close()
+    assert await poll == []
+    await settle_down(store)
+    assert store.memory.counts[1][Status.PENDING] == 2
+    check_store(store)
 
 
 async def test_at_most_once_tasks_in_front_of_a_namespace_are_passed_over_and_keep_their_place(

@@ -220,8 +220,9 @@ class Broker:
     def healthy(self) -> bool:
         """The writer commits, the chores run, the database is open. Kafka is no part of it."""
         alive = all(not task.done() for task in self._tasks.values())
-        writer = self.store.writer
-        return self._serving and alive and writer.trouble is None and not writer.hangs()
+        if self.store.writer.hangs():
+            return False
+        return self._serving and alive and self.store.writer.trouble is None
 
     # -- in this order
 
