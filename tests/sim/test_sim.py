@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from penstock_broker.dispatch.service import Consumers
+from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain import lifecycle
 from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.domain.lifecycle import Event
@@ -119,10 +120,10 @@ def offset_before_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def claim_not_durable(patch: pytest.MonkeyPatch) -> None:
-    async def at_once(self: Consumers, rows: Any) -> Any:
-        return list(rows)
+    async def at_once(self: Waiting, *arguments: Any) -> None:
+        pass
 
-    patch.setattr(Consumers, "_durable", at_once)
+    patch.setattr(Waiting, "make_durable", at_once)
 
 
 def uncovered_rows_kept(patch: pytest.MonkeyPatch) -> None:

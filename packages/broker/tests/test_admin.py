@@ -262,6 +262,14 @@ async def test_who_runs_a_task_and_since_when(desk: Desk) -> None:
     assert "(4.0 s)" in answer.findings[0].text
 
 
+async def test_a_client_without_tokens_is_not_said_to_have_heartbeats(desk: Desk) -> None:
+    await desk.insert(activation("a", desk.clock))
+    desk.store.claim(None, (), 1, BYTES, tokenless=True)
+    await desk.store.committed()
+    (lease,) = [finding.text for finding in (await desk.explain("a")).findings if finding.code == "lease"]
+    assert "report its outcome within" in lease
+
+
 async def test_why_a_task_from_kafka_may_not_start_yet(desk: Desk) -> None:
     source = desk.store.source("tasks", 0)
     once = activation("once", desk.clock, at_most_once=True, source=source.id, offset=0)
@@ -305,6 +313,7 @@ async def test_a_task_that_left_after_a_failed_start_may_be_a_dead_letter_on_kaf
         answer = await desk.explain(id)
         assert answer.state == "finished"
         assert f"ended: {event}; if it is a dead letter: penstock dlq show {id}" in answer.findings[0].text
+        assert "cancelled" in answer.findings[0].text
 
 
 async def test_an_unknown_id_may_have_many_reasons(desk: Desk) -> None:

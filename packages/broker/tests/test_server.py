@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import apsw
@@ -14,7 +15,9 @@ from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.dispatch import rpc
 from penstock_broker.server import Broker
+from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.database import DiskFailing
+from penstock_broker.store.writer import TICK_MS_MAX
 from penstock_protocol.v1 import consumer_pb2 as pb
 
 
@@ -38,12 +41,33 @@ async def test_polls_are_answered_empty_when_the_broker_stops(broker: Broker) ->
         assert not pb.GetTasksResponse.FromString(await poll).tasks
 
 
-async def test_health_is_that_of_the_disk_and_of_the_parts(broker: Broker) -> None:
+async def test_health_is_that_of_the_disk_and_of_the_parts(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert broker.healthy()
     broker.store.writer.trouble = DiskFailing(apsw.IOError("it fails"))
     assert not broker.healthy()
     broker.store.writer.trouble = None
     assert broker.healthy()
+    writing, write = threading.Event(), broker.database.write
+
+    def hang(batch: Batch) -> Written:
+        loop.call_soon_threadsafe(begun.set)
+        writing.wait()
+        return write(batch)
+
+    loop, begun, clock = asyncio.get_running_loop(), asyncio.Event(), broker.store.clock
+    monkeypatch.setattr(broker.database, "write", hang)
+    meta = broker.store.set_meta("test", 1)
+    await begun.wait()
+    assert broker.healthy()
+    now = clock.mono_ms()
+    with monkeypatch.context() as later:
+        later.setattr(clock, "mono_ms", lambda: now + TICK_MS_MAX + 1)
+        assert not broker.healthy()
+        writing.set()
+        await meta
+        assert broker.healthy()
     broker._tasks["upkeep"].cancel()
     await asyncio.wait([broker._tasks["upkeep"]])
     assert not broker.healthy()

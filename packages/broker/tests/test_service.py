@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable
 from pathlib import Path
@@ -44,6 +45,13 @@ class Broker:
     def __init__(self, path: Path) -> None:
         self.clock = ManualClock()
         self.store: Inflight = open_store(path, self.clock)
+        self.consumers = Consumers(self.store, Waiting(self.store, BYTES))
+
+    def reopen(self) -> None:
+        """It is started again."""
+        path = self.store.database.path
+        self.store.database.close()
+        self.store = open_store(path, self.clock)
         self.consumers = Consumers(self.store, Waiting(self.store, BYTES))
 
     async def put(self, *ids: str, **how: object) -> None:
@@ -245,15 +253,28 @@ async def test_a_repeated_request_gives_what_is_still_held_of_its_first_answer(b
     check_store(broker.store)
 
 
-async def test_what_was_claimed_for_a_call_that_failed_goes_back(broker: Broker) -> None:
+@pytest.mark.parametrize("how", ["get_task", "get_tasks"])
+async def test_what_was_claimed_for_a_call_that_failed_is_handed_out_again(broker: Broker, how: str) -> None:
     await broker.put("a", at_most_once=True)
-    call = asyncio.ensure_future(broker.consumers.get_tasks(pb.GetTasksRequest().SerializeToString()))
+    call = asyncio.ensure_future(getattr(broker.consumers, how)(b""))
     await broker.step()
     call.cancel()
     await broker.step()
     await settle_down(broker.store)
-    assert [row.status for row in broker.rows()] == [Status.PENDING]
     assert [task.activation.id for task in await broker.fetch()] == ["a"]
+
+
+async def test_claims_are_remembered_for_an_answer_that_got_lost_as_long_as_they_may_be_held(
+    broker: Broker,
+) -> None:
+    await broker.put(*(str(n) for n in range(3)))
+    for n in range(3):
+        await broker.fetch(f"request {n}")
+        broker.clock.advance(broker.store.limits.lease_ms - 1)
+    assert len(broker.consumers._answered) == 3
+    broker.clock.advance(2 * broker.store.limits.lease_ms)
+    await broker.fetch()
+    assert not broker.consumers._answered
 
 
 # -- what a worker is told
@@ -267,7 +288,7 @@ async def test_a_claimed_task_says_what_the_worker_must_know(broker: Broker) -> 
     assert await broker.report(task, RETRY) == APPLIED
     (again,) = await broker.fetch()
     assert again.attempt == 2
-    assert again.activation.retry_state == RetryState(attempts=1, max_attempts=3)
+    assert again.activation.retry_state == RetryState(attempts=1, max_attempts=3, delay_on_retry=0)
     assert again.activation.taskname == "send"
 
 
@@ -279,6 +300,80 @@ async def test_a_client_without_tokens_learns_the_attempts_from_the_message(brok
     answer = await broker.answered(broker.consumers.get_task(b""))
     task: TaskActivation = pb.GetTaskResponse.FromString(answer).task
     assert (task.retry_state.attempts, task.retry_state.max_attempts) == (1, 3)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_what_a_client_without_tokens_says_of_retries_holds_for_those_after_too(
+    broker: Broker, restarted: bool
+) -> None:
+    await broker.put("a", max_attempts=2)
+    report = pb.SetTaskStatusRequest(id="a", status=TASK_ACTIVATION_STATUS_RETRY)
+    first = pb.SetTaskStatusRequest(
+        id="a", status=TASK_ACTIVATION_STATUS_RETRY, max_attempts=9, delay_on_retry=5
+    )
+    if restarted:
+        broker.reopen()
+    else:
+        await broker.answered(broker.consumers.get_task(b""))
+    await broker.answered(broker.consumers.set_task_status(first.SerializeToString()))
+    broker.clock.advance(5_000)
+    broker.store.writer.wake()
+    await settle_down(broker.store)
+    answer = await broker.answered(broker.consumers.get_task(b""))
+    state = pb.GetTaskResponse.FromString(answer).task.retry_state
+    assert state == RetryState(attempts=1, max_attempts=9, delay_on_retry=5)
+    await broker.answered(broker.consumers.set_task_status(report.SerializeToString()))
+    (row,) = broker.rows()
+    assert (row.status, row.ready_at) == (Status.DELAYED, broker.clock.wall + 5_000)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("claimed_since", [False, True])
+async def test_a_late_report_by_id_settles_what_waits_only_because_a_restart_lost_its_claim(
+    broker: Broker, claimed_since: bool, in_memory: bool
+) -> None:
+    await broker.put("a", max_attempts=3)
+    broker.reopen()
+    if claimed_since:
+        await settle_down(broker.store)
+        await broker.answered(broker.consumers.get_task(b""))
+        broker.clock.advance(10_000 + broker.store.limits.grace_ms + 1_000)
+        assert broker.store.lapse(broker.clock.mono) == 1
+    if in_memory:
+        await settle_down(broker.store)
+    assert len(broker.store.memory.resident) == in_memory
+    report = pb.SetTaskStatusRequest(id="a", status=TASK_ACTIVATION_STATUS_RETRY)
+    await broker.answered(broker.consumers.set_task_status(report.SerializeToString()))
+    (row,) = broker.rows()
+    assert (row.attempts, row.lost) == ((0, 1) if claimed_since else (1, 0))
+    check_store(broker.store)
+
+
+async def test_a_report_by_id_is_accepted_though_the_next_task_cannot_be_handed_out(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to repeat it, the client might settle what another one has claimed since."""
+    monkeypatch.setattr(service, "ANSWER_SECONDS_MAX", 0.01)
+    never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    broker.store.recorded = lambda: never  # type: ignore[method-assign]
+    source = broker.store.source("tasks", 0)
+    await broker.put("a", max_attempts=3)
+    await broker.answered(broker.consumers.get_task(b""))
+    await broker.put("once", at_most_once=True, source=source.id, offset=0)
+    broker.store.cover(source, 1)
+    await settle_down(broker.store)
+    report = pb.SetTaskStatusRequest(id="a", status=TASK_ACTIVATION_STATUS_RETRY, delay_on_retry=60)
+    report.fetch_next_task.SetInParent()
+    call = asyncio.ensure_future(broker.consumers.set_task_status(report.SerializeToString()))
+    with contextlib.suppress(Refused, TimeoutError):
+        await broker.answered(call)
+    assert call.exception() is None
+    assert not pb.SetTaskStatusResponse.FromString(call.result()).HasField("task")
+    await settle_down(broker.store)
+    assert [(row.id, row.status, row.attempts) for row in broker.rows()] == [
+        ("a", Status.DELAYED, 1),
+        ("once", Status.PENDING, 0),
+    ]
 
 
 async def test_a_client_without_tokens_says_how_a_task_is_tried_again(broker: Broker) -> None:
@@ -408,6 +503,8 @@ async def test_what_is_kept_of_a_call_is_bounded(broker: Broker) -> None:
         (consumers.get_tasks, pb.GetTasksRequest(request_id=long)),
         (consumers.get_tasks, pb.GetTasksRequest(worker=identity(worker_id=long))),
         (consumers.get_tasks, pb.GetTasksRequest(worker=identity(worker_id="w", hostname=long))),
+        (consumers.get_tasks, pb.GetTasksRequest(application=long)),
+        (consumers.get_tasks, pb.GetTasksRequest(application="a", namespaces=[long])),
         (consumers.extend_claims, pb.ExtendClaimsRequest(worker_id=long)),
         (consumers.release_tasks, pb.ReleaseTasksRequest(worker_id=long)),
     ):
@@ -416,8 +513,14 @@ async def test_what_is_kept_of_a_call_is_bounded(broker: Broker) -> None:
         assert code_of(refused) is grpc.StatusCode.INVALID_ARGUMENT
     many = pb.GetTasksRequest(application="a", namespaces=["n"] * 9_000, worker=identity(worker_id="w"))
     await broker.answered(consumers.get_tasks(many.SerializeToString()))
+    unknown = b"\xfa\x3e\x03abc"  # a field of number 1007
+    worker = identity(worker_id="w").SerializeToString() + unknown
+    await broker.answered(
+        consumers.get_tasks(many.SerializeToString() + b"\x32" + bytes([len(worker)]) + worker)
+    )
     (seen,) = consumers.roster.lately(broker.clock.mono)
     assert len(seen.namespaces) == NAMESPACES_SHOWN
+    assert seen.identity.SerializeToString() == identity(worker_id="w").SerializeToString()
 
 
 async def test_a_back_off_is_ten_years_at_most(broker: Broker) -> None:

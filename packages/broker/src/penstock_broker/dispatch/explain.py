@@ -74,9 +74,11 @@ class Explanation:
             self._say("running", text)
         else:
             self._say("claimed", f"{whom} has fetched it and has not said yet that it started it, {attempt}")
-        self._say(
-            "lease", f"its worker has to say within {span(row.lease_until - mono)} that it still has it"
-        )
+        within = span(row.lease_until - mono)
+        if row.tokenless:
+            self._say("lease", f"its client (taskbroker v1) has to report its outcome within {within}")
+        else:
+            self._say("lease", f"its worker has to say within {within} that it still has it")
 
     def _paused(self, row: Activation) -> None:
         queue = self._store.memory.index.pairs[row.pair]
@@ -173,6 +175,8 @@ class Explanation:
             text = f"how its last start ended: {outcome}"
         if outcome not in _ENDS:
             text += f"; if it is a dead letter: penstock dlq show {id}"
+            if outcome is not None:
+                text += "; if it is none, it was discarded, sent on, or cancelled or expired while it waited"
         self._say("finished", f"it has left this broker within the last {within}; {text}")
         if self._store.is_held(id_hash):
             self._say(

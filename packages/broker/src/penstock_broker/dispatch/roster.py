@@ -35,11 +35,14 @@ class Roster:
         worker = request.worker
         if not worker.worker_id:
             return
+        identity = consumer_pb2.WorkerIdentity()
+        identity.CopyFrom(worker)  # which is part of the request, and would keep all of it
+        identity.DiscardUnknownFields()
         # Whoever was seen last comes last.
         self._workers.pop(worker.worker_id, None)
         self._workers[worker.worker_id] = Seen(
             mono,
-            worker,
+            identity,
             request.application if request.HasField("application") else None,
             tuple(request.namespaces[:NAMESPACES_SHOWN]),
         )

@@ -11,17 +11,14 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from penstock_broker.dispatch.roster import Roster
-from penstock_broker.dispatch.waiting import Waiting, Wanted
-from penstock_broker.domain.activation import (
-    NO_SOURCE,
-    PROCESSING,
-    Activation,
-    hash_id,
-)
+from penstock_broker.dispatch.waiting import ANSWER_SECONDS_MAX, Waiting, Wanted, still_claimed
+from penstock_broker.domain.activation import Activation, hash_id
 from penstock_broker.domain.lifecycle import COMPLETE, Event
 from penstock_broker.domain.token import decode_token, encode_parts
 from penstock_broker.store.batch import Answer, Report
+from penstock_broker.store.database import DiskFailing
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.writer import StoreStopped
 from penstock_broker.wire import FIELDS_MAX, has_too_many_fields
 from penstock_protocol.v1 import activation_pb2, consumer_pb2, raw_pb2
 
@@ -73,8 +70,9 @@ class Consumers:
         self.waiting = waiting
         self.roster = Roster()
         self._nonce = store.database.nonce
-        # request id -> claims it was answered with, for a worker whose answer was lost.
-        self._answered: dict[str, list[tuple[int, int]]] = {}
+        # request id -> when (monotonic ms), and the claims it was answered with, for a worker whose answer
+        # was lost. The oldest first.
+        self._answered: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
     # -- taskbroker v1: one task a call, no tokens
 
@@ -96,8 +94,12 @@ class Consumers:
             return []
         rows = self.waiting.claim(_wanted(asked), 1, tokenless=True)
         if rows and rows[0].at_most_once:
-            await self._durable(rows)
-        return _still_claimed(rows)
+            try:
+                await self.waiting.make_durable(rows, ANSWER_SECONDS_MAX)
+            except (TimeoutError, StoreStopped, DiskFailing):
+                # With it may go the answer to a report, which is accepted and must not be repeated.
+                return []
+        return still_claimed(rows)
 
     async def set_task_status(self, request: bytes) -> bytes:
         report = parse(consumer_pb2.SetTaskStatusRequest, request)
@@ -134,7 +136,10 @@ class Consumers:
         asked = parse(consumer_pb2.GetTasksRequest, request)
         worker = asked.worker
         _bounded(asked.request_id, worker.worker_id, worker.hostname, worker.version)
-        self.roster.asked(asked, self.store.clock.mono_ms())
+        _bounded(asked.application, *asked.namespaces)
+        mono = self.store.clock.mono_ms()
+        self.roster.asked(asked, mono)
+        self._forget_answers(mono)
         if asked.namespaces and not asked.HasField("application"):
             raise Refused(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -149,9 +154,7 @@ class Consumers:
                 min(asked.wait_ms / 1000, WAIT_SECONDS_MAX),
                 asked.worker.worker_id,
             )
-            if any(row.at_most_once for row in rows):
-                await self._durable(rows)
-            rows = _still_claimed(rows)
+            rows = still_claimed(rows)
         response = raw_pb2.RawGetTasksResponse(lease_ms=self.store.limits.lease_ms)
         if rows:
             self._remember(asked.request_id, rows)
@@ -177,16 +180,23 @@ class Consumers:
     def _remember(self, request_id: str, rows: Sequence[Activation]) -> None:
         if not request_id:
             return
-        self._answered[request_id] = [(row.seq, row.claim) for row in rows]
-        while len(self._answered) > TASKS_MAX:
+        self._answered.pop(request_id, None)
+        self._answered[request_id] = (self.store.clock.mono_ms(), [(row.seq, row.claim) for row in rows])
+        if len(self._answered) > TASKS_MAX:
             del self._answered[next(iter(self._answered))]
+
+    def _forget_answers(self, mono: int) -> None:
+        """Those whose claims have come back, should they have been lost."""
+        before = mono - 2 * self.store.limits.lease_ms
+        while self._answered and self._answered[first := next(iter(self._answered))][0] < before:
+            del self._answered[first]
 
     async def _claimed_before(self, request_id: str) -> list[Activation]:
         """The claims a repeated request was answered with, as far as they are still held."""
         answered = self._answered.get(request_id) if request_id else None
         if answered is None:
             return []
-        return await self.store.claimed_again(answered)
+        return await self.store.claimed_again(answered[1])
 
     async def set_task_statuses(self, request: bytes) -> bytes:
         reports = parse(consumer_pb2.SetTaskStatusesRequest, request)
@@ -249,25 +259,6 @@ class Consumers:
 
     # -- what must be true before an answer leaves
 
-    async def _durable(self, rows: Sequence[Activation]) -> None:
-        """At-most-once claims are in the rows, and in the ledger, before they are handed out."""
-        self.store.start_leases(rows, round(COVER_SECONDS_MAX * 1000))
-        try:
-            async with asyncio.timeout(COVER_SECONDS_MAX):
-                from_log = any(row.at_most_once and row.source != NO_SOURCE for row in rows)
-                durable = self.store.recorded() if from_log else self.store.committed()
-                await self.store.answerable(durable)
-        except TimeoutError:
-            self.store.release(rows)
-            raise Refused(
-                grpc.StatusCode.UNAVAILABLE,
-                "Kafka does not acknowledge the claim of an at-most-once task: repeat the call",
-            ) from None
-        except BaseException:
-            self.store.release(rows)
-            raise
-        self.store.start_leases(_still_claimed(rows))
-
     async def _finish(
         self, settled: Sequence[Answer | Report], ids: Sequence[int], *, by_id: bool = False
     ) -> list[consumer_pb2.OutcomeAnswer]:
@@ -323,18 +314,13 @@ def parse(kind: type[M], request: bytes) -> M:
 
 
 def _bounded(*names: str) -> None:
-    """Raises Refused for names of calls and workers, which are kept, that are longer than any."""
+    """Raises Refused for names in calls, which are kept, that are longer than any."""
     if any(len(name) > NAME_CHARS_MAX for name in names):
         raise Refused(
             grpc.StatusCode.INVALID_ARGUMENT,
-            f"the request's id and what a worker is called have at most {NAME_CHARS_MAX} characters",
+            f"the request's id, what a worker is called, and what it asks for have at most {NAME_CHARS_MAX}"
+            " characters each",
         )
-
-
-def _still_claimed(rows: Sequence[Activation]) -> list[Activation]:
-    """Without those that were cancelled, became another broker's, or lost their lease, before they could be
-    handed out."""
-    return [row for row in rows if row.status is PROCESSING]
 
 
 def _body(row: Activation) -> bytes:
@@ -342,7 +328,9 @@ def _body(row: Activation) -> bytes:
     body = row.body or b""
     if not row.attempts:
         return body
-    state = activation_pb2.RetryState(attempts=row.attempts, max_attempts=row.max_attempts)
+    state = activation_pb2.RetryState(
+        attempts=row.attempts, max_attempts=row.max_attempts, delay_on_retry=row.retry_delay_ms // 1000
+    )
     return body + activation_pb2.TaskActivation(retry_state=state).SerializeToString()
 
 

@@ -128,10 +128,25 @@ class Report:
     retry_delay_ms: int | None = None
     max_attempts: int | None = None
     error: str | None = None
+    # Only if the row was last claimed before this epoch.
+    before_epoch: int | None = None
     # Filled by the tick: the row as it was, what it became, and the answer.
     row: Activation | None = None
     change: Change | None = None
     answer: Answer = Answer.STALE
+
+    def may_meet(self, row: Activation) -> bool:
+        """Whether ``row``, under the claim that it names, is in a state that this is for."""
+        before = self.before_epoch
+        return row.status in self.only and (before is None or row.claim_epoch < before)
+
+
+def keep_said(row: Activation, max_attempts: int | None, retry_delay_ms: int | None) -> None:
+    """What a taskbroker v1 client says with a retry is the row's from then on."""
+    if max_attempts is not None:
+        row.max_attempts = max_attempts
+    if retry_delay_ms is not None:
+        row.retry_delay_ms = retry_delay_ms
 
 
 @dataclass(slots=True)

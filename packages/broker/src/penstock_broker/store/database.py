@@ -29,6 +29,7 @@ from penstock_broker.store.batch import (
     PageRequest,
     Report,
     Written,
+    keep_said,
     move,
     repeated,
     wake_at,
@@ -546,11 +547,11 @@ class Database:
         if report.claim is not None and report.claim != row.claim:
             report.answer = repeated(row, report.claim, report.epoch, outcome)
             return
-        if row.status not in report.only:
+        if not report.may_meet(row):
             return
-        if report.max_attempts is not None:
-            row.max_attempts = report.max_attempts
-        if report.claim is not None:
+        if report.claim is None:
+            keep_said(row, report.max_attempts, report.retry_delay_ms)
+        else:
             row.claim_epoch = report.epoch
         try:
             change = decide(row, report.event, report.now, self.limits, report.retry_delay_ms)

@@ -30,7 +30,7 @@ from penstock_broker.domain.activation import (
 from penstock_broker.domain.conflict import in_conflict, refuse_conflict
 from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store.batch import Answer, Report, repeated
+from penstock_broker.store.batch import Answer, Report, keep_said, repeated
 from penstock_broker.store.control import Control
 from penstock_broker.store.database import Database
 from penstock_broker.store.finished import (
@@ -56,7 +56,8 @@ T = TypeVar("T")
 # A sequence number is the boot epoch and a count: unique over restarts without being stored.
 SEQ_BITS = 36
 PAIRS_MAX = 10_000
-# Rows that one claim passes over because the worker has given them back; beyond it gets them again.
+# Rows that one claim passes over because the worker has given them back (beyond it gets them again), or
+# because they may start at most once (beyond it gets no others).
 PASSED_ROWS_MAX = 64
 # A namespace of which nothing has met the overflow for so long is out of it.
 OVERFLOW_CALM_MS = 10_000
@@ -359,12 +360,13 @@ class Inflight:
         bytes_max: int,
         worker: str = "",
         tokenless: bool = False,
+        at_most_once: bool = True,
     ) -> list[Activation]:
         """Claim the next rows for a worker, but for what it gave back as unknown within the last minute.
         Their lease starts now.
 
-        A row whose ``at_most_once`` is set may be handed out once ``committed`` resolves. The caller
-        drops the body of a row when it has been sent.
+        A row whose ``at_most_once`` is set may be handed out once ``committed`` resolves; without
+        ``at_most_once`` such rows are passed over. The caller drops the body of a row when it has been sent.
         """
         claimed: list[Activation] = []
         if not self.claiming or self.writer.trouble is not None:
@@ -375,7 +377,7 @@ class Inflight:
             look(mono)
         memory.index.ask(application, namespaces, mono)
         passed: list[Activation] = []
-        while len(claimed) < rows_max and bytes_max > 0:
+        while len(claimed) < rows_max and bytes_max > 0 and (at_most_once or len(passed) < PASSED_ROWS_MAX):
             taken = memory.index.take(application, namespaces, rows_max - len(claimed), bytes_max)
             if not taken:
                 break
@@ -386,6 +388,9 @@ class Inflight:
                     continue
                 if not memory.partitions.may_start(row):
                     memory.hold_back(row)
+                    continue
+                if row.at_most_once and not at_most_once:
+                    passed.append(row)
                     continue
                 given_back = row.given_back_at is not None and len(passed) < PASSED_ROWS_MAX
                 if given_back and self.refusals.by(row.seq, worker, mono):
@@ -513,19 +518,28 @@ class Inflight:
             return Answer.UNKNOWN
         seq = entry >> CONTENT_BITS
         row = self.memory.resident.get(seq)
-        forgotten = seq >> SEQ_BITS < self.epoch
+        # It was here at the start, and none has claimed it since: a restart may have lost its claim.
+        before = None if event is Event.COMPLETE else self.epoch
         if row is None:
-            if event is not Event.COMPLETE and not forgotten:
+            if before is not None and seq >> SEQ_BITS >= before:
                 return Answer.STALE
             only = frozenset((PENDING,))
-            outcome = OUTCOMES[event]
-            return self._report(Report(event, now, seq, None, 0, outcome, only, retry_delay_ms, max_attempts))
-        if event is not Event.COMPLETE:
-            restored = row.status is PROCESSING and row.claim_epoch < self.epoch
-            if not (row.tokenless or restored or (row.status is PENDING and forgotten)):
-                return Answer.STALE
-        if max_attempts is not None:
-            row.max_attempts = max_attempts
+            return self._report(
+                Report(
+                    event,
+                    now,
+                    seq,
+                    outcome=OUTCOMES[event],
+                    only=only,
+                    retry_delay_ms=retry_delay_ms,
+                    max_attempts=max_attempts,
+                    before_epoch=before,
+                )
+            )
+        forgotten = before is not None and max(row.claim_epoch, seq >> SEQ_BITS) < before
+        if before is not None and not (row.tokenless or forgotten):
+            return Answer.STALE
+        keep_said(row, max_attempts, retry_delay_ms)
         self.memory.change(row, event, now, retry_delay_ms, outcome=OUTCOMES[event])
         return Answer.APPLIED
 

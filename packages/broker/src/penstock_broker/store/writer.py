@@ -22,6 +22,7 @@ from penstock_broker.store.batch import (
     Batch,
     PageRequest,
     Written,
+    keep_said,
     repeated,
     wake_at,
 )
@@ -37,6 +38,8 @@ PAGE_BYTES_MAX = 4 * 1024 * 1024
 # A tick that the disk did not take is written again after pauses between these.
 RETRY_SECONDS_MIN = 0.05
 RETRY_SECONDS_MAX = 1.0
+# No disk that works takes so long for a tick.
+TICK_MS_MAX = 10_000
 # After two ticks for which together so many waited, the next one gathers for so long.
 GATHER_FOR, GATHER_SECONDS = 5, 0.001
 
@@ -89,6 +92,8 @@ class Writer:
         self._gathered: list[asyncio.Future[None]] = []
         self._writing: list[asyncio.Future[None]] | None = None
         self._waking = False
+        # When the tick that is being written began (monotonic ms); None: there is none.
+        self._began_at: int | None = None
         # How many waited for each of the last two ticks, and when the last one ended (monotonic ms).
         self._told, self._told_at = (0, 0), 0
         # Called after each commit.
@@ -156,6 +161,11 @@ class Writer:
             future.set_result(None)
         return future
 
+    def hangs(self) -> bool:
+        """Whether the disk has not answered for longer than one that works."""
+        began_at = self._began_at
+        return began_at is not None and self._memory.clock.mono_ms() - began_at > TICK_MS_MAX
+
     def answerable(self, durable: Awaitable[None]) -> asyncio.Future[None]:
         """``durable``, but raises DiskFailing as soon as the disk fails."""
         future = durable if isinstance(durable, asyncio.Future) else _future_of(durable)
@@ -184,14 +194,14 @@ class Writer:
         """Write what has gathered in one transaction, then let out what depended on it."""
         batch, arrivals = self._gather()
         waiting, self._gathered = self._gathered, []
-        self._writing = waiting
+        self._writing, self._began_at = waiting, self._memory.clock.mono_ms()
         try:
             written = await self._write(batch)
             self._release(batch, written)
         except BaseException:
             self._fail([*waiting, *(arrival.stored for arrival in arrivals)])
             raise
-        self._writing = None
+        self._writing = self._began_at = None
         for future in (*(arrival.stored for arrival in arrivals), *waiting):
             if not future.done():
                 future.set_result(None)
@@ -269,11 +279,11 @@ class Writer:
                 batch.reports.append(report)
             elif report.claim not in (None, row.claim):
                 report.answer = repeated(row, report.claim or 0, report.epoch, report.outcome)
-            elif row.status in report.only:
-                if report.claim is not None:
+            elif report.may_meet(row):
+                if report.claim is None:
+                    keep_said(row, report.max_attempts, report.retry_delay_ms)
+                else:
                     row.claim_epoch = report.epoch
-                if report.max_attempts is not None:
-                    row.max_attempts = report.max_attempts
                 self._memory.change(
                     row, report.event, report.now, report.retry_delay_ms, report.error, report.outcome
                 )
