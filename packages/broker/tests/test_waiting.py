@@ -258,6 +258,24 @@ async def test_a_call_does_not_wait_for_the_ledger_for_ever_and_the_next_has_wha
     check_store(store)
 
 
+async def test_what_is_ready_is_handed_out_in_place_of_claims_that_are_lost(
+    store: Inflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting_module, "ANSWER_SECONDS_MAX", 0)
+    waiting, ledger = Waiting(store, 1 << 20), SlowLedger(store)
+    await from_log(store, once=2)
+    assert await waiting.wait(ANY, 2, 0, "w") == []
+    await ledger.under_way()
+    ledger.write()
+    monkeypatch.setattr(waiting_module, "ANSWER_SECONDS_MAX", 30)
+    assert ids(await waiting.wait(ANY, 1, 0, "w")) == ["once 0"]
+    store.clock.advance(store.limits.lease_ms * 10)  # type: ignore[attr-defined]
+    assert store.lapse(store.clock.mono_ms()) == 2
+    await insert(store, "a")
+    assert ids(await waiting.wait(ANY, 2, 0, "w")) == ["a"]
+    waiting.close()
+
+
 @pytest.mark.parametrize("why", ["its worker does not ask again", "the ledger does not take it"])
 async def test_at_most_once_claims_that_are_not_handed_out_go_back(
     store: Inflight, monkeypatch: pytest.MonkeyPatch, why: str

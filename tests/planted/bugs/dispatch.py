@@ -526,6 +526,14 @@ BUGS = (
         tests=(BROKER + "test_rpc.py::test_an_unsigned_call_is_refused_before_it_is_parsed",),
     ),
     Bug(
+        "claims that are lost are an answer",
+        "nobody blocks anybody",
+        "broker/dispatch/waiting.py",
+        old="            if rows:\n                self._store.start_leases(rows)\n                return rows\n            once = None\n",
+        new="            self._store.start_leases(rows)\n            return rows\n",
+        tests=(WAITING + "test_what_is_ready_is_handed_out_in_place_of_claims_that_are_lost",),
+    ),
+    Bug(
         "a report by id that is repeated is answered before cover",
         "what one broker acknowledged, no other runs again",
         "broker/dispatch/service.py",

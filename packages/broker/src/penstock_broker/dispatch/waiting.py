@@ -93,12 +93,15 @@ class Waiting:
         """What may be handed out now."""
         once = self._once.get((wanted, worker))
         if once is not None and once.durable:
-            rows, once.rows = still_claimed(once.rows[:rows_max]), once.rows[rows_max:]
+            ready = still_claimed(once.rows)
+            rows, once.rows = ready[:rows_max], ready[rows_max:]
             if not once.rows:
                 del self._once[wanted, worker]
                 once.task.cancel()
-            self._store.start_leases(rows)
-            return rows
+            if rows:
+                self._store.start_leases(rows)
+                return rows
+            once = None
         rows = self.claim(wanted, rows_max, worker, at_most_once=once is None)
         if once is None and any(row.at_most_once for row in rows):
             self._keep(wanted, worker, [row for row in rows if row.at_most_once])
