@@ -19,6 +19,7 @@ from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.leases import BUCKET_MS
 from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.partitions import Source
 
 BYTES = 1 << 22
 
@@ -513,6 +514,33 @@ async def test_rows_that_are_dropped_while_they_are_read_leave_nobody_behind_the
     store.database.close()
 
 
+async def test_what_is_dropped_while_it_is_stored_leaves_nobody_behind_it_stuck(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    dropping: list[Callable[[], object]] = []
+
+    async def write_and_drop(write: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = write(batch)
+        if dropping:
+            dropping.pop()()
+        return written
+
+    limits = StoreLimits(window_rows_max=2)
+    store = Inflight(Database(tmp_path / "store.sqlite", limits.lifecycle, 0), clock, limits, write_and_drop)
+    goes, stays = store.source("tasks", 0), store.source("tasks", 1)
+    others = [activation(name, clock, namespace=name) for name in ("b", "c", "d")]
+    await insert(store, *others)  # nobody claims them: memory is full
+    dropping.append(lambda: store.drop_uncovered(goes, 0))
+    first = activation("first", clock, source=goes.id, offset=0)
+    await insert(
+        store, first, activation("behind", clock, source=stays.id, offset=0), taken={goes.id: 1, stays.id: 1}
+    )
+    assert ids(claim(store, 9, "pay")) == ["behind"]
+    await settle_down(store)
+    check_store(store)
+    store.database.close()
+
+
 async def test_turns_are_kept_from_call_to_call(store: Inflight, clock: ManualClock) -> None:
     """A worker that fetches one task at a time serves its namespaces in turn all the same."""
     for namespace in ("x", "y", "z"):
@@ -665,6 +693,80 @@ async def test_what_is_read_again_from_further_back_is_not_covered(
     for row in claim(store, 2):
         await settled(store, token_of(store, row), Event.COMPLETE)
     assert store.is_held(again.id_hash)
+
+
+async def range_that_is_set_back(store: Inflight, clock: ManualClock) -> tuple[Source, list[Activation]]:
+    """Ten rows were covered, all but the last two are claimed, and the group's offset is set to the sixth."""
+    source = store.source("tasks", 0)
+    await insert(store, *set_back_rows(source, clock, 0), taken={source.id: 10})
+    store.cover(source, 10)
+    claimed = claim(store, 8)
+    await settle_down(store)
+    store.begin_range(source, 5)
+    await settle_down(store)
+    return source, claimed
+
+
+def set_back_rows(source: Source, clock: ManualClock, start: int) -> list[Activation]:
+    """The last but one starts at most once."""
+    return [
+        activation(str(n), clock, source=source.id, offset=n, at_most_once=n == 8) for n in range(start, 10)
+    ]
+
+
+async def test_what_was_covered_before_the_offset_was_set_back_is_answered(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source, claimed = await range_that_is_set_back(store, clock)
+    for event in (Event.COMPLETE, Event.COMPLETE):
+        await settled(store, token_of(store, claimed[7]), event)
+        told = asyncio.ensure_future(store.covered([claimed[7].id_hash]))
+        await steps()
+        assert told.done()
+        assert told.result() == [True]
+        # And once more when all is read, and covered, again.
+        await insert(store, *set_back_rows(source, clock, 5), taken={source.id: 10})
+        store.cover(source, 10)
+        await settle_down(store)
+        check_store(store)
+
+
+async def test_what_was_covered_before_the_offset_was_set_back_stays_when_the_partition_goes(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source, claimed = await range_that_is_set_back(store, clock)
+    assert ids(claim(store, 9)) == ["9"], "what starts at most once may start elsewhere now"
+    await settled(store, token_of(store, claimed[7]), Event.FAIL)
+    store.drop_uncovered(source, 5)
+    await settle_down(store)
+    check_store(store)
+    letters = await take_outbox(store)
+    assert ids(letters) == ["7"]
+    store.outbox.forwarded(letters)
+    # It comes back.
+    store.begin_range(source, 5)
+    await insert(store, *set_back_rows(source, clock, 5), taken={source.id: 10})
+    assert not claim(store, 9)
+    store.cover(source, 10)
+    assert ids(claim(store, 9)) == ["8"]
+    await settle_down(store)
+    check_store(store)
+
+
+async def test_what_was_not_covered_before_the_log_began_further_back_is_not_after_it(
+    store: Inflight, clock: ManualClock
+) -> None:
+    """A log that lost its end is read from its beginning."""
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(4)]
+    await insert(store, *rows, taken={source.id: 4})
+    store.cover(source, 2)
+    store.begin_range(source, 0)
+    for row in claim(store, 4):
+        await settled(store, token_of(store, row), Event.FAIL)
+    assert [store.is_held(row.id_hash) for row in rows] == [False, False, True, True]
+    check_store(store)
+    assert ids(await take_outbox(store)) == ["0", "1"]
 
 
 # -- the order of hand-out
