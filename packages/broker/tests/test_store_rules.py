@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from store_helpers import ManualClock, activation, check_store, open_store, sett
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store import database, inflight, writer
+from penstock_broker.store import database, finished, inflight, writer
 from penstock_broker.store.batch import Answer, Batch, Report, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
@@ -182,6 +183,82 @@ async def test_no_more_ids_are_remembered_than_the_bound(tmp_path: Path, clock: 
         await settle_down(store)
     assert len(store.memory.finished) <= 80 * 9 // 8
     assert all(is_known(store, f"{n}-{i}") for n in range(12, 20) for i in range(10))
+    store.database.close()
+
+
+@pytest.mark.parametrize("limits", [StoreLimits(dedup_ids_max=8), StoreLimits(dedup_window_ms=5)])
+async def test_a_small_bound_of_ids_holds_at_any_time_and_after_a_restart(
+    tmp_path: Path, clock: ManualClock, limits: StoreLimits
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    for n in range(300):
+        clock.advance(100)
+        await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+        # However few they are, a look-up goes through few buckets.
+        assert len(store.memory.finished._buckets) <= finished.BUCKETS + 1
+    for _ in range(2):
+        assert is_known(store, "299")
+        assert not is_known(store, "190")
+        clock.advance(1)
+        store = reopen(store, clock, limits)
+        limits = dataclasses.replace(limits, dedup_window_ms=3_600_000, dedup_ids_max=8)
+    assert len(store.memory.finished) <= 9
+    store.database.close()
+
+
+async def test_ids_are_forgotten_in_time_after_the_clock_was_ahead(tmp_path: Path, clock: ManualClock) -> None:
+    """Of a broker that has a row of that time still."""
+    limits = StoreLimits(dedup_window_ms=8_000, dedup_ids_max=800)
+    ahead = ManualClock(clock.wall + 86_400_000)
+    store = open_store(tmp_path / "store.sqlite", ahead, limits)
+    await insert(store, activation("waits", ahead, namespace="other"))
+    store = reopen(store, clock, limits)
+    for n in range(60):
+        await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+        clock.advance(500)
+        store.forget_finished()
+        await settle_down(store)
+    assert store.database.connection.execute("SELECT count(*) FROM finished").get <= 20
+    for _ in range(2):
+        assert all(is_known(store, str(n)) for n in range(45, 60))
+        assert not any(is_known(store, str(n)) for n in range(40))
+        store = reopen(store, clock, limits)
+    store.database.close()
+
+
+async def test_what_was_finished_while_the_clock_was_ahead_is_in_nobodys_way(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    limits = StoreLimits(dedup_window_ms=8_000, dedup_ids_max=80)
+    ahead = ManualClock(clock.wall + 86_400_000)
+    store = open_store(tmp_path / "store.sqlite", ahead, limits)
+    for n in range(30):
+        await insert(store, activation(f"ahead-{n}", ahead, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+    store = reopen(store, clock, limits)
+    for n in range(60):
+        await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+        clock.advance(500)
+        store.forget_finished()
+        await settle_down(store)
+    for _ in range(2):
+        assert all(is_known(store, str(n)) for n in range(45, 60))
+        store = reopen(store, clock, limits)
+    store.database.close()
+
+
+async def test_what_was_dropped_after_the_clock_was_ahead_is_new_when_it_comes_again(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    ahead = ManualClock(clock.wall + 86_400_000)
+    store = open_store(tmp_path / "store.sqlite", ahead)
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", ahead, source=source.id, offset=0), taken={source.id: 1})
+    await settled(store, token_of(store, claim(store)[0]), Event.COMPLETE)
+    store = reopen(store, clock)
+    store.drop_uncovered(store.source("tasks", 0), 0)
+    await settle_down(store)
+    store = reopen(store, clock)
+    assert not is_known(store, "a")
     store.database.close()
 
 

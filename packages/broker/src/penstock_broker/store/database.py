@@ -452,7 +452,7 @@ class Database:
 
     def _write(self, batch: Batch, written: Written) -> None:
         c = self.connection
-        self._damaged, self._stamp = [], batch.stamp
+        self._damaged, self._now = [], batch.now
         if batch.new_pairs:
             c.executemany("INSERT INTO pair (pair, application, namespace) VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
@@ -471,7 +471,7 @@ class Database:
         if batch.rows:
             self._insert(batch.rows)
         if batch.finished:
-            c.execute("INSERT INTO finished VALUES (?, ?)", (batch.stamp, array("q", batch.finished)))
+            c.execute("INSERT INTO finished VALUES (?, ?)", (batch.now, array("q", batch.finished)))
         for call in batch.calls:
             call(self)
         if batch.books:
@@ -653,7 +653,7 @@ class Database:
                 "SELECT pair, status, size FROM activation WHERE seq = ?", (seq,)
             ).fetchall(),
         )
-        quarantine(self.connection, [seq], why, self._stamp)
+        quarantine(self.connection, [seq], why, self._now)
         self._damaged.append(Damaged(seq, pair, status, size))
 
     def spilled_before(self, pair: int, ready_at: int, limit: int) -> list[int]:
@@ -761,8 +761,8 @@ class Database:
         return self.connection.execute("SELECT max(ready_at) FROM activation WHERE status = 1").get or 0
 
     def finished(self) -> Iterator[tuple[int, bytes]]:
-        """(time, packed entries), oldest first."""
-        return iter(self.connection.execute("SELECT at, entries FROM finished ORDER BY at, rowid"))
+        """(time, packed entries), in the order in which they were stored: of one id the last counts."""
+        return iter(self.connection.execute("SELECT at, entries FROM finished ORDER BY rowid"))
 
     def forget_finished(self, before: int) -> None:
         self.connection.execute("DELETE FROM finished WHERE at < ?", (before,))
