@@ -235,13 +235,13 @@ async def test_what_was_finished_while_the_clock_was_ahead_is_in_nobodys_way(
     for n in range(30):
         await insert(store, activation(f"ahead-{n}", ahead, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
     store = reopen(store, clock, limits)
-    for n in range(60):
+    for n in range(16):
         await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
         clock.advance(500)
         store.forget_finished()
         await settle_down(store)
     for _ in range(2):
-        assert all(is_known(store, str(n)) for n in range(45, 60))
+        assert all(is_known(store, str(n)) for n in range(16))
         store = reopen(store, clock, limits)
     store.database.close()
 
