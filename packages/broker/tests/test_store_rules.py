@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
@@ -235,13 +236,13 @@ async def test_what_was_finished_while_the_clock_was_ahead_is_in_nobodys_way(
     for n in range(30):
         await insert(store, activation(f"ahead-{n}", ahead, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
     store = reopen(store, clock, limits)
-    for n in range(16):
+    for n in range(15):
         await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
         clock.advance(500)
         store.forget_finished()
         await settle_down(store)
     for _ in range(2):
-        assert all(is_known(store, str(n)) for n in range(16))
+        assert all(is_known(store, str(n)) for n in range(15))
         store = reopen(store, clock, limits)
     store.database.close()
 
@@ -928,6 +929,28 @@ async def test_what_is_dropped_is_in_the_books_when_its_rows_are_gone(
     store = open_store(tmp_path / "store.sqlite", clock)
     assert store.memory.rows == store.imbalance() == 0
     store.database.close()
+
+
+async def test_what_is_dropped_is_not_read_with_its_bodies(
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a partition's uncovered rows go at once."""
+    loaded: list[Activation] = []
+    load = Database.load
+
+    def remembering(*args: Any, **kwargs: Any) -> list[Activation]:
+        loaded.extend(rows := load(*args, **kwargs))
+        return rows
+
+    monkeypatch.setattr(Database, "load", remembering)
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n, body=b"x" * 2000) for n in range(3)]
+    await insert(store, *rows, taken={source.id: 3})
+    dropped = store.drop_uncovered(source, 0)
+    await settle_down(store)
+    assert await dropped == 3
+    assert not any(row.body for row in loaded)
+    check_store(store)
 
 
 # -- the outbox

@@ -1102,6 +1102,50 @@ BUGS = (
     ),
     # -- damage
     Bug(
+        "a wrong size is not noticed at the start",
+        "a flipped bit is found",
+        "broker/store/soundness.py",
+        old="size = coalesce(length(body), {LARGE_SIZE if thorough else 'size'})",
+        new="TRUE",
+        tests=(BROKER + "test_damage.py::test_a_row_with_an_impossible_column_does_not_stop_the_start",),
+    ),
+    Bug(
+        "what a row says of its size is believed",
+        "the intake pauses at its limit in bytes, and only there",
+        "broker/store/database.py",
+        old="size=size if body is None else len(body),",
+        new="size=size,",
+        tests=(
+            BROKER + "test_damage.py::test_what_a_row_says_of_its_size_while_a_broker_runs_is_not_believed",
+        ),
+    ),
+    Bug(
+        "what a damaged row says of its size is believed",
+        "the intake pauses at its limit in bytes, and only there",
+        "broker/store/database.py",
+        old="coalesce(length(body), {LARGE_SIZE}, size) FROM activation",
+        new="size FROM activation",
+        tests=(
+            BROKER + "test_damage.py::test_what_a_row_says_of_its_size_while_a_broker_runs_is_not_believed",
+        ),
+    ),
+    Bug(
+        "a damaged row lifts the bound of its page",
+        "memory is bounded in bytes",
+        "broker/store/database.py",
+        old="            if size >= bytes_max:\n                break\n            try:\n",
+        new="            try:\n",
+        tests=(BROKER + "test_damage.py::test_a_page_is_bounded_in_bytes_also_where_a_row_is_damaged",),
+    ),
+    Bug(
+        "what is dropped is read with all its bodies",
+        "memory is bounded in bytes",
+        "broker/store/inflight.py",
+        old="database.load(seqs, bodies=False)",
+        new="database.load(seqs)",
+        tests=(RULES + "test_what_is_dropped_is_not_read_with_its_bodies",),
+    ),
+    Bug(
         "a claim is handed out once more whatever became of its row",
         "what changed on the disk is never handed out",
         "broker/store/database.py",

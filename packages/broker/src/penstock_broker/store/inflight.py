@@ -716,7 +716,7 @@ class Inflight:
         batch = memory.batch
 
         def delete(database: Database) -> None:
-            rows[:] = database.load(seqs)
+            rows[:] = database.load(seqs, bodies=False)
             database.delete(seqs, seqs)
             for row in rows:
                 batch.count(row.pair, "dropped")
