@@ -207,7 +207,9 @@ async def test_a_small_bound_of_ids_holds_at_any_time_and_after_a_restart(
     store.database.close()
 
 
-async def test_ids_are_forgotten_in_time_after_the_clock_was_ahead(tmp_path: Path, clock: ManualClock) -> None:
+async def test_ids_are_forgotten_in_time_after_the_clock_was_ahead(
+    tmp_path: Path, clock: ManualClock
+) -> None:
     """Of a broker that has a row of that time still."""
     limits = StoreLimits(dedup_window_ms=8_000, dedup_ids_max=800)
     ahead = ManualClock(clock.wall + 86_400_000)

@@ -1020,7 +1020,8 @@ BUGS = (
         "an offset that is set back uncovers what was covered",
         "a repeated report gets the answer of the first",
         "broker/store/partitions.py",
-        old="        if source.is_covered(row.offset, row.seq):\n            return False\n",
+        old="        if row.seq < source.set_back_seq and source.is_covered(row.offset, row.seq):\n"
+        "            return False\n",
         new="",
         tests=(RULES + "test_what_was_covered_before_the_offset_was_set_back_is_answered",),
     ),
@@ -1030,9 +1031,7 @@ BUGS = (
         "broker/store/partitions.py",
         old="frozenset(seq for _, seq, _ in self.uncovered)",
         new="frozenset()",
-        tests=(
-            RULES + "test_what_was_not_covered_before_the_log_began_further_back_is_not_after_it",
-        ),
+        tests=(RULES + "test_what_was_not_covered_before_the_log_began_further_back_is_not_after_it",),
     ),
     Bug(
         "what may not start yet is lost when its partition goes",
@@ -1040,9 +1039,7 @@ BUGS = (
         "broker/store/partitions.py",
         old="for row in source.held_starts if row.seq not in seqs]",
         new="for row in source.held_starts if row.offset < boundary]",
-        tests=(
-            RULES + "test_what_was_covered_before_the_offset_was_set_back_stays_when_the_partition_goes",
-        ),
+        tests=(RULES + "test_what_was_covered_before_the_offset_was_set_back_stays_when_the_partition_goes",),
     ),
     Bug(
         "an outcome of what is only in the file is not held over a restart",

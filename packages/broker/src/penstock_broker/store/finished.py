@@ -126,7 +126,10 @@ class Finished:
             entries.pop(id_hash, None)
 
     def load(self, now: int, entries: Iterable[tuple[int, bytes]]) -> list[tuple[int, int]]:
-        """Fill from stored (time, packed pairs), in the order in which they were stored. The (id hash, position) among them."""
+        """Fill from stored (time, packed pairs), in the order in which they were stored.
+
+        Returns the (id hash, position) among them.
+        """
         positions: list[tuple[int, int]] = []
         for at, packed in entries:
             if at > now - self.window_ms:

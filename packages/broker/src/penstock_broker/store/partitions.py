@@ -122,7 +122,7 @@ class Partitions:
         """A row was reported on: until it is covered, answers wait. Whether they do."""
         if row.source == NO_SOURCE or row.offset < (source := self._sources[row.source]).covered:
             return False
-        if source.is_covered(row.offset, row.seq):
+        if row.seq < source.set_back_seq and source.is_covered(row.offset, row.seq):
             return False
         if row.id_hash in self._dropped:
             # While the tick with the report was written.
