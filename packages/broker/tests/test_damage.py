@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 from pathlib import Path
@@ -24,7 +25,7 @@ from store_helpers import (
 )
 
 from penstock_broker.config import Settings
-from penstock_broker.domain.activation import Route, Status
+from penstock_broker.domain.activation import Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError
 from penstock_broker.server import open_store as open_store_of
@@ -202,7 +203,16 @@ async def test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged(tmp_
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("status", 9), ("pair", 77), ("source", 5), ("attempts", -1), ("id", b"\xff\xfe"), ("ready_at", -1)],
+    [
+        ("status", 9),
+        ("pair", 77),
+        ("source", 5),
+        ("attempts", -1),
+        ("id", b"\xff\xfe"),
+        ("ready_at", -1),
+        ("size", 1 << 36),
+        ("size", 1),
+    ],
 )
 async def test_a_row_with_an_impossible_column_does_not_stop_the_start(
     tmp_path: Path, column: str, value: object
@@ -222,6 +232,42 @@ async def test_a_row_with_an_impossible_column_does_not_stop_the_start(
     check_store(store)
     assert store.memory.quarantined == 1
     assert store.memory.counts[1][Status.PENDING] == 0
+    store.database.close()
+
+
+@pytest.mark.parametrize("size", [300, 3000])
+@pytest.mark.parametrize("wrong", ["size", "size = 1 << 36, taskname"])
+async def test_what_a_row_says_of_its_size_while_a_broker_runs_is_not_believed(
+    tmp_path: Path, size: int, wrong: str
+) -> None:
+    """The limit in bytes would never be reached again, or always."""
+    clock = ManualClock()
+    store = open_store(tmp_path / "store.sqlite", clock, dataclasses.replace(LIMITS, window_rows_max=1))
+    await insert(store, [activation(f"t{i}", clock, body=os.urandom(size)) for i in range(4)])
+    store.database.connection.execute(f"UPDATE activation SET {wrong} = 1 << 36 WHERE id IN ('t2', 't3')")
+    store.control.cancel(hash_id("t3"))
+    await settle_down(store)
+    while rows := store.claim(None, (), 9, BYTES):
+        for row in rows:
+            store.settle(token_of(store, row), Event.COMPLETE, clock.wall)
+        await settle_down(store)
+    assert (store.memory.rows, store.memory.bytes) == (0, 0)
+    check_store(store)
+    store.database.close()
+
+
+async def test_a_page_is_bounded_in_bytes_also_where_a_row_is_damaged(tmp_path: Path) -> None:
+    clock, limits = ManualClock(), dataclasses.replace(LIMITS, window_bytes_max=40_000)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, [activation(f"t{i}", clock, body=os.urandom(10_000)) for i in range(20)])
+    store.database.close()
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    not_text = "UPDATE activation SET taskname = CAST(x'ff' AS TEXT) WHERE id = 't0'"
+    store.database.connection.execute(not_text)
+    await settle_down(store)
+    assert store.memory.quarantined == 1
+    assert store.memory.index.bytes <= 40_000
+    assert len(await handed_out(store, clock)) == 19
     store.database.close()
 
 

@@ -390,7 +390,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert row.body is not None
             assert route_of(row.reason) is route
             source = self.store.memory.partitions.get(row.source)
-            assert source is None or source.is_covered(row.offset), "another broker may send it, too"
+            assert source is None or source.is_covered(row.offset, row.seq), "another broker may send it, too"
         was_sent = {id for id, _ in self.log}
         if answer in ("acknowledged", "sent, and no answer") and route is not Route.DEAD_LETTER:
             self.log += [(row.id, hash_id(f"{row.seq}/{row.attempts}/{row.reason}")) for row in rows]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
@@ -13,12 +15,13 @@ from store_helpers import ManualClock, activation, check_store, open_store, sett
 from penstock_broker.domain.activation import Activation, OnExceeded, Reason, Route, Status
 from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.domain.token import ClaimToken
-from penstock_broker.store import database, inflight, writer
+from penstock_broker.store import database, finished, inflight, writer
 from penstock_broker.store.batch import Answer, Batch, Report, Written
 from penstock_broker.store.database import Database
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.leases import BUCKET_MS
 from penstock_broker.store.limits import StoreLimits
+from penstock_broker.store.partitions import Source
 
 BYTES = 1 << 22
 
@@ -181,6 +184,84 @@ async def test_no_more_ids_are_remembered_than_the_bound(tmp_path: Path, clock: 
         await settle_down(store)
     assert len(store.memory.finished) <= 80 * 9 // 8
     assert all(is_known(store, f"{n}-{i}") for n in range(12, 20) for i in range(10))
+    store.database.close()
+
+
+@pytest.mark.parametrize("limits", [StoreLimits(dedup_ids_max=8), StoreLimits(dedup_window_ms=5)])
+async def test_a_small_bound_of_ids_holds_at_any_time_and_after_a_restart(
+    tmp_path: Path, clock: ManualClock, limits: StoreLimits
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    for n in range(300):
+        clock.advance(100)
+        await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+        # However few they are, a look-up goes through few buckets.
+        assert len(store.memory.finished._buckets) <= finished.BUCKETS + 1
+    for _ in range(2):
+        assert is_known(store, "299")
+        assert not is_known(store, "190")
+        clock.advance(1)
+        store = reopen(store, clock, limits)
+        limits = dataclasses.replace(limits, dedup_window_ms=3_600_000, dedup_ids_max=8)
+    assert len(store.memory.finished) <= 9
+    store.database.close()
+
+
+async def test_ids_are_forgotten_in_time_after_the_clock_was_ahead(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Of a broker that has a row of that time still."""
+    limits = StoreLimits(dedup_window_ms=8_000, dedup_ids_max=800)
+    ahead = ManualClock(clock.wall + 86_400_000)
+    store = open_store(tmp_path / "store.sqlite", ahead, limits)
+    await insert(store, activation("waits", ahead, namespace="other"))
+    store = reopen(store, clock, limits)
+    for n in range(60):
+        await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+        clock.advance(500)
+        store.forget_finished()
+        await settle_down(store)
+    assert store.database.connection.execute("SELECT count(*) FROM finished").get <= 20
+    for _ in range(2):
+        assert all(is_known(store, str(n)) for n in range(45, 60))
+        assert not any(is_known(store, str(n)) for n in range(40))
+        store = reopen(store, clock, limits)
+    store.database.close()
+
+
+async def test_what_was_finished_while_the_clock_was_ahead_is_in_nobodys_way(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    limits = StoreLimits(dedup_window_ms=8_000, dedup_ids_max=80)
+    ahead = ManualClock(clock.wall + 86_400_000)
+    store = open_store(tmp_path / "store.sqlite", ahead, limits)
+    for n in range(30):
+        await insert(store, activation(f"ahead-{n}", ahead, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+    store = reopen(store, clock, limits)
+    for n in range(15):
+        await insert(store, activation(str(n), clock, expires_ms=0, on_exceeded=OnExceeded.DISCARD))
+        clock.advance(500)
+        store.forget_finished()
+        await settle_down(store)
+    for _ in range(2):
+        assert all(is_known(store, str(n)) for n in range(15))
+        store = reopen(store, clock, limits)
+    store.database.close()
+
+
+async def test_what_was_dropped_after_the_clock_was_ahead_is_new_when_it_comes_again(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    ahead = ManualClock(clock.wall + 86_400_000)
+    store = open_store(tmp_path / "store.sqlite", ahead)
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", ahead, source=source.id, offset=0), taken={source.id: 1})
+    await settled(store, token_of(store, claim(store)[0]), Event.COMPLETE)
+    store = reopen(store, clock)
+    store.drop_uncovered(store.source("tasks", 0), 0)
+    await settle_down(store)
+    store = reopen(store, clock)
+    assert not is_known(store, "a")
     store.database.close()
 
 
@@ -513,6 +594,33 @@ async def test_rows_that_are_dropped_while_they_are_read_leave_nobody_behind_the
     store.database.close()
 
 
+async def test_what_is_dropped_while_it_is_stored_leaves_nobody_behind_it_stuck(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    dropping: list[Callable[[], object]] = []
+
+    async def write_and_drop(write: Callable[[Batch], Written], batch: Batch) -> Written:
+        written = write(batch)
+        if dropping:
+            dropping.pop()()
+        return written
+
+    limits = StoreLimits(window_rows_max=2)
+    store = Inflight(Database(tmp_path / "store.sqlite", limits.lifecycle, 0), clock, limits, write_and_drop)
+    goes, stays = store.source("tasks", 0), store.source("tasks", 1)
+    others = [activation(name, clock, namespace=name) for name in ("b", "c", "d")]
+    await insert(store, *others)  # nobody claims them: memory is full
+    dropping.append(lambda: store.drop_uncovered(goes, 0))
+    first = activation("first", clock, source=goes.id, offset=0)
+    await insert(
+        store, first, activation("behind", clock, source=stays.id, offset=0), taken={goes.id: 1, stays.id: 1}
+    )
+    assert ids(claim(store, 9, "pay")) == ["behind"]
+    await settle_down(store)
+    check_store(store)
+    store.database.close()
+
+
 async def test_turns_are_kept_from_call_to_call(store: Inflight, clock: ManualClock) -> None:
     """A worker that fetches one task at a time serves its namespaces in turn all the same."""
     for namespace in ("x", "y", "z"):
@@ -667,6 +775,80 @@ async def test_what_is_read_again_from_further_back_is_not_covered(
     assert store.is_held(again.id_hash)
 
 
+async def range_that_is_set_back(store: Inflight, clock: ManualClock) -> tuple[Source, list[Activation]]:
+    """Ten rows were covered, all but the last two are claimed, and the group's offset is set to the sixth."""
+    source = store.source("tasks", 0)
+    await insert(store, *set_back_rows(source, clock, 0), taken={source.id: 10})
+    store.cover(source, 10)
+    claimed = claim(store, 8)
+    await settle_down(store)
+    store.begin_range(source, 5)
+    await settle_down(store)
+    return source, claimed
+
+
+def set_back_rows(source: Source, clock: ManualClock, start: int) -> list[Activation]:
+    """The last but one starts at most once."""
+    return [
+        activation(str(n), clock, source=source.id, offset=n, at_most_once=n == 8) for n in range(start, 10)
+    ]
+
+
+async def test_what_was_covered_before_the_offset_was_set_back_is_answered(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source, claimed = await range_that_is_set_back(store, clock)
+    for event in (Event.COMPLETE, Event.COMPLETE):
+        await settled(store, token_of(store, claimed[7]), event)
+        told = asyncio.ensure_future(store.covered([claimed[7].id_hash]))
+        await steps()
+        assert told.done()
+        assert told.result() == [True]
+        # And once more when all is read, and covered, again.
+        await insert(store, *set_back_rows(source, clock, 5), taken={source.id: 10})
+        store.cover(source, 10)
+        await settle_down(store)
+        check_store(store)
+
+
+async def test_what_was_covered_before_the_offset_was_set_back_stays_when_the_partition_goes(
+    store: Inflight, clock: ManualClock
+) -> None:
+    source, claimed = await range_that_is_set_back(store, clock)
+    assert ids(claim(store, 9)) == ["9"], "what starts at most once may start elsewhere now"
+    await settled(store, token_of(store, claimed[7]), Event.FAIL)
+    store.drop_uncovered(source, 5)
+    await settle_down(store)
+    check_store(store)
+    letters = await take_outbox(store)
+    assert ids(letters) == ["7"]
+    store.outbox.forwarded(letters)
+    # It comes back.
+    store.begin_range(source, 5)
+    await insert(store, *set_back_rows(source, clock, 5), taken={source.id: 10})
+    assert not claim(store, 9)
+    store.cover(source, 10)
+    assert ids(claim(store, 9)) == ["8"]
+    await settle_down(store)
+    check_store(store)
+
+
+async def test_what_was_not_covered_before_the_log_began_further_back_is_not_after_it(
+    store: Inflight, clock: ManualClock
+) -> None:
+    """A log that lost its end is read from its beginning."""
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n) for n in range(4)]
+    await insert(store, *rows, taken={source.id: 4})
+    store.cover(source, 2)
+    store.begin_range(source, 0)
+    for row in claim(store, 4):
+        await settled(store, token_of(store, row), Event.FAIL)
+    assert [store.is_held(row.id_hash) for row in rows] == [False, False, True, True]
+    check_store(store)
+    assert ids(await take_outbox(store)) == ["0", "1"]
+
+
 # -- the order of hand-out
 
 
@@ -749,6 +931,28 @@ async def test_what_is_dropped_is_in_the_books_when_its_rows_are_gone(
     store = open_store(tmp_path / "store.sqlite", clock)
     assert store.memory.rows == store.imbalance() == 0
     store.database.close()
+
+
+async def test_what_is_dropped_is_not_read_with_its_bodies(
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a partition's uncovered rows go at once."""
+    loaded: list[Activation] = []
+    load = Database.load
+
+    def remembering(*args: Any, **kwargs: Any) -> list[Activation]:
+        loaded.extend(rows := load(*args, **kwargs))
+        return rows
+
+    monkeypatch.setattr(Database, "load", remembering)
+    source = store.source("tasks", 0)
+    rows = [activation(str(n), clock, source=source.id, offset=n, body=b"x" * 2000) for n in range(3)]
+    await insert(store, *rows, taken={source.id: 3})
+    dropped = store.drop_uncovered(source, 0)
+    await settle_down(store)
+    assert await dropped == 3
+    assert not any(row.body for row in loaded)
+    check_store(store)
 
 
 # -- the outbox

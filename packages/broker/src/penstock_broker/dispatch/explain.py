@@ -155,7 +155,7 @@ class Explanation:
             return
         self._say("forwarding", f"it is on its way to the dead letters: {row.reason} ({_error(row)})")
         partitions = self._store.memory.partitions
-        if row.source != NO_SOURCE and not partitions[row.source].is_covered(row.offset):
+        if row.source != NO_SOURCE and not partitions[row.source].is_covered(row.offset, row.seq):
             self._say("cover", "it leaves once Kafka has acknowledged the offset commit that passes it")
 
     # -- not in the store

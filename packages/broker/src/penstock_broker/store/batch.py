@@ -164,8 +164,10 @@ class Batch:
     # Of those of ``gone`` that may be asked about again, one after the other: id hash, packed claim and
     # outcome.
     finished: list[int] = field(default_factory=list)
-    # Wall clock of the tick. Rows that are new take this place in the order of hand-out; rows
-    # that come back take the place after it, so that nothing ever enters before what memory holds.
+    # Wall clock of the tick.
+    now: int = 0
+    # Rows that are new take this place in the order of hand-out; rows that come back take the place
+    # after it, so that nothing ever enters before what memory holds. The wall clock, unless that was ahead.
     stamp: int = 0
     reports: list[Report] = field(default_factory=list)
     # Wall clock up to which delays and expiries are due; None: do not look.

@@ -37,6 +37,7 @@ from penstock_broker.store.batch import (
 from penstock_broker.store.finished import last_of, position
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from penstock_broker.store.soundness import (
+    LARGE_SIZE,
     Malformed,
     check_schema,
     make_sound,
@@ -453,7 +454,7 @@ class Database:
 
     def _write(self, batch: Batch, written: Written) -> None:
         c = self.connection
-        self._damaged, self._stamp = [], batch.stamp
+        self._damaged, self._now = [], batch.now
         if batch.new_pairs:
             c.executemany("INSERT INTO pair (pair, application, namespace) VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
@@ -472,7 +473,7 @@ class Database:
         if batch.rows:
             self._insert(batch.rows)
         if batch.finished:
-            c.execute("INSERT INTO finished VALUES (?, ?)", (batch.stamp, array("q", batch.finished)))
+            c.execute("INSERT INTO finished VALUES (?, ?)", (batch.now, array("q", batch.finished)))
         for call in batch.calls:
             call(self)
         if batch.books:
@@ -628,21 +629,30 @@ class Database:
                     break
         except ValueError:  # text that is none, or a number out of its range
             seqs = [s for (s,) in self.connection.execute(f"SELECT a.seq{_FROM} WHERE {where}", values)]
-            return [row for seq in seqs for row in self._load_one(seq)]
+            return self._load_each(seqs, bytes_max)
         for seq in damaged:
             self._set_aside(seq, "its checksum does not fit")
         return rows
 
-    def _load_one(self, seq: int) -> list[Activation]:
-        try:
-            row = self.get(seq)
-        except ValueError:
-            self._set_aside(seq, "it cannot be read")
-            return []
-        if row is None or checksum(row) == self._checksum_of(seq):
-            return [] if row is None else [row]
-        self._set_aside(seq, "its checksum does not fit")
-        return []
+    def _load_each(self, seqs: Sequence[int], bytes_max: int) -> list[Activation]:
+        rows: list[Activation] = []
+        size = 0
+        for seq in seqs:
+            if size >= bytes_max:
+                break
+            try:
+                row = self.get(seq)
+            except ValueError:
+                self._set_aside(seq, "it cannot be read")
+                continue
+            if row is None:
+                continue
+            if checksum(row) == self._checksum_of(seq):
+                rows.append(row)
+                size += row.size
+            else:
+                self._set_aside(seq, "its checksum does not fit")
+        return rows
 
     def _checksum_of(self, seq: int) -> int:
         return int(self.connection.execute("SELECT checksum FROM activation WHERE seq = ?", (seq,)).get)
@@ -651,10 +661,12 @@ class Database:
         ((pair, status, size),) = cast(
             "list[tuple[int, int, int]]",
             self.connection.execute(
-                "SELECT pair, status, size FROM activation WHERE seq = ?", (seq,)
+                f"SELECT pair, status, coalesce(length(body), {LARGE_SIZE}, size) FROM activation"
+                " WHERE seq = ?",
+                (seq,),
             ).fetchall(),
         )
-        quarantine(self.connection, [seq], why, self._stamp)
+        quarantine(self.connection, [seq], why, self._now)
         self._damaged.append(Damaged(seq, pair, status, size))
 
     def spilled_before(self, pair: int, ready_at: int, limit: int) -> list[int]:
@@ -690,11 +702,12 @@ class Database:
     def quarantined(self) -> int:
         return int(self.connection.execute("SELECT count(*) FROM quarantine").get)
 
-    def load(self, seqs: Sequence[int]) -> list[Activation]:
-        """Rows with their bodies, in the order of ``seq``."""
+    def load(self, seqs: Sequence[int], *, bodies: bool = True) -> list[Activation]:
+        """Rows in the order of ``seq``."""
         if not seqs:
             return []
-        sql = f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE a.seq IN carray(?) ORDER BY a.seq"
+        body = _BODY if bodies else ", NULL"
+        sql = f"SELECT {_LOAD_COLUMNS}{body}{_FROM} WHERE a.seq IN carray(?) ORDER BY a.seq"
         return [_load(r) for r in self.connection.execute(sql, (apsw.carray(array("q", seqs)),))]
 
     def processing(self) -> Iterator[Activation]:
@@ -762,8 +775,8 @@ class Database:
         return self.connection.execute("SELECT max(ready_at) FROM activation WHERE status = 1").get or 0
 
     def finished(self) -> Iterator[tuple[int, bytes]]:
-        """(time, packed entries), oldest first."""
-        return iter(self.connection.execute("SELECT at, entries FROM finished ORDER BY at, rowid"))
+        """(time, packed entries), in the order in which they were stored: of one id the last counts."""
+        return iter(self.connection.execute("SELECT at, entries FROM finished ORDER BY rowid"))
 
     def forget_finished(self, before: int) -> None:
         self.connection.execute("DELETE FROM finished WHERE at < ?", (before,))
@@ -889,5 +902,5 @@ def _load(record: Sequence[Any]) -> Activation:
         retry_delay_ms=retry_delay_ms, source=source, offset=offset, status=Status(status), claim=claim,
         claim_epoch=claim_epoch, attempts=attempts, lost=lost, last_outcome=last_outcome,
         given_back_at=given_back_at, reason=reason, error=error, content=content, seq=seq, pair=pair,
-        size=size,
+        size=size if body is None else len(body),
     )  # fmt: skip

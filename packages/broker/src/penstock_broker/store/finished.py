@@ -11,7 +11,8 @@ from penstock_broker.domain.activation import CONTENT_BITS, Activation
 from penstock_broker.domain.token import ClaimToken
 
 BUCKETS = 8
-
+# A look-up goes through all of them: however short the window, there are few.
+BUCKET_MS_MIN = 1000
 
 OFFSET_BITS = 40
 _OUTCOME_BITS = 4
@@ -96,9 +97,11 @@ class Finished:
     def __init__(self, window_ms: int, ids_max: int) -> None:
         self.window_ms = window_ms
         self._bucket_ids_max = max(1, ids_max // BUCKETS)
-        self._bucket_ms = window_ms // BUCKETS
+        self._bucket_ms = max(BUCKET_MS_MIN, window_ms // BUCKETS)
         # (wall clock of the first entry, id hash -> packed claim and outcome), newest first
         self._buckets: deque[tuple[int, dict[int, int]]] = deque()
+        # A bucket was dropped since ``forget`` told so.
+        self._dropped = False
 
     def __len__(self) -> int:
         return sum(len(entries) for _, entries in self._buckets)
@@ -123,7 +126,10 @@ class Finished:
             entries.pop(id_hash, None)
 
     def load(self, now: int, entries: Iterable[tuple[int, bytes]]) -> list[tuple[int, int]]:
-        """Fill from stored (time, packed pairs), oldest first. The (id hash, position) among them."""
+        """Fill from stored (time, packed pairs), in the order in which they were stored.
+
+        Returns the (id hash, position) among them.
+        """
         positions: list[tuple[int, int]] = []
         for at, packed in entries:
             if at > now - self.window_ms:
@@ -145,19 +151,23 @@ class Finished:
     def _bucket(self, now: int) -> dict[int, int]:
         if self._buckets:
             since, entries = self._buckets[0]
-            if now - since < self._bucket_ms and len(entries) < self._bucket_ids_max:
+            # The clock may have been set back, too.
+            if abs(now - since) < self._bucket_ms and len(entries) < self._bucket_ids_max:
                 return entries
         self._buckets.appendleft((now, {}))
+        if len(self._buckets) > BUCKETS + 1:
+            self._drop()
         return self._buckets[0][1]
+
+    def _drop(self) -> None:
+        self._buckets.pop()
+        self._dropped = True
 
     def forget(self, now: int) -> int | None:
         """Drop what is outside the window. The wall clock before which the rows can go, or None."""
-        dropped = False
-        while self._buckets and (
-            len(self._buckets) > BUCKETS + 1 or self._buckets[-1][0] < now - self.window_ms * 9 // 8
-        ):
-            self._buckets.pop()
-            dropped = True
-        if not dropped:
+        while self._buckets and self._buckets[-1][0] < now - self.window_ms - self._bucket_ms:
+            self._drop()
+        if not self._dropped:
             return None
-        return self._buckets[-1][0] if self._buckets else now
+        self._dropped = False
+        return min((since for since, _ in self._buckets), default=now)

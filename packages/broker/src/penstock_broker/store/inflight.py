@@ -640,8 +640,8 @@ class Inflight:
     def begin_range(self, source: Source, start: int) -> None:
         """This broker reads the partition from ``start`` on: a new range."""
         source.start = source.next = start
-        # Read again from further back: what was covered once is not, when it comes again.
-        source.covered = min(source.covered, start)
+        if start < source.covered:
+            source.set_back(start, self._next_seq)
         for arrival in self.writer.arrivals:
             arrival.take_back(source.id, start)
         self._write(source)
@@ -730,7 +730,7 @@ class Inflight:
         batch = memory.batch
 
         def delete(database: Database) -> None:
-            rows[:] = database.load(seqs)
+            rows[:] = database.load(seqs, bodies=False)
             database.delete(seqs, seqs)
             for row in rows:
                 batch.count(row.pair, "dropped")

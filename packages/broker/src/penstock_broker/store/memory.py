@@ -164,7 +164,7 @@ class Memory:
             self.leases.add((row,))
 
     def _restore_uncovered(self, source_id: int, offset: int, seq: int, id_hash: int) -> None:
-        if source_id != NO_SOURCE and not self.partitions[source_id].is_covered(offset):
+        if source_id != NO_SOURCE and offset >= self.partitions[source_id].covered:
             self.partitions.restore(self.partitions[source_id], offset, seq, id_hash)
 
     def add_pair(self, pair: int, application: str, namespace: str) -> PairQueue:
@@ -308,7 +308,7 @@ class Memory:
             return
         self.forwarding.add(seq)
         way_out = Exit(seq, size, route_of(reason))
-        if source_id == NO_SOURCE or self.partitions[source_id].is_covered(offset):
+        if source_id == NO_SOURCE or self.partitions[source_id].is_covered(offset, seq):
             self.outbox[way_out.route].append(way_out)
         else:
             self.partitions[source_id].held_exits.append((offset, way_out))
@@ -319,7 +319,7 @@ class Memory:
             return
         held, source.held_exits = source.held_exits, []
         for offset, way_out in held:
-            if source.is_covered(offset):
+            if source.is_covered(offset, way_out.seq):
                 self.outbox[way_out.route].append(way_out)
             else:
                 source.held_exits.append((offset, way_out))
@@ -419,6 +419,8 @@ class Memory:
             # While it was stored: until its row is gone it is one that memory does not hold.
             self.index.unreserve(queue, row)
             queue.spilled += 1
+            # It may have been all that memory had of them.
+            self.low.add(row.pair)
             return
         self.resident[row.seq] = row
         ready = self.partitions.may_start(row)

@@ -1,7 +1,8 @@
 """Topic partitions this broker took from, and which of their rows another broker could still run.
 
 A row is *covered* once an acknowledged offset commit of this broker has passed it. Until then
-whoever takes the partition over reads it again, so no outcome of it may be acknowledged.
+whoever takes the partition over reads it again, so no outcome of it may be acknowledged. It stays
+covered where the group's offset is set back: what comes again is absorbed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class Source:
     covered: int = 0
     # (offset, seq, id hash) of stored rows at or above ``covered``, in the order of the log.
     uncovered: deque[tuple[int, int, int]] = field(default_factory=deque)
+    # Rows numbered below were taken before the range began further back; those of them that were not
+    # covered then.
+    set_back_seq: int = 0
+    set_back_uncovered: frozenset[int] = frozenset()
     # Another broker may read the uncovered rows again, or have done so: they do not start until it is
     # known whose they are.
     disputed: bool = False
@@ -51,8 +56,15 @@ class Source:
     # (offset, tie breaker, future of whether it was covered) of those who wait.
     waiting: list[tuple[int, int, asyncio.Future[bool]]] = field(default_factory=list)
 
-    def is_covered(self, offset: int) -> bool:
-        return offset < self.covered
+    def is_covered(self, offset: int, seq: int) -> bool:
+        """Whether a row is."""
+        return offset < self.covered or (seq < self.set_back_seq and seq not in self.set_back_uncovered)
+
+    def set_back(self, start: int, next_seq: int) -> None:
+        """It is read again from further back: what comes new of it is not covered."""
+        self.covered = start
+        self.set_back_seq = next_seq
+        self.set_back_uncovered = frozenset(seq for _, seq, _ in self.uncovered)
 
     def record(self) -> tuple[str, int, int, int, int]:
         """As it is stored."""
@@ -110,6 +122,8 @@ class Partitions:
         """A row was reported on: until it is covered, answers wait. Whether they do."""
         if row.source == NO_SOURCE or row.offset < (source := self._sources[row.source]).covered:
             return False
+        if row.seq < source.set_back_seq and source.is_covered(row.offset, row.seq):
+            return False
         if row.id_hash in self._dropped:
             # While the tick with the report was written.
             return False
@@ -160,7 +174,10 @@ class Partitions:
         if row.at_most_once and self.unrecorded:
             return False
         source = self._sources[row.source]
-        return row.offset < source.covered or not (source.disputed or row.at_most_once)
+        if row.offset < source.covered:
+            return True
+        # Of what is read again, another broker may start it, too: at most once is not before that is covered.
+        return not row.at_most_once and (not source.disputed or source.is_covered(row.offset, row.seq))
 
     def hold_start(self, row: Activation) -> None:
         """A row waits, outside the order, until it may start."""
@@ -198,8 +215,9 @@ class Partitions:
         while len(self._dropped) > DROPPED_IDS_MAX:
             del self._dropped[next(iter(self._dropped))]
         source.uncovered = deque(entry for entry in source.uncovered if entry[0] < boundary)
-        source.held_starts = [row for row in source.held_starts if row.offset < boundary]
-        source.held_exits = [entry for entry in source.held_exits if entry[0] < boundary]
+        seqs = {seq for seq, _ in dropped}
+        source.held_starts = [row for row in source.held_starts if row.seq not in seqs]
+        source.held_exits = [entry for entry in source.held_exits if entry[1].seq not in seqs]
         source.next = min(source.next, boundary)
         waiting, source.waiting = source.waiting, []
         for wait in waiting:

@@ -29,6 +29,8 @@ _SOUND = (
     " AND on_exceeded BETWEEN 0 AND 2 AND at_most_once BETWEEN 0 AND 1 AND deadline_ms >= 0"
     " AND pair IN (SELECT pair FROM pair) AND (source = 0 OR source IN (SELECT source FROM source))"
 )
+# Of a body that is not in the row itself.
+LARGE_SIZE = "(SELECT length(body) FROM payload WHERE payload.seq = activation.seq)"
 _TYPED = " AND ".join(
     [
         *(f"typeof({name}) = 'integer'" for name in _INTEGERS),
@@ -85,7 +87,9 @@ def _make_sound(connection: apsw.Connection, path: Path, now: int, suspect: bool
     problems = _problems(connection, thorough)
     if beyond := [text for text in problems if not _can_be_mended(text)]:
         raise Malformed(path, beyond[0])
-    sound = _SOUND if not problems else f"{_SOUND} AND {_TYPED}"
+    sound = f"{_SOUND} AND size = coalesce(length(body), {LARGE_SIZE if thorough else 'size'})"
+    if problems:
+        sound += f" AND {_TYPED}"
     wrong = [s for (s,) in connection.execute(f"SELECT seq FROM activation WHERE ({sound}) IS NOT TRUE")]
     wrong += [seq for seq in _not_text(connection, suspect) if seq not in wrong]
     with connection:

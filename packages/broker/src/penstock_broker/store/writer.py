@@ -249,9 +249,10 @@ class Writer:
         memory = self._memory
         batch = memory.batch
         memory.stamp()
+        batch.now = memory.clock.wall_ms()
         self._decide_reports(batch)
         if not self.stopping and self._due():
-            batch.due_at = memory.clock.wall_ms()
+            batch.due_at = batch.now
             memory.next_wake_at = None
         arrivals: list[Arrival] = []
         size = 0
