@@ -410,7 +410,9 @@ class Consumer(Client):
     def synced(self, id: int, generation: int, assigned: frozenset[int]) -> None:
         """Our part of a new generation."""
         group = self._group
-        if self._closed or not group.is_member(self) or generation != group.generation or self._busy:
+        # Late: it has said already with what it goes into the next one.
+        late = self._joining or group.preparing or generation != group.generation
+        if self._closed or self._busy or late or not group.is_member(self):
             return
         self._id, self.generation = id, generation
         if assigned != self.owned:

@@ -1,4 +1,4 @@
-"""A topic is deleted and made anew while Kafka does not yet know all of it."""
+"""What Kafka does not yet know, or says too late: of a topic that is made anew, and of partitions that go."""
 
 from __future__ import annotations
 
@@ -71,6 +71,23 @@ class Anew:
         ]
         await self.call(self.poller._take, messages)
 
+    async def read_outside(self, partition: int) -> None:
+        """The client says that what it is to read next is not in the log."""
+        error = KafkaError(KafkaError._AUTO_OFFSET_RESET)
+        message = SimpleNamespace(error=lambda: error, partition=lambda: partition, offset=lambda: 3)
+        await self.call(self.poller._take, [message])
+
+    async def lose(self, partition: int) -> None:
+        """And the others are committed."""
+        await self.call(self.poller._on_lost, self.client, [TopicPartition("tasks", partition)])
+        while self.poller._intake.busy:
+            await self.call(self.poller._commit, self.client)
+            sent, self.client.sent = self.client.sent, []
+            if sent:
+                committed = [TopicPartition("tasks", *position) for position in sent]
+                await self.call(self.poller._on_commit, None, committed)
+        assert self.poller._intake.unresolved == {partition}
+
     async def look(self) -> None:
         self.poller._look_which_at = 0
         await self.call(self.poller._chores, self.client)
@@ -119,3 +136,24 @@ async def test_a_partition_that_is_not_there_any_more_holds_up_no_other(anew: An
     anew.client.without_leader = set()
     await anew.look()
     assert anew.poller._intake.readings.keys() == {1}
+
+
+async def test_what_is_said_of_a_partition_that_has_gone_is_of_no_interest(anew: Anew) -> None:
+    anew.poller._topic_id = "new"
+    await anew.lose(1)
+    await anew.read_outside(1)
+    await anew.look()
+    # Its rows are somebody else's: Kafka knows of no commit.
+    assert anew.poller._intake.readings.keys() == {0}
+    assert anew.poller._intake.unresolved == frozenset()
+
+
+async def test_whose_rows_are_is_found_out_while_another_partition_has_no_leader(anew: Anew) -> None:
+    anew.poller._topic_id = "new"
+    await anew.lose(1)
+    anew.client.without_leader = {0}
+    await anew.read_outside(0)
+    for _ in range(2):
+        await anew.look()
+    assert anew.poller._outside == {0}
+    assert anew.poller._intake.unresolved == frozenset()

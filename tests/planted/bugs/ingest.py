@@ -88,6 +88,22 @@ BUGS = (
         tests=(BROKER + "test_config_settings.py::test_kafka_settings_that_cannot_work_are_refused",),
     ),
     Bug(
+        "an error of a partition that has gone makes it this broker's",
+        "what another broker reads again is dropped",
+        "broker/ingest/poller.py",
+        old="            if partition in self.tracks:\n                self._outside",
+        new="            if True:\n                self._outside",
+        tests=(ANEW + "test_what_is_said_of_a_partition_that_has_gone_is_of_no_interest",),
+    ),
+    Bug(
+        "a chore that fails again and again holds up the others",
+        "what another broker reads again is dropped",
+        "broker/ingest/poller.py",
+        old="            self._chores_in_turn.rotate(-1)\n            try:\n                self._chores_in_turn[-1](consumer)\n",
+        new="            try:\n                self._chores_in_turn[_](consumer)\n",
+        tests=(ANEW + "test_whose_rows_are_is_found_out_while_another_partition_has_no_leader",),
+    ),
+    Bug(
         "a Kafka that comes and goes is another broker",
         "reconnects; nothing but a broken promise ends the broker",
         "broker/ingest/poller.py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 import structlog
@@ -102,6 +103,15 @@ class Poller:
         self._look_which_at = 0
         self._look_for_unread_at = 0
         self._settle_at = clock.mono_ms() + SETTLE_MS_MAX
+        self._chores_in_turn = deque(
+            (
+                self._look_at_topic,
+                self._begin_waiting,
+                self._begin_outside,
+                self._resolve,
+                self._look_for_unread,
+            )
+        )
 
     def hand_commit(self, positions: Sequence[Position]) -> None:
         """On the event loop: have these committed. A client serves one thread, and this one polls."""
@@ -238,25 +248,35 @@ class Poller:
 
     def _chores(self, consumer: Consumer) -> None:
         """What could not be done when it came up, because Kafka was away."""
-        if self._stopping.is_set():
-            return
-        try:
-            if self._clock.mono_ms() >= self._look_which_at:
-                self._look_which(consumer)
-            self._begin_anew(consumer)
-            if waiting := sorted(p for p in self._unbegun - self._anew if p not in self.tails):
-                self._begin_later(consumer, waiting)
-            if outside := sorted(self._outside - self._anew):
-                self._begin_inside(consumer, outside)
-            settled = self._assigned_once or self._clock.mono_ms() >= self._settle_at
-            if settled and self._intake.unresolved and not self._intake.committing:
-                found = self._look_up(consumer, sorted(self._intake.unresolved), with_log=False)
-                self._loop.ask(self._intake.resolve(found))
-            answers = self.connected and not self._connections.silent
-            if answers and self._clock.mono_ms() >= self._look_for_unread_at:
-                self._look_for_unread(consumer)
-        except (KafkaException, TimeoutError) as error:
-            log.debug("partitions cannot be looked up yet", error=str(error))
+        for _ in range(len(self._chores_in_turn)):
+            if self._stopping.is_set():
+                return
+            # One that fails ends the round, for Kafka may be away; the next round begins after it.
+            self._chores_in_turn.rotate(-1)
+            try:
+                self._chores_in_turn[-1](consumer)
+            except (KafkaException, TimeoutError) as error:
+                log.debug("partitions cannot be looked up yet", error=str(error))
+                return
+
+    def _look_at_topic(self, consumer: Consumer) -> None:
+        if self._clock.mono_ms() >= self._look_which_at:
+            self._look_which(consumer)
+        self._begin_anew(consumer)
+
+    def _begin_waiting(self, consumer: Consumer) -> None:
+        if waiting := sorted(p for p in self._unbegun - self._anew if p not in self.tails):
+            self._begin_later(consumer, waiting)
+
+    def _begin_outside(self, consumer: Consumer) -> None:
+        if outside := sorted(self._outside - self._anew):
+            self._begin_inside(consumer, outside)
+
+    def _resolve(self, consumer: Consumer) -> None:
+        settled = self._assigned_once or self._clock.mono_ms() >= self._settle_at
+        if settled and self._intake.unresolved and not self._intake.committing:
+            found = self._look_up(consumer, sorted(self._intake.unresolved), with_log=False)
+            self._loop.ask(self._intake.resolve(found))
 
     def _look_which(self, consumer: Consumer, seconds: float = 0) -> bool:
         """Ask which topic of its name is read; when it is another one, read it anew. Whether it was."""
@@ -286,6 +306,9 @@ class Poller:
                 log.debug("a partition cannot begin again yet", partition=partition, error=str(error))
 
     def _look_for_unread(self, consumer: Consumer) -> None:
+        answers = self.connected and not self._connections.silent
+        if not answers or self._clock.mono_ms() < self._look_for_unread_at:
+            return
         self._look_for_unread_at = self._clock.mono_ms() + LOOK_FOR_UNREAD_EVERY_MS
         if unread := self._cluster.unread(LOOKUP_SECONDS_MAX):
             log.warning(
@@ -441,8 +464,10 @@ class Poller:
         error, partition = message.error(), message.partition()
         assert error is not None
         if error.code() == KafkaError._AUTO_OFFSET_RESET and partition is not None:
-            self._outside.add(partition)
-            self._chores_at = 0
+            # One that has gone meanwhile is somebody else's to read.
+            if partition in self.tracks:
+                self._outside.add(partition)
+                self._chores_at = 0
         elif _is_fatal(error):
             self._on_error(error)
         else:
