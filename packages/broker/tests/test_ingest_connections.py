@@ -332,7 +332,9 @@ async def test_whoever_reads_least_joins_again_for_what_nobody_reads(
     )
     async with running_store(settings.db_path) as store:
         poller = KafkaConsumer(store, settings)._poller
+        poller.connected = True
         poller._look_for_unread(consumer)  # type: ignore[arg-type]
         assert did == []
+        poller._look_for_unread_at = 0
         poller._look_for_unread(consumer)  # type: ignore[arg-type]
         assert did == ["unsubscribe", "subscribe"]

@@ -375,8 +375,8 @@ BUGS = (
         "partitions of a topic made anew that cannot begin at once never do",
         "a topic that is made anew is read from its beginning",
         "broker/ingest/poller.py",
-        old="            self._begin_anew(consumer)\n            if waiting",
-        new="            if waiting",
+        old="        self._begin_anew(consumer)\n\n    def _begin_waiting",
+        new="\n    def _begin_waiting",
         tests=(ANEW + "test_a_partition_without_a_leader_begins_when_it_has_one",),
     ),
     Bug(
