@@ -240,9 +240,8 @@ async def test_what_is_ready_answers_who_waits_for_the_ledger(store: Inflight) -
     waiting.close()
 
 
-async def test_a_call_does_not_wait_for_the_ledger_for_ever_and_the_next_has_what_it_claimed(
-    store: Inflight, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def with_two_recorded_after_a_call(store: Inflight, monkeypatch: pytest.MonkeyPatch) -> Waiting:
+    """The call has claimed them, and had to end before the ledger took that."""
     monkeypatch.setattr(waiting_module, "ANSWER_SECONDS_MAX", 0.01)
     waiting, ledger = Waiting(store, 1 << 20), SlowLedger(store)
     await from_log(store, once=2)
@@ -250,6 +249,13 @@ async def test_a_call_does_not_wait_for_the_ledger_for_ever_and_the_next_has_wha
     await ledger.under_way()
     ledger.write()
     monkeypatch.setattr(waiting_module, "ANSWER_SECONDS_MAX", 30)
+    return waiting
+
+
+async def test_a_call_does_not_wait_for_the_ledger_for_ever_and_the_next_has_what_it_claimed(
+    store: Inflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = await with_two_recorded_after_a_call(store, monkeypatch)
     # As many as it asks for.
     first, second = await waiting.wait(ANY, 1, 0, "w"), await waiting.wait(ANY, 1, 0, "w")
     assert ids(first + second) == ["once 0", "once 1"]
@@ -261,13 +267,7 @@ async def test_a_call_does_not_wait_for_the_ledger_for_ever_and_the_next_has_wha
 async def test_what_is_ready_is_handed_out_in_place_of_claims_that_are_lost(
     store: Inflight, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting_module, "ANSWER_SECONDS_MAX", 0)
-    waiting, ledger = Waiting(store, 1 << 20), SlowLedger(store)
-    await from_log(store, once=2)
-    assert await waiting.wait(ANY, 2, 0, "w") == []
-    await ledger.under_way()
-    ledger.write()
-    monkeypatch.setattr(waiting_module, "ANSWER_SECONDS_MAX", 30)
+    waiting = await with_two_recorded_after_a_call(store, monkeypatch)
     assert ids(await waiting.wait(ANY, 1, 0, "w")) == ["once 0"]
     store.clock.advance(store.limits.lease_ms * 10)  # type: ignore[attr-defined]
     assert store.lapse(store.clock.mono_ms()) == 2

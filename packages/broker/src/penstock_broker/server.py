@@ -220,9 +220,8 @@ class Broker:
     def healthy(self) -> bool:
         """The writer commits, the chores run, the database is open. Kafka is no part of it."""
         alive = all(not task.done() for task in self._tasks.values())
-        if self.store.writer.hangs():
-            return False
-        return self._serving and alive and self.store.writer.trouble is None
+        writer = self.store.writer
+        return self._serving and alive and writer.trouble is None and not writer.hangs()
 
     # -- in this order
 
