@@ -156,11 +156,13 @@ def measure(claim: Claim, bench: Bench) -> dict[str, Any]:
     repeat = bench.repeat or (claim.repeat[0] if bench.short else claim.repeat[1])
     runs: dict[str, list[Figures]] = {case.name: [] for case in cases}
     stuck: list[str] = []
+    speeds: list[float] = []
     started = time.monotonic()
     rounds = range(0 if claim.warm_up and not bench.short else 1, repeat + 1)
     for number in rounds:
         for case in cases:
             say(f"  {claim.name} {_round(number, repeat)}: {case.name} ...", end=" ")
+            speeds.append(_fixed_work_ms())
             try:
                 figures = case.run(bench)
             except NotWithinError as error:
@@ -178,9 +180,17 @@ def measure(claim: Claim, bench: Bench) -> dict[str, Any]:
         "taken": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started),
         "machine": machine(),
+        "fixed_work_ms": spread(speeds),
         "notes": [*claim.notes(bench), *stuck],
         "cases": {case.name: _case(case, runs[case.name]) for case in cases if runs[case.name]},
     }
+
+
+def _fixed_work_ms() -> float:
+    """How fast the machine is at the moment: what the same piece of Python takes, in ms."""
+    started = time.perf_counter()
+    sum(n * n % 7 for n in range(300_000))
+    return (time.perf_counter() - started) * 1000
 
 
 def _round(number: int, repeat: int) -> str:

@@ -50,6 +50,7 @@ def kafka_alone(bench: Bench, tasks: int) -> Figures:
             time.sleep(max(0.0, first + n / TASKS_PER_SECOND - time.time()))
             producer.produce(topic, struct.pack("d", time.time()))
             producer.poll(0)
+        producer.flush(30)
 
     # Both are connected before it counts.
     producer.produce(topic, b"")

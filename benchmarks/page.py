@@ -67,7 +67,9 @@ PITFALLS = """\
 - Everything shares the two cores of one machine: Kafka, broker, workers, producers and load generators. A
   figure in tasks/s says what they do together; the CPU a task of each process says whose it is.
 - Kafka has one node, no replicas, and the page cache of this machine: a cluster costs a round trip more.
-- A virtual machine has neighbours. Compare within a run; a figure of another day is another machine.
+- A virtual machine has neighbours, and at times half its speed, within an hour. Compare within a run; a
+  figure of another day is another machine. What a fixed piece of Python took meanwhile is said below each
+  table.
 - What was "measured elsewhere" was measured by others, or on another day, or with other load generators. It
   is shown for orientation and is in no ratio.
 """
@@ -182,11 +184,16 @@ def section(claim: Claim, result: Result) -> list[str]:
         (
             f"`nox -s bench -- {claim.name}`; about {seconds[0]} s in the short form, {seconds[1]} s in full."
             f" Taken {result['taken']}, {result['form']} form, commit {machine['commit']},"
-            f" load average before {machine['load_average']}."
+            f" load average before {machine['load_average']}{_speed(result)}."
         ),
         "",
     ]
     return lines
+
+
+def _speed(result: Result) -> str:
+    speed = result.get("fixed_work_ms")
+    return f"; a fixed piece of Python took {text(speed, 1)} ms meanwhile" if speed else ""
 
 
 def plot(claim: Claim, result: Result) -> None:
