@@ -344,6 +344,14 @@ async def test_what_retry_says(desk: Desk) -> None:
     assert sorted(row.id for row in await desk.claim(9)) == ["late", "pending"]
 
 
+async def test_retry_of_many_that_are_elsewhere_takes_no_longer(desk: Desk) -> None:
+    """Each broker is asked about all of them."""
+    ticks: list[None] = []
+    desk.store.writer.on_committed.append(lambda: ticks.append(None))
+    assert set(await desk.retry(*(f"elsewhere{n}" for n in range(500)))) == {pb.RETRY_RESULT_UNKNOWN}
+    assert len(ticks) < 5
+
+
 async def test_what_cancel_says_and_who_is_told(desk: Desk) -> None:
     await desk.insert(activation("running", desk.clock), activation("leaving", desk.clock))
     running, leaving = await desk.claim(2, worker="worker-1")

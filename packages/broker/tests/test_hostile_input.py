@@ -22,7 +22,7 @@ from store_helpers import ManualClock, activation, check_store, open_store, sett
 from penstock_broker import logs
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
-from penstock_broker.domain.activation import Activation, Route, Status
+from penstock_broker.domain.activation import Activation, Route, Status, hash_id
 from penstock_broker.ingest.admission import (
     CLOCK_AHEAD_MS_MAX,
     DURATION_SECONDS_MAX,
@@ -304,6 +304,27 @@ async def test_a_flood_of_namespaces_is_bounded_in_memory_and_metrics(tmp_path: 
         assert all(line.isprintable() for line in lines)
         assert max(map(len, lines)) < 3 * LABEL_CHARACTERS_MAX + 200
     assert store.imbalance() == 0
+    store.database.close()
+
+
+async def test_what_has_left_is_not_the_oldest_that_waits(tmp_path: Path) -> None:
+    """Its place in memory is there for a while."""
+    clock = ManualClock(NOW)
+    store = open_store(tmp_path / "store.sqlite", clock)
+    metrics = Metrics()
+    Observer(metrics, store, Waiting(store, BYTES))
+    for id in ("cancelled", "waits"):
+        store.insert([activation(id, clock)])
+        await settle_down(store)
+        clock.advance(60_000)
+    store.control.cancel(hash_id("cancelled"))
+    await settle_down(store)
+    generate_latest(metrics.registry)
+    assert metrics.registry.get_sample_value("penstock_oldest_pending_seconds") == 60
+    store.control.cancel(hash_id("waits"))
+    await settle_down(store)
+    generate_latest(metrics.registry)
+    assert metrics.registry.get_sample_value("penstock_oldest_pending_seconds") == 0
     store.database.close()
 
 

@@ -22,6 +22,8 @@ from penstock_broker.domain.activation import Activation, Status
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.store.database import DiskFailing
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.refusals import WORKERS_MAX
+from penstock_broker.store.unclaimable import UNASKED_MS
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import (
     TASK_ACTIVATION_STATUS_COMPLETE,
@@ -590,3 +592,40 @@ async def test_one_wrong_status_in_a_batch_by_id_settles_nothing(broker: Broker)
     request.updates[1].status = TASK_ACTIVATION_STATUS_COMPLETE
     await broker.answered(broker.consumers.set_batch_activation_status(request.SerializeToString()))
     assert broker.rows() == []
+
+
+@pytest.mark.parametrize("why", ["drain", "disk"])
+async def test_a_worker_that_is_given_nothing_has_asked(broker: Broker, why: str) -> None:
+    """Nobody is sent to look for workers that are there."""
+    await broker.put("a")
+    if why == "drain":
+        broker.store.claiming = False
+    else:
+        broker.store.writer.trouble = DiskFailing(apsw.FullError("full"))
+    v1 = pb.GetTaskRequest(application="shop", namespace="pay").SerializeToString()
+    ours = pb.GetTasksRequest(application="shop", namespaces=["pay"], max_tasks=1).SerializeToString()
+    for call, request in ((broker.consumers.get_task, v1), (broker.consumers.get_tasks, ours)):
+        broker.clock.advance(UNASKED_MS + 1)
+        assert broker.store.unclaimable.pending(), "it sees who does not ask"
+        with contextlib.suppress(DiskFailing, Refused):
+            await call(request)
+        assert broker.store.unclaimable.pending() == []
+
+
+async def test_what_is_remembered_of_refusals_is_bounded(broker: Broker) -> None:
+    """A caller who gives back under ever new names, or what it does not hold."""
+    await broker.put("a")
+    (task,) = await broker.fetch()
+    reason = pb.RELEASE_REASON_UNKNOWN_TASK
+    released = pb.ReleasedTask(claim_token=task.claim_token, reason=reason)
+    for n in range(3):
+        request = pb.ReleaseTasksRequest(tasks=[released], worker_id=f"worker {n}")
+        await broker.answered(broker.consumers.release_tasks(request.SerializeToString()))
+    seq = broker.rows()[0].seq
+    now = broker.clock.mono_ms()
+    by = [broker.store.refusals.by(seq, f"worker {n}", now) for n in range(3)]
+    assert by == [True, False, False], "only the first one held it"
+    for n in range(WORKERS_MAX + 1):
+        broker.store.refusals.add(seq, f"new {n}", now)
+    by = [broker.store.refusals.by(seq, f"new {n}", now) for n in (0, 1, WORKERS_MAX)]
+    assert by == [False, True, True]

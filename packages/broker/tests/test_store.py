@@ -280,6 +280,12 @@ async def test_a_started_task_is_not_extended_past_its_deadline(store: Inflight,
     assert lapsed == 1
 
 
+def of_an_hour(id: str, clock: ManualClock) -> Activation:
+    row = activation(id, clock)
+    row.deadline_ms = 3_600_000
+    return row
+
+
 async def test_claims_get_a_full_lease_after_a_restart(tmp_path: Path, clock: ManualClock) -> None:
     store = open_store(tmp_path / "store.sqlite", clock)
     await insert(store, activation("a", clock))
@@ -291,6 +297,109 @@ async def test_claims_get_a_full_lease_after_a_restart(tmp_path: Path, clock: Ma
     assert store.lapse(clock.mono_ms()) == 0
     assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
     store.database.close()
+
+
+@pytest.mark.parametrize(("tokenless", "seconds"), [(False, 15), (True, 3_615)])
+async def test_only_a_client_without_heartbeats_gets_its_deadline_after_a_restart(
+    tmp_path: Path, clock: ManualClock, tokenless: bool, seconds: int
+) -> None:
+    """Where worker and broker went down together, its task waits no longer for it than for any other."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, of_an_hour("a", clock))
+    (row,) = store.claim(None, (), 1, BYTES, tokenless=tokenless)
+    await settle_down(store)
+    store = reopen(store, clock)
+    clock.advance(seconds * 1000 - 1)
+    store.lapse(clock.mono_ms())
+    assert store.memory.counts[row.pair][Status.PROCESSING] == 1
+    clock.advance(252)
+    assert store.lapse(clock.mono_ms()) >= 1
+    assert store.memory.counts[row.pair][Status.PROCESSING] == 0
+    store.database.close()
+
+
+async def test_a_worker_that_dies_after_a_restart_is_missed_as_soon_as_ever(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """The lease that a restart gives may be longer than one of its heartbeats."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, of_an_hour("a", clock))
+    (row,) = store.claim(None, (), 1, BYTES, tokenless=True)
+    token = token_of(store, row)
+    await settle_down(store)
+    store = reopen(store, clock)
+    assert store.extend(token, started=True) is Answer.APPLIED
+    clock.advance(store.limits.lease_ms + 251)
+    assert store.lapse(clock.mono_ms()) == 1
+    store.database.close()
+
+
+async def test_a_claim_that_memory_does_not_hold_yet_is_not_taken_from_its_worker(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock), activation("gone", clock))
+    gone = token_of(store, claim_one(store))
+    token = token_of(store, claim_one(store))
+    store = reopen(store, clock)
+    # Before the first tick pages them in.
+    assert store.extend(token, started=True) is Answer.APPLIED
+    assert await settled(store, gone, Event.COMPLETE) is Answer.APPLIED
+    assert store.extend(gone, started=True) is Answer.STALE
+    assert store.extend(token, started=True) is Answer.APPLIED
+    assert store.claim(None, (), 1, BYTES) == []
+    store.database.close()
+
+
+async def test_a_heartbeat_that_overtakes_a_report_does_not_spoil_it(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    store = reopen(store, clock)
+    report = store.settle(token, Event.COMPLETE, clock.wall_ms())
+    assert isinstance(report, Report)
+    # It came while the tick was written that pages the row in.
+    store.memory.batch.reports.remove(report)
+    await store.writer.tick()
+    store.memory.batch.reports.append(report)
+    assert store.extend(token, started=True) is Answer.APPLIED
+    await settle_down(store)
+    assert report.answer is Answer.APPLIED
+    assert store.memory.rows == 0
+    store.database.close()
+
+
+async def test_a_report_that_comes_twice_for_one_tick_is_a_duplicate(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    store = reopen(store, clock)
+    events = (Event.COMPLETE, Event.COMPLETE, Event.FAIL)
+    told = [store.settle(token, event, clock.wall_ms()) for event in events]
+    await settle_down(store)
+    answers = [report.answer for report in told if isinstance(report, Report)]
+    assert answers == [Answer.APPLIED, Answer.DUPLICATE, Answer.STALE]
+    store.database.close()
+
+
+async def test_a_broker_that_stood_still_gives_a_started_task_that_time_too(
+    store: Inflight, clock: ManualClock
+) -> None:
+    """A machine that was suspended: its workers did not run meanwhile either."""
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    store.extend(token, started=True)
+    clock.advance(3_600_000)
+    store.postpone_leases(3_600_000)
+    for _ in range(4):
+        clock.advance(5_000)
+        assert store.extend(token, started=True) is Answer.APPLIED
+        assert store.lapse(clock.mono_ms()) == 0
+    assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
 
 
 async def test_a_broker_that_stood_still_judges_no_lease_by_that_time(
@@ -596,6 +705,19 @@ async def test_what_nobody_asks_for_ages_out_to_the_dead_letters(tmp_path: Path,
     (letter, *others) = await take_outbox(store)
     assert (letter.reason, len(others)) == (Reason.UNCLAIMED, 4)
     assert "no worker has asked for namespace 'a' of application 'shop' for 604800 s" in (letter.error or "")
+
+
+async def test_what_nobody_asks_for_ages_out_however_much_it_is(tmp_path: Path, clock: ManualClock) -> None:
+    """All of it in memory, in which what has left leaves its place behind for a while."""
+    day = 86_400_000
+    store = open_store(tmp_path / "store.sqlite", clock, StoreLimits(unclaimable_ms=day))
+    await insert(store, *(activation(str(n), clock) for n in range(2_500)))
+    clock.advance(day)
+    for letters in (1_000, 2_000, 2_500):
+        store.unclaimable.look(clock.mono_ms())
+        await settle_down(store)
+        assert store.outbox.size() == letters
+    store.database.close()
 
 
 async def test_what_came_lately_does_not_age_out(tmp_path: Path, clock: ManualClock) -> None:

@@ -7,6 +7,41 @@ WAITING = BROKER + "test_waiting.py::"
 SERVER = BROKER + "test_server.py::"
 
 BUGS = (
+    # -- what is remembered of those who call
+    Bug(
+        "who asks while the disk fails counts as nobody",
+        "what no worker asks for is told, and nothing else",
+        "broker/dispatch/service.py",
+        old="tuple(asked.namespaces))\n        self.store.asked(wanted.application, wanted.namespaces)\n",
+        new="tuple(asked.namespaces))\n",
+        tests=(SERVICE + "test_a_worker_that_is_given_nothing_has_asked",),
+    ),
+    Bug(
+        "who asks a broker that drains counts as nobody",
+        "what no worker asks for is told, and nothing else",
+        "broker/dispatch/service.py",
+        old="        wanted = _wanted(asked)\n        self.store.asked(wanted.application, wanted.namespaces)\n",
+        new="",
+        tests=(SERVICE + "test_a_worker_that_is_given_nothing_has_asked",),
+    ),
+    Bug(
+        "who gives back what it does not hold is remembered",
+        "memory is bounded whatever a caller says",
+        "broker/dispatch/service.py",
+        old="            if answers[i] == consumer_pb2.OUTCOME_ANSWER_APPLIED:\n",
+        new="            if answers[i]:\n",
+        tests=(SERVICE + "test_what_is_remembered_of_refusals_is_bounded",),
+    ),
+    Bug(
+        "a tick for each id that is elsewhere",
+        "what an operator asks is answered in time",
+        "broker/dispatch/admin.py",
+        old="                results.append(self._why_absent(id, id in dead))\n",
+        new="                await self._store.committed()\n"
+        "                await self._store.read(lambda database: None)\n"
+        "                results.append(self._why_absent(id, id in dead))\n",
+        tests=(BROKER + "test_admin.py::test_retry_of_many_that_are_elsewhere_takes_no_longer",),
+    ),
     Bug(
         "an outcome is answered before its commit",
         "nothing is answered before its commit",

@@ -222,6 +222,13 @@ class Admin:
         asked = parse(pb.RetryTasksRequest, request)
         run_now, delayed = self._store.control.run_now, frozenset((Status.DELAYED,))
         before, answers = await self._apply(asked.ids, run_now, delayed)
+        absent = [id for id in asked.ids if id not in before]
+        dead: set[str] = set()
+        if absent:
+            # All in one tick: of most ids that an operator names, another broker holds the task.
+            dead = await self._store.read(
+                lambda database: {id for id in absent if database.dead_letter_of(id) is not None}
+            )
         results = []
         for id in asked.ids:
             if answers.get(id) is Answer.APPLIED:
@@ -230,12 +237,12 @@ class Admin:
                 forwarding = row.status is Status.FORWARDING
                 results.append(pb.RETRY_RESULT_FORWARDING if forwarding else pb.RETRY_RESULT_NOT_DELAYED)
             else:
-                results.append(await self._why_absent(id))
+                results.append(self._why_absent(id, id in dead))
         _record("tasks were made to run now", asked.by, before, answers)
         return pb.RetryTasksResponse(results=results).SerializeToString()
 
-    async def _why_absent(self, id: str) -> pb.RetryResult:
-        if await self._store.read(lambda database: database.dead_letter_of(id)) is not None:
+    def _why_absent(self, id: str, dead: bool) -> pb.RetryResult:
+        if dead:
             return pb.RETRY_RESULT_DEAD_LETTER
         finished = self._memory.finished.left(hash_id(id)) is not None
         return pb.RETRY_RESULT_FINISHED if finished else pb.RETRY_RESULT_UNKNOWN

@@ -78,6 +78,8 @@ class Consumers:
 
     async def get_task(self, request: bytes) -> bytes:
         asked = parse(consumer_pb2.GetTaskRequest, request)
+        wanted = _wanted(asked)
+        self.store.asked(wanted.application, wanted.namespaces)
         self.store.require_disk()
         rows = await self._claim_one(asked)
         if not rows:
@@ -145,11 +147,13 @@ class Consumers:
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "GetTasks names a namespace but no application: set application, or leave namespaces empty",
             )
+        wanted = Wanted(asked.application if asked.HasField("application") else None, tuple(asked.namespaces))
+        self.store.asked(wanted.application, wanted.namespaces)
         self.store.require_disk()
         rows = await self._claimed_before(asked.request_id)
         if not rows:
             rows = await self.waiting.wait(
-                Wanted(asked.application if asked.HasField("application") else None, tuple(asked.namespaces)),
+                wanted,
                 min(max(asked.max_tasks, 1), TASKS_MAX),
                 min(asked.wait_ms / 1000, WAIT_SECONDS_MAX),
                 asked.worker.worker_id,
@@ -226,19 +230,23 @@ class Consumers:
         now = self.store.clock.wall_ms()
         settled: list[Answer | Report] = []
         ids: list[int] = []
+        refused: dict[int, int] = {}
         for task in released.tasks:
             token = decode_token(task.claim_token)
             event = _RELEASES.get(task.reason, Event.RELEASE)
             error = None
             if event is not Event.RELEASE:
                 error = json.dumps({"type": event.value, "message": task.detail[:ERROR_CHARS_MAX]})
-                if token is not None and released.worker_id:
-                    self.store.refusals.add(token.seq, released.worker_id, self.store.clock.mono_ms())
-            settled.append(
-                Answer.UNKNOWN if token is None else self.store.settle(token, event, now, error=error)
-            )
+            answer = Answer.UNKNOWN if token is None else self.store.settle(token, event, now, error=error)
+            if token is not None and event is not Event.RELEASE and released.worker_id:
+                refused[len(settled)] = token.seq
+            settled.append(answer)
             ids.append(token.id_hash if token else 0)
         answers = await self._finish(settled, ids)
+        for i, seq in refused.items():
+            # Whoever does not hold it has nothing to refuse.
+            if answers[i] == consumer_pb2.OUTCOME_ANSWER_APPLIED:
+                self.store.refusals.add(seq, released.worker_id, self.store.clock.mono_ms())
         return consumer_pb2.ReleaseTasksResponse(answers=answers).SerializeToString()
 
     async def extend_claims(self, request: bytes) -> bytes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from penstock_broker.domain.activation import (
     DELAYED,
     PENDING,
+    PROCESSING,
     Activation,
     Status,
 )
@@ -138,7 +139,21 @@ class Report:
     def may_meet(self, row: Activation) -> bool:
         """Whether ``row``, under the claim that it names, is in a state that this is for."""
         before = self.before_epoch
-        return row.status in self.only and (before is None or row.claim_epoch < before)
+        if row.status in self.only and (before is None or row.claim_epoch < before):
+            return True
+        # A heartbeat may have re-established that claim since this was told.
+        return self.claim is not None and row.status is PROCESSING and row.claim_epoch == self.epoch
+
+    def repeats(self, other: Report) -> bool:
+        """Whether it says the same of the same claim as ``other``, which was applied."""
+        if self.claim is None or other.answer is not Answer.APPLIED:
+            return False
+        return (self.seq, self.claim, self.epoch, self.outcome) == (
+            other.seq,
+            other.claim,
+            other.epoch,
+            other.outcome,
+        )
 
 
 def keep_said(row: Activation, max_attempts: int | None, retry_delay_ms: int | None) -> None:

@@ -58,6 +58,8 @@ WAL_BYTES_MAX = 64 * 1024 * 1024
 PAGE_BYTES = 4096
 # No other process can open the file: a foreign reader would keep the WAL from being reused.
 VFS = "unix-excl"
+# The epoch of the last start, if all claims since had tokens: their workers send heartbeats.
+HEARTBEATS_OF = "heartbeats_of"
 DUE_ROWS_MAX = 2000
 
 SPILL_ROWS_MAX = 10_000
@@ -327,6 +329,8 @@ class Database:
             epoch = (c.execute("SELECT max(epoch) FROM boot").get or 0) + 1
             c.execute("INSERT INTO boot VALUES (?, ?, ?)", (epoch, secrets.randbits(32), started_at))
             c.execute("DELETE FROM boot WHERE epoch < ?", (epoch - 1000,))
+            self.heartbeats_of = c.execute("SELECT value FROM meta WHERE key = ?", (HEARTBEATS_OF,)).get
+            c.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (HEARTBEATS_OF, epoch))
         self._spill_all()
         store_id = c.execute("SELECT value FROM meta WHERE key = 'store_id'").get
         return store_id, epoch, dict(c.execute("SELECT epoch, nonce FROM boot"))
@@ -543,6 +547,8 @@ class Database:
         """Apply an event to a row that memory does not hold, by the same law as to one that it does."""
         row = self.get(report.seq)
         if row is None:
+            if any(report.repeats(other) for other in batch.reports):
+                report.answer = Answer.DUPLICATE
             return
         outcome = report.outcome
         if report.claim is not None and report.claim != row.claim:

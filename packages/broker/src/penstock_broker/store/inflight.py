@@ -32,7 +32,7 @@ from penstock_broker.domain.lifecycle import OUTCOMES, Event, decide
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.store.batch import Answer, Report, keep_said, repeated
 from penstock_broker.store.control import Control
-from penstock_broker.store.database import Database
+from penstock_broker.store.database import HEARTBEATS_OF, Database
 from penstock_broker.store.finished import (
     is_elsewhere,
     is_report,
@@ -369,13 +369,13 @@ class Inflight:
         ``at_most_once`` such rows are passed over. The caller drops the body of a row when it has been sent.
         """
         claimed: list[Activation] = []
-        if not self.claiming or self.writer.trouble is not None:
-            return claimed
         memory = self.memory
         now, mono = self.clock.wall_ms(), self.clock.mono_ms()
+        memory.index.ask(application, namespaces, mono)
+        if not self.claiming or self.writer.trouble is not None:
+            return claimed
         for look in self.before_claim:
             look(mono)
-        memory.index.ask(application, namespaces, mono)
         passed: list[Activation] = []
         while len(claimed) < rows_max and bytes_max > 0 and (at_most_once or len(passed) < PASSED_ROWS_MAX):
             taken = memory.index.take(application, namespaces, rows_max - len(claimed), bytes_max)
@@ -411,6 +411,10 @@ class Inflight:
             memory.work.set()
         return claimed
 
+    def asked(self, application: str | None, namespaces: tuple[str, ...]) -> None:
+        """A worker has asked for tasks of these, whether there are any for it or not."""
+        self.memory.index.ask(application, namespaces, self.clock.mono_ms())
+
     def start_leases(self, claimed: Sequence[Activation], wait_ms: int = 0) -> None:
         """A lease starts when the claim is handed out: now, or within ``wait_ms``.
 
@@ -421,6 +425,9 @@ class Inflight:
         for row in claimed:
             row.lease_until = start + (row.deadline_ms + grace_ms if row.tokenless else lease_ms)
         self.memory.leases.add(claimed)
+        # Those of one call are of one kind.
+        if claimed and claimed[0].tokenless and self.database.meta(HEARTBEATS_OF):
+            self.memory.batch.calls.append(lambda database: database.set_meta(HEARTBEATS_OF, 0))
 
     def release(self, rows: Iterable[Activation]) -> None:
         """Claims that were not handed out after all go back."""
@@ -572,6 +579,10 @@ class Inflight:
         if self.database.nonces.get(token.epoch) != token.nonce:
             return Answer.UNKNOWN
         row = self.memory.resident.get(token.seq)
+        if row is None and token.epoch < self.epoch and self.memory.is_live(token.id_hash, token.seq):
+            # Whether a restart forgot its claim is known when the row is in memory again; until then the
+            # worker goes on.
+            return Answer.APPLIED
         if row is None or row.claim != token.claim or not self._is_holder(row, token):
             return Answer.STALE
         if row.id_hash != token.id_hash:
@@ -583,7 +594,10 @@ class Inflight:
         if started and not row.started:
             row.started = mono
         if not row.started or mono <= row.started + row.deadline_ms + self.limits.grace_ms:
-            row.lease_until = mono + self.limits.lease_ms
+            ended, row.lease_until = row.lease_until, mono + self.limits.lease_ms
+            if row.lease_until < ended:
+                # One of a restart may be longer: it is in a bucket that would be looked at too late.
+                self.memory.leases.add((row,))
         return Answer.APPLIED
 
     def _reclaim(self, row: Activation, epoch: int) -> Activation:
@@ -614,6 +628,8 @@ class Inflight:
         for row in self.memory.resident.values():
             if row.status is PROCESSING:
                 row.lease_until += gap_ms
+                # The time to run, too: where a machine is suspended, its workers stand still as well.
+                row.started += gap_ms if row.started else 0
 
     def forget_finished(self) -> None:
         """Drop what is outside the de-duplication window."""

@@ -158,8 +158,9 @@ class Memory:
         mono = self.clock.mono_ms()
         for row in self.database.processing():
             row.id_hash = hash_id(row.id)
-            # Whoever holds it gets the time to say so.
-            row.lease_until = mono + row.deadline_ms + self.limits.lease_ms
+            # Whoever holds it gets the time to say so; a client without heartbeats, to report.
+            heartbeats = row.claim_epoch == self.database.heartbeats_of
+            row.lease_until = mono + self.limits.lease_ms + (0 if heartbeats else row.deadline_ms)
             self.resident[row.seq] = row
             self.leases.add((row,))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 # For so long a worker is not offered again what it gave back.
 REFUSED_MS = 60_000
 REFUSALS_MAX = 100_000
+WORKERS_MAX = 1_000
 
 
 class Refusals:
@@ -17,7 +18,10 @@ class Refusals:
     def add(self, seq: int, worker: str, mono: int) -> None:
         """``worker`` gave the row back at ``mono`` (monotonic ms)."""
         workers = self._refused.pop(seq, {})
+        workers.pop(worker, None)
         workers[worker] = mono + REFUSED_MS
+        if len(workers) > WORKERS_MAX:
+            del workers[next(iter(workers))]
         self._refused[seq] = workers
         while len(self._refused) > REFUSALS_MAX:
             del self._refused[next(iter(self._refused))]

@@ -74,9 +74,8 @@ class Unclaimable:
                 f" {queue.application!r} for {self._age_ms_max / 1000:g} s (unclaimable_seconds)",
             }
         )
-        old: list[Activation] = [
-            row for row in islice(queue.ready, AGED_ROWS_MAX) if row.reserved and row.ready_at <= before
-        ]
+        waiting = (row for row in queue.ready if row.reserved and row.ready_at <= before)
+        old: list[Activation] = list(islice(waiting, AGED_ROWS_MAX))
         for row in old:
             memory.change(row, Event.UNCLAIMED, now, error=error)
         if not old and queue.spilled:
