@@ -210,8 +210,8 @@ BUGS = (
         "a restart long ago excuses every late report by id: of what only the file holds",
         "a late report on a claim that was lost changes nothing",
         "broker/store/batch.py",
-        old="        return row.status in self.only and (before is None or row.claim_epoch < before)\n",
-        new="        return row.status in self.only\n",
+        old="        if row.status in self.only and (before is None or row.claim_epoch < before):\n",
+        new="        if row.status in self.only:\n",
         tests=(
             SERVICE
             + "test_a_late_report_by_id_settles_what_waits_only_because_a_restart_lost_its_claim[True-False]",
@@ -433,8 +433,8 @@ BUGS = (
         "a worker is offered again what it does not know",
         "what a worker does not know goes to another",
         "broker/dispatch/service.py",
-        old="                    self.store.refusals.add(token.seq, released.worker_id, self.store.clock.mono_ms())\n",
-        new="                    pass\n",
+        old="                self.store.refusals.add(seq, released.worker_id, self.store.clock.mono_ms())\n",
+        new="                pass\n",
         tests=(SERVICE + "test_what_workers_do_not_know_is_not_offered_to_them_again_at_once",),
     ),
     Bug(
@@ -449,8 +449,8 @@ BUGS = (
         "a poll waits for a disk that fails",
         "while the disk fails a call is refused",
         "broker/dispatch/service.py",
-        old="            )\n        self.store.require_disk()\n        rows = await",
-        new="            )\n        rows = await",
+        old="        self.store.require_disk()\n        rows = await self._claimed_before",
+        new="        rows = await self._claimed_before",
         tests=(SERVICE + "test_while_the_disk_fails_who_asks_for_work_is_refused_at_once[get_tasks]",),
     ),
     Bug(

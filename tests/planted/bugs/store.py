@@ -571,8 +571,8 @@ BUGS = (
         "a restart gives no lease",
         "every claim gets a full lease at the start",
         "broker/store/memory.py",
-        old="            row.lease_until = mono + row.deadline_ms + self.limits.lease_ms\n",
-        new="            row.lease_until = mono\n",
+        old="row.lease_until = mono + self.limits.lease_ms + (0 if heartbeats else row.deadline_ms)\n",
+        new="row.lease_until = mono\n",
         tests=(STORE + "test_claims_get_a_full_lease_after_a_restart",),
     ),
     Bug(
