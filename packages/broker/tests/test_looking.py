@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sqlite3
-from collections.abc import Iterator
+import threading
 from pathlib import Path
+from typing import Any
 
 import apsw
 import grpc
@@ -31,6 +32,8 @@ from penstock_broker.store.writer import StoreStopped
 from penstock_protocol.v1 import admin_pb2 as pb
 
 FOREVER = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT max(x) FROM r"
+
+MANY_MEGABYTES = "SELECT zeroblob(1000000) UNION ALL SELECT x FROM r"
 
 
 @pytest.fixture
@@ -139,8 +142,7 @@ async def test_it_only_reads(store: Inflight, tmp_path: Path, sql: str) -> None:
         ("SELECT printf('%.*c', 1000000000, 'x')", "1 MiB"),
         ("SELECT zeroblob(1000000), zeroblob(1000000)", "a row has more than 1 MiB"),
         (
-            "WITH RECURSIVE r(x) AS (SELECT zeroblob(1000000) UNION ALL SELECT x FROM r LIMIT 500)"
-            " SELECT x FROM r ORDER BY x",
+            f"WITH RECURSIVE r(x) AS ({MANY_MEGABYTES}) SELECT x FROM r ORDER BY x",
             "64 MiB of memory",
         ),
         (f"SELECT {'1,' * 40_000} 1", "64 KiB"),
@@ -214,7 +216,7 @@ async def test_a_broker_that_starts_meanwhile_says_who_looks(killed: Path) -> No
 
 
 @pytest.fixture(params=["newer", "another program's", "no database", "cut"])
-def strange(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def strange(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "strange.sqlite"
     if request.param == "no database":
         path.write_bytes(b"this is no database, but long enough to look like one" * 100)
@@ -230,7 +232,7 @@ def strange(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         newer.close()
     elif request.param == "cut":
         path.write_bytes(path.read_bytes()[:9000])
-    yield path
+    return path
 
 
 def test_what_no_broker_would_start_on_can_be_asked_or_it_is_said_why_not(strange: Path) -> None:
@@ -275,7 +277,7 @@ async def test_queries_and_ticks_do_not_disturb_each_other(
             try:
                 told = await asked(broker, sql)
             except Refused as refused:
-                assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+                assert refused.code is grpc.StatusCode.INVALID_ARGUMENT  # noqa: PT017
             else:
                 answers += 1
                 assert told.rows[0].values[0].integer % 10 == 0, "it looked into a tick"
@@ -305,11 +307,39 @@ async def test_a_query_is_answered_while_the_disk_takes_nothing(
         failing.setattr(broker.database, "write", fail)
         stored = broker.store.insert([activation("t", ManualClock())])
         await until(lambda: broker.store.writer.trouble)
-        async with asyncio.timeout(10):
-            told = await asked(broker, "SELECT count(*) FROM activation")
-        assert told.rows[0].values[0].integer == 0
+        asking = asyncio.create_task(asked(broker, "SELECT count(*) FROM activation"))
+        await asyncio.wait([asking], timeout=5)
+        assert asking.done(), "it waits for the disk"
+        assert (await asking).rows[0].values[0].integer == 0
         assert not stored.done()
     await stored
+    await broker.stop()
+
+
+async def test_a_query_whose_caller_has_given_up_is_one_at_a_time_too(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, goes_on, ask_it = threading.Event(), threading.Event(), query
+
+    def slow(*arguments: Any) -> looking.Answer:
+        begun.set()
+        goes_on.wait()
+        return ask_it(*arguments)
+
+    monkeypatch.setattr(looking, "query", slow)
+    first = asyncio.create_task(asked(broker, "SELECT 1"))
+    await until(begun.is_set)
+    begun.clear()
+    first.cancel()
+    second = asyncio.create_task(asked(broker, "SELECT 2"))
+    stored = broker.store.insert([activation("t", ManualClock())])
+    await asyncio.sleep(0.05)
+    assert broker.looking._asking.locked()
+    assert broker._writer_thread._waiting.qsize() == 1, "more than a tick waits for the writer"
+    goes_on.set()
+    await stored
+    assert (await second).rows[0].values[0].integer == 2
+    assert first.cancelled()
     await broker.stop()
 
 

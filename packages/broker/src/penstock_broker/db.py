@@ -102,15 +102,15 @@ class Stopped:
                     steps += 1
                     if copied == pages or steps % STEPS_A_LINE == 0:
                         yield copied, pages
+                _rename(partial, file)
             except BaseException:
                 copy.drop()
                 raise
             copy.close()
-            _rename(partial, file)
         except CannotCopy as error:
             raise FatalError(str(error)) from None
         except OSError as error:
-            raise FatalError(f"the copy {partial} cannot be renamed: {error.strerror}") from None
+            raise FatalError(f"the copy cannot be named {file}: {error.strerror}") from None
 
 
 @contextmanager

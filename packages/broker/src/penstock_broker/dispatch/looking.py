@@ -49,11 +49,15 @@ class Looking:
             found = looking.query(database.connection, asked.sql, limit, self._store.clock.mono_ms)
             return answer_of(found).SerializeToString()
 
-        try:
-            async with self._asking:
-                return await self._store.aside(look)
-        except looking.CannotQuery as error:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        async with self._asking:
+            work = asyncio.ensure_future(self._store.aside(look))
+            try:
+                return await asyncio.shield(work)
+            except looking.CannotQuery as error:
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+            finally:
+                # Also when the caller has given up: else those who do would keep the writer from the ticks.
+                await asyncio.wait([work])
 
     async def back_up_database(self, request: bytes) -> bytes:
         asked = parse(pb.BackUpDatabaseRequest, request)
