@@ -39,7 +39,7 @@ async def some(store: Inflight, count: int, prefix: str = "t") -> None:
 def contents(connection: apsw.Connection) -> dict[str, list[object]]:
     """Every row of every table."""
     names = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
-    return {str(n): connection.execute(f"SELECT * FROM {n} ORDER BY 1, 2").fetchall() for (n,) in names}
+    return {str(n): list(connection.execute(f"SELECT * FROM {n} ORDER BY 1, 2")) for (n,) in names}
 
 
 async def test_the_copy_is_the_database_as_of_a_commit_though_ticks_write_meanwhile(tmp_path: Path) -> None:

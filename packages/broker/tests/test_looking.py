@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import sqlite3
 import threading
 from pathlib import Path
@@ -211,7 +212,7 @@ async def test_a_broker_that_starts_meanwhile_says_who_looks(killed: Path) -> No
     held = lock.take(killed, lock.LOOKING)
     with pytest.raises(FatalError, match=r"is in use by penstock-broker db \(process \d+\)"):
         Database(killed, Limits(), 0)
-    lock.os.close(held)
+    os.close(held)
     Database(killed, Limits(), 0).close()
 
 
