@@ -41,16 +41,6 @@ BUGS = (
         tests=(LOOKING + "test_a_query_whose_caller_has_given_up_is_one_at_a_time_too",),
     ),
     Bug(
-        "a backup reads from its first step to its last",
-        "the WAL is bounded",
-        "broker/store/database.py",
-        old="        self._copy = Copy(self.connection, path)\n",
-        new="        self._copy = Copy(self.connection, path)\n"
-        "        self._looks = iter(self.connection.execute('SELECT seq FROM activation'))\n"
-        "        next(self._looks)\n",
-        tests=(COPYING + "test_the_write_ahead_log_stays_bounded_while_a_copy_is_made",),
-    ),
-    Bug(
         "a query is handed to a writer that has stopped",
         "no call hangs",
         "broker/store/writer.py",
