@@ -39,7 +39,8 @@ def forget_backups(database: Path) -> None:
     """Delete what nobody has fetched, or a broker that was killed has not finished."""
     for path in database.parent.iterdir():
         if path.name.startswith(database.name) and _BACKUP.fullmatch(path.name.removeprefix(database.name)):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def size_of(connection: apsw.Connection) -> int:
@@ -100,5 +101,6 @@ class Copy:
             self._backup.close(True)
         with suppress(apsw.Error):
             self._to.close(True)
-        os.close(self._file)
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.close(self._file)
+            self.path.unlink()
