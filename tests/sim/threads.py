@@ -29,7 +29,6 @@ import structlog
 
 import penstock_broker
 from penstock_broker import metrics
-from penstock_broker.store.batch import Batch, Written
 from penstock_broker.writer_thread import WriterThread
 from tests.sim import hub as hubs
 from tests.sim import kafka_client
@@ -161,10 +160,10 @@ class _Event:
 class SimWriterThread:
     """``WriterThread``, which meets the latency of the disk."""
 
-    def run(self, write: Callable[[Batch], Written], batch: Batch) -> asyncio.Future[Written]:
+    def run(self, work: Callable[[Any], Any], of: object) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         disk: Disk = loop.process.disk  # type: ignore[attr-defined]
-        return loop.run_in_executor(None, disk.carry_out, write, batch)
+        return loop.run_in_executor(None, disk.carry_out, work, of)
 
     def stop(self) -> None:
         pass

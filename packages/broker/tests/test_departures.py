@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from process_helpers import command, running, settings_in
 
 from penstock_broker import remote
 from penstock_broker.config import Settings
@@ -28,44 +24,8 @@ SECRET = "departing"
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A broker runs; the settings of it."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("TASKBROKER_")}
-    environment = kept | {
-        "TASKBROKER_INGEST": "grpc",
-        "TASKBROKER_GRPC_PORT": str(port),
-        "TASKBROKER_METRICS_PORT": "0",
-        "TASKBROKER_DB_PATH": str(tmp_path / "b.sqlite"),
-        "TASKBROKER_GRPC_SHARED_SECRET": SECRET,
-    }
-    log = tmp_path / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "penstock_broker", "serve"], env=environment, stdout=file, stderr=file
-        )
-    try:
-        deadline = time.monotonic() + 40
-        while "serving" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+    with running(settings_in(tmp_path, SECRET), tmp_path / "log") as environment:
         yield environment
-        assert process.poll() is None, log.read_text()
-        process.terminate()
-        assert process.wait(15) == 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-def command(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    ran = subprocess.run(
-        [sys.executable, "-m", "penstock_broker", *arguments],
-        env=environment, capture_output=True, text=True, timeout=50, check=False,
-    )  # fmt: skip
-    assert "Traceback" not in ran.stderr, ran.stderr
-    return ran
 
 
 def call(environment: dict[str, str], service: str, method: str, request: object) -> bytes:

@@ -264,7 +264,7 @@ async def test_a_record_is_not_ahead_of_what_is_durable(kafka: MockKafka, settin
         handoff = one.store.writer._handoff
 
         async def slow(write: Callable[[Batch], Written], batch: Batch) -> Written:
-            written = await handoff(write, batch)
+            written: Written = await handoff(write, batch)
             writing.set()
             await may_commit.wait()
             return written

@@ -494,7 +494,7 @@ async def test_an_outcome_whose_row_is_dropped_while_it_is_written_is_refused(
     handoff = store.writer._handoff
 
     async def dropping(write: Callable[[Batch], Written], batch: Batch) -> Written:
-        written = await handoff(write, batch)
+        written: Written = await handoff(write, batch)
         store.writer._handoff = handoff
         store.drop_uncovered(source, 0)
         return written

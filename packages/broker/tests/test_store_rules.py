@@ -326,7 +326,7 @@ async def reported_while_it_is_read(store: Inflight, report: Callable[[], Answer
     reports: list[Answer | Report] = []
 
     async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
-        written = await write(tick, batch)
+        written: Written = await write(tick, batch)
         if batch.pages and not reports:
             reports.append(report())
         return written
@@ -868,7 +868,7 @@ async def test_what_comes_back_while_a_page_is_read_need_not_be_in_it(
     write = store.writer._handoff
 
     async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
-        written = await write(tick, batch)
+        written: Written = await write(tick, batch)
         store.release(claimed)
         return written
 
@@ -902,7 +902,7 @@ async def test_what_is_claimed_while_a_drain_looks_for_tasks_stays_with_its_work
     write, claimed = store.writer._handoff, []
 
     async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
-        written = await write(tick, batch)
+        written: Written = await write(tick, batch)
         claimed.extend(claim(store))
         return written
 

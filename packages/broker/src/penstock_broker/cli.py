@@ -1,14 +1,16 @@
-"""The command line: ``penstock-broker serve | drain | adopt | config check | config show``."""
+"""The command line: ``penstock-broker serve | drain | adopt | db stats|query|backup | config check|show``."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import os
 import platform
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +38,20 @@ app = typer.Typer(
 )
 config = typer.Typer(no_args_is_help=True, help="Check and show the configuration.")
 app.add_typer(config, name="config")
+database = typer.Typer(
+    no_args_is_help=True,
+    help="Look into the database, which only its broker can open: the broker is asked, or the file is opened"
+    " if it is stopped.",
+)
+app.add_typer(database, name="db")
+
+
+class Output(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print it.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -197,6 +213,90 @@ def adopt(
             f"{told.lost:,} unfinished tasks of {gone} are lost: Kafka no longer holds them",
             "they are older than the topic's retention",
         )
+
+
+@database.command("stats")
+@with_settings
+def db_stats(loaded: Loaded, *, output: OutputOption = Output.TABLE) -> None:
+    """What the database holds, and how large it is.
+
+    The broker is the one that the settings are of, on this machine. While the file of a stopped one is open,
+    no broker can start on it. While a broker runs, tasks come and go between two counts.
+
+    Examples:
+
+    penstock-broker db stats -c broker.yaml
+
+    penstock-broker db stats --db-path tasks.sqlite -o json
+    """
+    from penstock_broker import db  # late, as in ``serve``
+
+    with db.reached(loaded.settings) as reached:
+        said = db.stats(reached)
+    if output is Output.JSON:
+        print(json.dumps(said, indent=2))
+        return
+    for name, value in said.items():
+        counted = ", ".join(f"{k}: {v:,}" for k, v in value.items()) if isinstance(value, dict) else value
+        text = f"{counted:,}" if isinstance(counted, int) else str(counted)
+        print(f"{name:<22}{logs.escaped(text)}")
+
+
+@database.command("query")
+@with_settings
+def db_query(
+    loaded: Loaded,
+    *,
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="One statement that only reads.")],
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Rows at most.")] = 1000,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Ask the database with SQL.
+
+    It only reads, for at most a second, and the answer has at most 1,000 rows and 1 MiB. While the broker
+    runs, its writer waits meanwhile. Blobs are hexadecimal. The tables are described by "SELECT sql FROM
+    sqlite_schema".
+
+    Examples:
+
+    penstock-broker db query "SELECT taskname, count(*) FROM activation GROUP BY 1" -c broker.yaml
+
+    penstock-broker db query "SELECT * FROM quarantine" --limit 10 -o json --db-path tasks.sqlite
+    """
+    from penstock_broker import db  # late, as in ``serve``
+
+    with db.reached(loaded.settings) as reached:
+        found = reached.query(sql, limit)
+    for line in db.as_json(found) if output is Output.JSON else db.as_table(found):
+        print(line)
+    if found.more:
+        print("... and more: these are as many rows as --limit or 1 MiB allow", file=sys.stderr)
+
+
+@database.command("backup")
+@with_settings
+def db_backup(
+    loaded: Loaded,
+    *,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the copy goes; nothing may be there.")],
+) -> None:
+    """Copy the database to FILE, also while its broker runs.
+
+    The copy is for looking into, and to be put back for a broker without a ledger (ingest: grpc). Put back,
+    it is an old copy: what ended since then would run again, and what came since is missing. A broker with
+    a ledger notices, refuses it, and goes on with "serve --reconcile" and what the ledger has; one without
+    cannot notice.
+
+    Example:
+
+    penstock-broker db backup /backups/tasks-monday.sqlite -c broker.yaml
+    """
+    from penstock_broker import db  # late, as in ``serve``
+
+    with db.reached(loaded.settings) as reached:
+        for copied, pages in reached.back_up(file):
+            print(f"copied {copied:,} of {pages:,} pages", file=sys.stderr, flush=True)
+    print(f"{loaded.settings.db_path} is copied to {file}: {file.stat().st_size:,} bytes")
 
 
 @config.command()

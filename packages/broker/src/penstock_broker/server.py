@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from typing import TypeVar
 
 import grpc
 import structlog
@@ -21,6 +22,7 @@ from penstock_broker.config import Settings
 from penstock_broker.departures import Departures
 from penstock_broker.dispatch import rpc
 from penstock_broker.dispatch.admin import Admin
+from penstock_broker.dispatch.looking import Looking
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.domain.lifecycle import Limits
@@ -29,7 +31,7 @@ from penstock_broker.ingest.direct import Draining, IntakePaused, InvalidRequest
 from penstock_broker.ingest.parts import Ingest, build_ingest
 from penstock_broker.metrics import Exposition, Metrics, expose
 from penstock_broker.observe import Observer, disk_usage
-from penstock_broker.store.batch import Batch, Written
+from penstock_broker.store.batch import Batch
 from penstock_broker.store.database import Database, suspect_of
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
@@ -42,6 +44,9 @@ from penstock_broker.writer_thread import WriterThread
 from penstock_protocol.v1 import admin_pb2
 
 log = structlog.get_logger("server")
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 # The writer's C calls give up the GIL; with the default of 5 ms each would wait that long to go on
 # while the event loop is busy. docs/adr/0003 has the measurement.
@@ -158,6 +163,7 @@ class Broker:
         self.observer = Observer(self.metrics, self.store, self.waiting)
         self.ingest: Ingest = build_ingest(settings, self.store, self.metrics)
         self.departures = Departures(self.ingest)
+        self.looking = Looking(self.store)
         self.upkeep = Upkeep(self.store)
         self.server = rpc.build(
             self._services(),
@@ -185,7 +191,7 @@ class Broker:
         services: dict[str, dict[str, rpc.Method]] = {
             rpc.CONSUMER: rpc.consumer_methods(consumers),
             rpc.PRODUCER: {"SendTasks": self._send_tasks},
-            rpc.ADMIN: rpc.admin_methods(admin) | self.departures.methods(),
+            rpc.ADMIN: rpc.admin_methods(admin) | self.departures.methods() | self.looking.methods(),
         }
         if self.settings.v1_service == "on":
             services[rpc.TASKBROKER_V1] = rpc.taskbroker_methods(consumers)
@@ -211,11 +217,12 @@ class Broker:
         status.database_bytes, status.wal_bytes, status.disk_free_bytes = disk
         self.ingest.describe(status)
 
-    async def _handoff(self, write: Callable[[Batch], Written], batch: Batch) -> Written:
+    async def _handoff(self, work: Callable[[A], T], of: A) -> T:
         begun = time.perf_counter()
-        written = await self._writer_thread.run(write, batch)
-        self.observer.written(batch, time.perf_counter() - begun)
-        return written
+        done = await self._writer_thread.run(work, of)
+        if isinstance(of, Batch):
+            self.observer.written(of, time.perf_counter() - begun)
+        return done
 
     def healthy(self) -> bool:
         """The writer commits, the chores run, the database is open. Kafka is no part of it."""
@@ -289,6 +296,7 @@ class Broker:
         self.waiting.close()
         await self.ingest.stop_intake()
         await self.server.stop(DRAIN_CALLS_SECONDS)
+        await self.looking.stop()
         await self.ingest.stop()
         if (upkeep := self._tasks.get("upkeep")) is not None:
             upkeep.cancel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import struct
@@ -34,7 +33,9 @@ from penstock_broker.store.batch import (
     repeated,
     wake_at,
 )
+from penstock_broker.store.copying import CannotCopy, Copy, forget_backups, require_room, size_of
 from penstock_broker.store.finished import last_of, position
+from penstock_broker.store.lock import lock_of, take
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from penstock_broker.store.soundness import (
     LARGE_SIZE,
@@ -151,8 +152,8 @@ class Database:
         self.path = Path(path)
         self.limits = limits
         # A file that is no database is taken for a damaged one only where a broker has been before.
-        self._was_ours = self._lock_path.exists()
-        self._lock = self._lock_file()
+        self._was_ours = lock_of(self.path).exists()
+        self._lock = take(self.path)
         self.checkpoint_bytes = CHECKPOINT_BYTES
         # Watched after each tick, if somebody sets it.
         self.space: Space | None = None
@@ -163,8 +164,11 @@ class Database:
         self._broken = False
         # Rows found damaged in the tick under way.
         self._damaged: list[Damaged] = []
-        # A broker that was killed has left it, and starting may need the space.
+        # Being made, in steps between ticks.
+        self._copy: Copy | None = None
+        # A broker that was killed has left them, and starting may need the space.
         reserve_of(self.path).unlink(missing_ok=True)
+        forget_backups(self.path)
         try:
             self._rewrite_log()
             self.connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
@@ -180,32 +184,6 @@ class Database:
             raise
 
     # -- opening and closing
-
-    @property
-    def _lock_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".lock")
-
-    def _lock_file(self) -> int:
-        try:
-            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise FatalError(
-                f"cannot open the database {self.path}: {error.strerror}",
-                "set db_path (TASKBROKER_DB_PATH) to a file in a directory this user can write to",
-            ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(lock, 100, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(lock)
-            raise FatalError(
-                f"the database {self.path} is in use by another broker (process {holder})",
-                "each broker needs a database of its own: stop the other one, or set another db_path"
-                " (TASKBROKER_DB_PATH)",
-            ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-        return lock
 
     def _rewrite_log(self) -> None:
         """Write what is left of a WAL once more, and sync it.
@@ -353,6 +331,7 @@ class Database:
 
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
+        self.drop_copy()
         try:
             if not self._broken:
                 self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
@@ -600,6 +579,32 @@ class Database:
         """The first wall clock time after ``after`` at which a delay or an expiry is due."""
         value = self.connection.execute("SELECT min(wake_at) FROM activation WHERE wake_at > ?", (after,)).get
         return None if value is None else int(value)
+
+    # -- a copy, in steps between ticks
+
+    def begin_copy(self, path: Path) -> None:
+        """Begin one at ``path``, in place of any before it. Raises CannotCopy."""
+        forget_backups(self.path)
+        reserve = self.space.reserve_bytes if self.space is not None else 0
+        require_room(path.parent, size_of(self.connection) + reserve)
+        self._copy = Copy(self.connection, path)
+
+    def copy_on(self) -> tuple[int, int]:
+        """A step of it: (pages that are copied, pages of all), equal at its end. Raises CannotCopy."""
+        assert self._copy is not None
+        if self.space is not None and self.space.watch():
+            raise CannotCopy("the backup is given up: the disk is nearly full")
+        copied, pages = self._copy.step()
+        if copied == pages:
+            self._copy.close()
+            self._copy = None
+        return copied, pages
+
+    def drop_copy(self) -> None:
+        """Give up the one that is being made, if there is one."""
+        if self._copy is not None:
+            self._copy.drop()
+            self._copy = None
 
     # -- reading
 

@@ -809,6 +809,10 @@ class Inflight:
         await self.answerable(self.committed())
         return result[0]
 
+    async def aside(self, work: Callable[[Database], T]) -> T:
+        """Run ``work`` between two ticks, also while the disk takes nothing. Raises StoreStopped."""
+        return await self.writer.aside(work)
+
     def pending(self) -> list[tuple[str, str, int]]:
         """(application, namespace, pending rows) of every pair that has any to hand out."""
         counts = self.memory.counts

@@ -7,6 +7,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import structlog
 
@@ -26,7 +27,7 @@ from penstock_broker.store.batch import (
     repeated,
     wake_at,
 )
-from penstock_broker.store.database import DiskFailing
+from penstock_broker.store.database import Database, DiskFailing
 from penstock_broker.store.finished import place
 from penstock_broker.store.ledger import state_of
 from penstock_broker.store.memory import Memory
@@ -43,8 +44,11 @@ TICK_MS_MAX = 10_000
 # After two ticks for which together so many waited, the next one gathers for so long.
 GATHER_FOR, GATHER_SECONDS = 5, 0.001
 
-# Carries out a tick where waiting for the disk holds up nobody.
-Handoff = Callable[[Callable[[Batch], Written], Batch], Awaitable[Written]]
+T = TypeVar("T")
+
+# Carries out a tick, ``handoff(database.write, batch)``, or what is done between two, ``handoff(work,
+# database)``, where waiting for the disk holds up nobody: one after the other.
+Handoff = Callable[[Callable[[Any], Any], Any], Awaitable[Any]]
 
 
 class StoreStopped(Exception):
@@ -177,6 +181,14 @@ class Writer:
                 future.add_done_callback(self._impatient.discard)
         return future
 
+    async def aside(self, work: Callable[[Database], T]) -> T:
+        """What ``work`` returns, done between two ticks, outside of any transaction: also while the disk
+        takes nothing. It must leave none open. Raises StoreStopped."""
+        if self.stopping or self.failed:
+            raise StoreStopped
+        answer: T = await self._handoff(work, self._memory.database)
+        return answer
+
     # -- delays and expiries
 
     def next_due(self) -> int | None:
@@ -214,7 +226,7 @@ class Writer:
         pause = RETRY_SECONDS_MIN
         while True:
             try:
-                written = await self._handoff(self._memory.database.write, batch)
+                written: Written = await self._handoff(self._memory.database.write, batch)
             except DiskFailing as failing:
                 if self.stopping:
                     raise

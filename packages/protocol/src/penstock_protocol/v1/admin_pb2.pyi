@@ -581,3 +581,59 @@ class AdoptResponse(_message.Message):
     adopted: int
     lost: int
     def __init__(self, finished: bool = ..., partitions: _Optional[int] = ..., adopted: _Optional[int] = ..., lost: _Optional[int] = ...) -> None: ...
+
+class QueryDatabaseRequest(_message.Message):
+    __slots__ = ("sql", "limit")
+    SQL_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    sql: str
+    limit: int
+    def __init__(self, sql: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class SqlValue(_message.Message):
+    __slots__ = ("integer", "real", "text", "blob")
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    REAL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    integer: int
+    real: float
+    text: str
+    blob: bytes
+    def __init__(self, integer: _Optional[int] = ..., real: _Optional[float] = ..., text: _Optional[str] = ..., blob: _Optional[bytes] = ...) -> None: ...
+
+class SqlRow(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedCompositeFieldContainer[SqlValue]
+    def __init__(self, values: _Optional[_Iterable[_Union[SqlValue, _Mapping]]] = ...) -> None: ...
+
+class QueryDatabaseResponse(_message.Message):
+    __slots__ = ("columns", "rows", "more")
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    rows: _containers.RepeatedCompositeFieldContainer[SqlRow]
+    more: bool
+    def __init__(self, columns: _Optional[_Iterable[str]] = ..., rows: _Optional[_Iterable[_Union[SqlRow, _Mapping]]] = ..., more: bool = ...) -> None: ...
+
+class BackUpDatabaseRequest(_message.Message):
+    __slots__ = ("id", "by")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    by: str
+    def __init__(self, id: _Optional[str] = ..., by: _Optional[str] = ...) -> None: ...
+
+class BackUpDatabaseResponse(_message.Message):
+    __slots__ = ("finished", "pages_copied", "pages", "number")
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_COPIED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    finished: bool
+    pages_copied: int
+    pages: int
+    number: int
+    def __init__(self, finished: bool = ..., pages_copied: _Optional[int] = ..., pages: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...

@@ -116,6 +116,16 @@ class AdminServiceStub(object):
                 request_serializer=penstock__protocol_dot_v1_dot_admin__pb2.AdoptRequest.SerializeToString,
                 response_deserializer=penstock__protocol_dot_v1_dot_admin__pb2.AdoptResponse.FromString,
                 _registered_method=True)
+        self.QueryDatabase = channel.unary_unary(
+                '/penstock.v1.AdminService/QueryDatabase',
+                request_serializer=penstock__protocol_dot_v1_dot_admin__pb2.QueryDatabaseRequest.SerializeToString,
+                response_deserializer=penstock__protocol_dot_v1_dot_admin__pb2.QueryDatabaseResponse.FromString,
+                _registered_method=True)
+        self.BackUpDatabase = channel.unary_unary(
+                '/penstock.v1.AdminService/BackUpDatabase',
+                request_serializer=penstock__protocol_dot_v1_dot_admin__pb2.BackUpDatabaseRequest.SerializeToString,
+                response_deserializer=penstock__protocol_dot_v1_dot_admin__pb2.BackUpDatabaseResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -226,6 +236,20 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QueryDatabase(self, request, context):
+        """One statement of SQL that only reads the broker's database, bounded in time, rows and bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BackUpDatabase(self, request, context):
+        """Starts to copy the database to a file beside it; called again, says how far it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -308,6 +332,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Adopt,
                     request_deserializer=penstock__protocol_dot_v1_dot_admin__pb2.AdoptRequest.FromString,
                     response_serializer=penstock__protocol_dot_v1_dot_admin__pb2.AdoptResponse.SerializeToString,
+            ),
+            'QueryDatabase': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryDatabase,
+                    request_deserializer=penstock__protocol_dot_v1_dot_admin__pb2.QueryDatabaseRequest.FromString,
+                    response_serializer=penstock__protocol_dot_v1_dot_admin__pb2.QueryDatabaseResponse.SerializeToString,
+            ),
+            'BackUpDatabase': grpc.unary_unary_rpc_method_handler(
+                    servicer.BackUpDatabase,
+                    request_deserializer=penstock__protocol_dot_v1_dot_admin__pb2.BackUpDatabaseRequest.FromString,
+                    response_serializer=penstock__protocol_dot_v1_dot_admin__pb2.BackUpDatabaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -744,6 +778,60 @@ class AdminService(object):
             '/penstock.v1.AdminService/Adopt',
             penstock__protocol_dot_v1_dot_admin__pb2.AdoptRequest.SerializeToString,
             penstock__protocol_dot_v1_dot_admin__pb2.AdoptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryDatabase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.AdminService/QueryDatabase',
+            penstock__protocol_dot_v1_dot_admin__pb2.QueryDatabaseRequest.SerializeToString,
+            penstock__protocol_dot_v1_dot_admin__pb2.QueryDatabaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BackUpDatabase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.AdminService/BackUpDatabase',
+            penstock__protocol_dot_v1_dot_admin__pb2.BackUpDatabaseRequest.SerializeToString,
+            penstock__protocol_dot_v1_dot_admin__pb2.BackUpDatabaseResponse.FromString,
             options,
             channel_credentials,
             insecure,
