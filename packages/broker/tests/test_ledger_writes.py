@@ -21,11 +21,11 @@ from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError, Replaced
 from penstock_broker.ingest import ledger as ledger_module
-from penstock_broker.ingest import ledger_adopt
+from penstock_broker.ingest import ledger_adopt, ledger_restore
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
-from penstock_broker.ingest.intake import Found
+from penstock_broker.ingest.intake import Found, Intake
 from penstock_broker.ingest.ledger import Ledger
-from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport, adopt
+from penstock_broker.ingest.ledger_adopt import AdoptedHere, AdoptError, AdoptReport, adopt
 from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
 from penstock_broker.ingest.ledger_records import Account, Head, Record, head_record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
@@ -57,6 +57,8 @@ class Log:
         # After a message of the partition.
         self.breaks = False
         self.broken = 0
+        # So many more answers are of a node that does not know the topic.
+        self.unknown = 0
         # Of the partition: offset -> message.
         self.tasks: dict[int, Message] = {}
 
@@ -86,6 +88,9 @@ class Log:
     def close(self) -> None: ...
 
     def look_up(self, topic: str, partitions: Sequence[int] | None) -> list[Found]:
+        if self.unknown:
+            self.unknown -= 1
+            return []
         end = len(self.tasks)
         return [Found(0, end, self.owners, 0, end)] if topic == "tasks" and self.tasks else []
 
@@ -171,6 +176,7 @@ def path(tmp_path: Path) -> Path:
 def _waits_for_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(ledger_module, "HEARTBEAT_SECONDS", 3600)
+    monkeypatch.setattr(ledger_restore, "LOOK_SECONDS", 0.01)
 
 
 async def test_what_was_not_recorded_before_a_crash_is_at_the_next_start(path: Path, log: Log) -> None:
@@ -338,6 +344,81 @@ async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(
         await _begin(path, log)
     async with broker(path.with_name("new.sqlite"), log) as again:
         assert again.store.memory.rows == 0
+
+
+async def test_an_adopter_settles_its_own_rows_first_once_kafka_knows_their_partition(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_adopt, "LOOK_SECONDS", 0.01)
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 4)
+        await gone.store.recorded()
+        owner = Owner(2, gone.ledger.me, 1)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(4)}
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        # It read the first two, before the other one read on from there.
+        rows = [heir._admission.admit(task_bytes(f"own-{n}"), 1, heir.source.id, n) for n in range(2)]
+        await heir.store.insert(rows, {heir.source.id: 2})
+        log.owners = (owner, Owner(0, heir.ledger.me, 1))
+        look_up, unsure = log.look_up, [True] * 3
+
+        def coming_up(topic: str, partitions: Sequence[int] | None) -> list[Found]:
+            return [] if partitions is not None and unsure and unsure.pop() else look_up(topic, partitions)
+
+        log.look_up = coming_up  # type: ignore[method-assign]
+        intake = Intake(heir.store, "tasks", "broker-2", 6000)
+        await adopt(heir.ledger, [intake], "broker-1", force=True)
+        assert not unsure
+        assert not heir.source.uncovered
+        assert heir.store.memory.tally.dropped == 0
+
+
+@pytest.mark.parametrize("answers", [1, ledger_restore.LOOKS - 1])
+async def test_a_broker_is_not_adopted_empty_because_a_node_of_kafka_does_not_know_its_topic(
+    path: Path, log: Log, answers: int
+) -> None:
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(5)}
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        # Of each look the first answer is on the topic, the second on its overflow.
+        log.unknown = 2 * answers
+        assert await adopt(heir.ledger, [], "broker-1", force=True) == AdoptReport("broker-1", 1, 4, 0)
+
+
+async def test_what_was_left_of_a_topic_that_is_gone_is_counted(path: Path, log: Log) -> None:
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+    # There is no such topic any more.
+    async with broker(path.with_name("new.sqlite"), log, killed=True) as again:
+        assert again.ledger.unrestorable == 4
+        # Another one of its name is read from its beginning.
+        assert again.store.memory.partitions.find("tasks", 0) is again.source
+        assert (again.source.next, again.source.covered) == (0, 0)
+    async with broker(path.with_name("third.sqlite"), log, broker_id="broker-3", killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        assert await adopt(heir.ledger, [], "broker-3", force=True) == AdoptReport("broker-3", 1, 0, 4)
+        assert heir.ledger.unrestorable == 4
+        with pytest.raises(AdoptedHere):
+            await adopt(heir.ledger, [], "broker-3", force=True)
+
+
+async def test_an_adopted_broker_does_not_begin_without_the_ledger(path: Path, log: Log) -> None:
+    """A node of Kafka that is coming up does not know it."""
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 4)
+        await gone.store.recorded()
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        await adopt(heir.ledger, [], "broker-1", force=True)
+    answers = [True, False]
+    log.is_there = lambda: answers.pop() if len(answers) > 1 else answers[0]  # type: ignore[method-assign]
+    with pytest.raises(Replaced):
+        await _begin(path, log)
 
 
 async def _begin(path: Path, log: Log) -> None:

@@ -47,9 +47,75 @@ BUGS = (
         "a new store believes one answer without the ledger's topic",
         "a broker that starts with an empty disk restores exactly what was unfinished",
         "broker/ingest/ledger.py",
-        old="range(LOOKS_FOR_THE_TOPIC if self._is_new() else 1)",
+        old="range(LOOKS_FOR_THE_TOPIC)",
         new="range(1)",
         tests=(WRITES + "test_a_new_store_does_not_believe_one_answer_without_the_ledger",),
+    ),
+    Bug(
+        "a broker that was adopted believes one answer without the ledger's topic",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger.py",
+        old="range(LOOKS_FOR_THE_TOPIC)",
+        new="range(LOOKS_FOR_THE_TOPIC if self._is_new() else 1)",
+        tests=(WRITES + "test_an_adopted_broker_does_not_begin_without_the_ledger",),
+    ),
+    Bug(
+        "a topic that one answer does not know is gone",
+        "losing a disk loses nothing",
+        "broker/ingest/ledger_restore.py",
+        old="    for look in range(LOOKS):\n",
+        new="    for look in range(1):\n",
+        tests=(
+            BROKER
+            + "test_ledger.py::test_a_node_of_kafka_that_is_coming_up_loses_nothing_of_a_lost_disk[tasks]",
+            WRITES + "test_a_broker_is_not_adopted_empty_because_a_node_of_kafka_does_not_know_its_topic[1]",
+        ),
+    ),
+    Bug(
+        "a ledger that one answer does not know has no records",
+        "a task that was adopted is run by one broker; losing a disk loses nothing",
+        "broker/ingest/ledger_log.py",
+        old="            if not partitions:\n",
+        new="            if False:\n",
+        tests=(
+            BROKER + "test_ledger.py::test_a_database_that_was_replaced_is_refused",
+            BROKER + "test_ledger.py::test_what_a_node_of_kafka_does_not_know_is_no_answer",
+        ),
+    ),
+    Bug(
+        "of a partition that one answer does not know nobody has committed anything",
+        "what is this broker's stays this broker's",
+        "broker/ingest/ledger_log.py",
+        old="            present, found = _partitions(consumer, topic), []\n",
+        new=(
+            "            present = _partitions(consumer, topic)\n"
+            "            found = [Found(n, None, (), 0, 0) for n in partitions or () if n not in present]\n"
+        ),
+        tests=(BROKER + "test_ledger.py::test_what_a_node_of_kafka_does_not_know_is_no_answer",),
+    ),
+    Bug(
+        "what was left of a topic that is gone is not counted",
+        "what is lost is counted",
+        "broker/ingest/ledger_restore.py",
+        old="    gone = account.ranges.keys() - found.keys()\n",
+        new="    gone = account.ranges.keys() - account.ranges.keys()\n",
+        tests=(WRITES + "test_what_was_left_of_a_topic_that_is_gone_is_counted",),
+    ),
+    Bug(
+        "a topic that is gone was read as far as the next one of its name",
+        "new tasks are never taken for old ones",
+        "broker/ingest/ledger_restore.py",
+        old="    if left.gone:\n",
+        new="    if False:\n",
+        tests=(WRITES + "test_what_was_left_of_a_topic_that_is_gone_is_counted",),
+    ),
+    Bug(
+        "a restore ends at the first end of a partition that is told",
+        "losing a disk loses nothing",
+        "broker/ingest/ledger_log.py",
+        old="                at = offset if error is not None else offset + 1\n",
+        new="                at = last + 1 if error is not None else offset + 1\n",
+        tests=(BROKER + "test_ledger.py::test_an_end_that_is_told_too_early_ends_no_restore",),
     ),
     Bug(
         "a strange record in the ledger's topic is taken for a broker's",

@@ -45,7 +45,8 @@ RETRY_SECONDS = 1.0
 LOOK_AGAIN_SECONDS = 5.0
 # A Kafka that has just been made needs a while for its first transaction.
 PATIENCE_MS = 20_000
-# A new store that begins without a ledger restores nothing later: one answer is not enough for that.
+# A new store that begins without a ledger restores nothing later, and one that was adopted would start what
+# its heir runs: one answer is not enough for that.
 LOOKS_FOR_THE_TOPIC = 3
 # An idle broker says that it lives.
 HEARTBEAT_SECONDS = 10.0
@@ -159,7 +160,7 @@ class Ledger:
         return True
 
     async def _is_there(self) -> bool:
-        for look in range(LOOKS_FOR_THE_TOPIC if self._is_new() else 1):
+        for look in range(LOOKS_FOR_THE_TOPIC):
             if look:
                 await asyncio.sleep(RETRY_SECONDS)
             if await self.call(self.log.is_there):

@@ -73,7 +73,8 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
         lost, adopted = ledger.unrestorable, 0
         lefts = await find_left(ledger, account, broker_id)
         for left in lefts:
-            await _settle_own(ledger, intakes, left)
+            if not left.gone:
+                await _settle_own(ledger, intakes, left)
             adopted += await restore(ledger, left, "adopted")
             await ledger.record_with(_handed(ledger, broker_id, account, left))
         await ledger.record_with([_handed_head(ledger, broker_id, account)])
@@ -151,8 +152,9 @@ async def _settle_own(ledger: Ledger, intakes: Sequence[Intake], left: Left) -> 
     source = ledger.store.source(left.topic, left.partition)
     until = ledger.store.clock.mono_ms() + GONE_SECONDS_MAX * 1000
     while source.uncovered and source.uncovered[0][0] < left.end:
-        if resolving:
-            await resolving[0].resolve(await ledger.call(ledger.log.look_up, left.topic, [left.partition]))
+        found = await ledger.call(ledger.log.look_up, left.topic, [left.partition]) if resolving else []
+        if found:
+            await resolving[0].resolve(found)
         elif ledger.store.clock.mono_ms() > until:
             raise AdoptError(
                 f"this broker's own offsets of {left.topic}/{left.partition} are not committed:"

@@ -3,6 +3,7 @@ read again from the log, and stored here."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from penstock_broker.ingest.ledger import Ledger
 
 log = structlog.get_logger("ledger")
+
+# A node of Kafka that is coming up knows no topic: what is in none of so many answers is gone.
+LOOKS = 5
+LOOK_SECONDS = 1.0
 
 _STORY_LOST = "its last error was lost with its broker's disk"
 
@@ -42,6 +47,8 @@ class Left(NamedTuple):
     expired: int
     # There was no ledger when they were taken: nothing says which at-most-once tasks have started.
     unrecorded: bool = False
+    # Its log is not there any more, and all of it is expired. One that may be made anew is another one.
+    gone: bool = False
 
 
 def left_of(
@@ -75,21 +82,37 @@ def left_of(
 
 async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Left]:
     """What a broker has left, over all partitions. Raises KafkaException."""
-    consumed = (ledger.settings.kafka_topic, ledger.settings.kafka_overflow_topic)
-    found: dict[tuple[str, int], Found] = {}
-    for topic in sorted({*consumed, *(topic for topic, _ in account.ranges)}):
-        # Of those that are consumed all partitions: the first record may not have been written yet.
-        partitions = None if topic in consumed else [p for t, p in account.ranges if t == topic]
-        for one in await ledger.call(ledger.log.look_up, topic, partitions):
-            found[topic, one.partition] = one
+    found = await _look_up(ledger, account)
+    gone = account.ranges.keys() - found.keys()
+    found |= {(topic, partition): Found(partition, None, (), 0, 0) for topic, partition in gone}
     lefts = []
     for (topic, partition), one in sorted(found.items()):
         segments = {n: s for (t, p, n), s in account.segments.items() if (t, p) == (topic, partition)}
         lost = _lost_store(account, one, broker_id, ledger.me)
         left = left_of(topic, account.ranges.get((topic, partition)), segments, one, lost)
         if left is not None:
-            lefts.append(left)
+            lefts.append(left._replace(gone=(topic, partition) in gone))
     return lefts
+
+
+async def _look_up(ledger: Ledger, account: Account) -> dict[tuple[str, int], Found]:
+    """What Kafka knows of everything that a broker may have taken from, but for what is not there."""
+    consumed = {ledger.settings.kafka_topic, ledger.settings.kafka_overflow_topic}
+    found: dict[tuple[str, int], Found] = {}
+    topics = consumed | {topic for topic, _ in account.ranges}
+    for look in range(LOOKS):
+        if look:
+            await asyncio.sleep(LOOK_SECONDS)
+        for topic in sorted(topics):
+            # Of those that are consumed all partitions: the first record may not have been written yet.
+            partitions = None if topic in consumed else [p for t, p in account.ranges if t == topic]
+            for one in await ledger.call(ledger.log.look_up, topic, partitions):
+                found[topic, one.partition] = one
+        topics = {topic for topic, _ in account.ranges.keys() - found.keys()}
+        topics |= consumed - {topic for topic, _ in found}
+        if not topics:
+            break
+    return found
 
 
 def _lost_store(account: Account, found: Found, broker_id: str, me: Me) -> Me:
@@ -106,6 +129,10 @@ async def restore(ledger: Ledger, left: Left, term: str) -> int:
     A restore that was interrupted goes on where it was. Raises KafkaException, StoreStopped.
     """
     store = ledger.store
+    if left.gone:
+        ledger.unrestorable += left.expired
+        _tell(left, term, 0, left.expired)
+        return 0
     source = store.source(left.topic, left.partition)
     fresh = term == "restored"
     offsets = [offset for offset in left.offsets if not fresh or offset >= source.next]
@@ -177,5 +204,7 @@ def _tell(left: Left, term: str, rows: int, missing: int) -> None:
             topic=left.topic,
             partition=left.partition,
             tasks=missing,
-            hint="the topic's retention is shorter than its backlog was old: raise retention.ms",
+            hint="the partition is not there any more: was the topic deleted?"
+            if left.gone
+            else "the topic's retention is shorter than its backlog was old: raise retention.ms",
         )
