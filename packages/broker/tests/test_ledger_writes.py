@@ -19,7 +19,7 @@ from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.lifecycle import Event
-from penstock_broker.errors import FatalError, Replaced
+from penstock_broker.errors import FatalError, OldDatabase, Replaced
 from penstock_broker.ingest import ledger as ledger_module
 from penstock_broker.ingest import ledger_adopt, ledger_restore
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
@@ -300,19 +300,80 @@ async def test_a_lost_disk_that_comes_back_while_it_is_restored_is_refused(path:
     async with broker(path, log) as lost:
         await lost.take(0, 4)
     log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(3)}
-    log.breaks = True
     new = path.with_name("new.sqlite")
-    begins = asyncio.create_task(_begin(new, log))
-    await until(lambda: log.broken)
-    begins.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await begins
+    await begin_to_restore(new, log)
     with pytest.raises(Replaced):
         await _begin(path, log)
     # The new one goes on where it was.
-    log.breaks = False
     async with broker(new, log) as heir:
         assert heir.store.memory.rows == 3
+
+
+async def begin_to_restore(path: Path, log: Log) -> None:
+    """A disk that was lost is restored from the ledger as far as the first message, and is lost again."""
+    log.breaks, broken = True, log.broken
+    begins = asyncio.create_task(_begin(path, log))
+    await until(lambda: log.broken > broken)
+    begins.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await begins
+    log.breaks = False
+
+
+@pytest.mark.parametrize("by_its_own_new_disk", [False, True])
+async def test_a_restore_does_not_go_on_after_somebody_else_has_taken_over(
+    path: Path, log: Log, by_its_own_new_disk: bool
+) -> None:
+    async with broker(path, log, killed=True) as lost:
+        await lost.take(0, 4)
+        await lost.store.recorded()
+        log.owners = (Owner(0, lost.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(4)}
+    new = path.with_name("new.sqlite")
+    await begin_to_restore(new, log)
+    if by_its_own_new_disk:
+        await begin_to_restore(path.with_name("newer.sqlite"), log)
+        with pytest.raises(Replaced):
+            await _begin(new, log)
+        async with broker(path.with_name("newer.sqlite"), log) as heir:
+            assert heir.store.memory.rows == 3
+        with pytest.raises(OldDatabase):
+            await _begin(new, log)
+    else:
+        async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+            assert (await adopt(heir.ledger, [], "broker-1", force=True)).adopted == 3
+            with pytest.raises(Replaced):
+                await _begin(new, log)
+
+
+async def test_a_broker_that_restores_says_that_it_lives_and_notices_its_heir(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with broker(path, log) as lost:
+        await lost.take(0, 11)
+        log.owners = (Owner(0, lost.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(10)}
+    monkeypatch.setattr(ledger_module, "HEARTBEAT_SECONDS", 0)
+    heads: list[Head | None] = []
+    write = log.write
+
+    def noting(records: Sequence[Record]) -> None:
+        write(records)
+        heads.append(log.account().head)
+        if len(heads) == 5:
+            raise Fenced("an adopter has begun")
+
+    log.write = noting  # type: ignore[method-assign]
+    new = path.with_name("new.sqlite")
+    async with running_store(new) as store:
+        ledger = Ledger(store, Settings(kafka_topic="tasks", broker_id="broker-1", db_path=new))
+        ledger.log = log  # type: ignore[assignment]
+        with pytest.raises(Fenced):
+            await ledger._open(lambda: None)
+        ledger.thread.shutdown()
+    # One when it begins, and then one before each message.
+    assert len(heads) == 5
+    assert all(head is not None and head.successor == ledger.me and not head.handed for head in heads)
 
 
 async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(

@@ -794,6 +794,41 @@ BUGS = (
         tests=(WRITES + "test_a_lost_disk_that_comes_back_while_it_is_restored_is_refused",),
     ),
     Bug(
+        "a restore goes on after its broker was adopted",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger.py",
+        old="what it has stored is run there, too.\n        if not self._is_empty():\n",
+        new="what it has stored is run there, too.\n        if not self._is_new():\n",
+        tests=(WRITES + "test_a_restore_does_not_go_on_after_somebody_else_has_taken_over",),
+    ),
+    Bug(
+        "a restore goes on after another disk has been restored",
+        "a task is run by one broker",
+        "broker/ingest/ledger.py",
+        old="        elif not self._is_empty():\n",
+        new="        elif not self._is_new():\n",
+        tests=(WRITES + "test_a_restore_does_not_go_on_after_somebody_else_has_taken_over[True]",),
+    ),
+    Bug(
+        "a broker that restores is silent, and deaf to its heir",
+        "adopt refuses while the old record is younger than a minute",
+        "broker/ingest/ledger_restore.py",
+        old="        await before_batch()\n",
+        new="",
+        tests=(WRITES + "test_a_broker_that_restores_says_that_it_lives_and_notices_its_heir",),
+    ),
+    Bug(
+        "a broker that restores is adopted without force",
+        "adopt refuses while the old record is younger than a minute",
+        "broker/ingest/ledger_adopt.py",
+        old="    if silent_ms < SILENT_MS_MIN and not force and successor != ledger.me:\n",
+        new="    if silent_ms < SILENT_MS_MIN and not force and successor is None:\n",
+        tests=(
+            BROKER
+            + "test_ledger_adopt.py::test_who_wrote_within_the_last_minute_is_not_adopted_unless_forced",
+        ),
+    ),
+    Bug(
         "a restore that was interrupted has ended",
         "losing a disk loses nothing",
         "broker/ingest/ledger.py",

@@ -116,7 +116,8 @@ async def _may_adopt(ledger: Ledger, broker_id: str, force: bool) -> Account:
             f" should {successor.broker_id!r} never return either, adopt that one first"
         )
     silent_ms = ledger.store.clock.wall_ms() - head.written_at
-    if silent_ms < SILENT_MS_MIN and not force and successor is None:
+    # Its own new disk that restores writes as long as it does; what was begun here was allowed then.
+    if silent_ms < SILENT_MS_MIN and not force and successor != ledger.me:
         raise AdoptError(
             f"broker {broker_id!r} wrote to the ledger {max(0, silent_ms) // 1000} s ago: it seems to live."
             f" Stop it and wait for {SILENT_MS_MIN // 1000} s, or force the adoption"

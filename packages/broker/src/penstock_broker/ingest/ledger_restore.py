@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
@@ -123,10 +123,16 @@ def _lost_store(account: Account, found: Found, broker_id: str, me: Me) -> Me:
     return next(named, Me(broker_id, ""))
 
 
-async def restore(ledger: Ledger, left: Left, term: str) -> int:
+async def _nothing() -> None: ...
+
+
+async def restore(
+    ledger: Ledger, left: Left, term: str, before_batch: Callable[[], Awaitable[None]] = _nothing
+) -> int:
     """Store what is left of one partition; how many rows. ``term``: "restored" or "adopted".
 
-    A restore that was interrupted goes on where it was. Raises KafkaException, StoreStopped.
+    A restore that was interrupted goes on where it was. Raises KafkaException, StoreStopped, and what
+    ``before_batch`` raises.
     """
     store = ledger.store
     if left.gone:
@@ -143,6 +149,7 @@ async def restore(ledger: Ledger, left: Left, term: str) -> int:
     missing = sum(offset < left.recorded_to for offset in offsets)
     restored = 0
     while (batch := await ledger.call(next, batches, None)) is not None:
+        await before_batch()
         now, rows = store.clock.wall_ms(), []
         for message in batch:
             missing -= message.offset < left.recorded_to
