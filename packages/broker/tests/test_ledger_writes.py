@@ -31,8 +31,10 @@ from penstock_broker.ingest.ledger_records import Account, Head, Record, head_re
 from penstock_broker.ingest.ledger_restore import Left, restore
 from penstock_broker.ingest.ownership import Owner
 from penstock_broker.store.batch import Batch, Written
+from penstock_broker.store.finished import Finished
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import offsets_of
+from penstock_broker.store.limits import StoreLimits
 from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
 
 GROUP = "penstock-tasks"
@@ -318,6 +320,52 @@ async def begin_to_restore(path: Path, log: Log) -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await begins
     log.breaks = False
+
+
+async def test_an_adoption_that_is_repeated_goes_on_where_it_was(path: Path, log: Log) -> None:
+    """However long ago that was, and whatever is still known of what it adopted then."""
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(5)}
+    heir_path = path.with_name("heir.sqlite")
+    async with broker(heir_path, log, broker_id="broker-2") as heir:
+        log.breaks = True
+        with pytest.raises(AdoptError, match="repeat"):
+            await adopt(heir.ledger, [], "broker-1", force=True)
+        # It is stored with the first of them.
+        assert heir.store.memory.rows == 1
+        await heir.finish()
+        log.breaks = False
+    async with broker(heir_path, log, broker_id="broker-2") as heir:
+        heir.store.memory.finished = Finished(0, 0)
+        assert (await adopt(heir.ledger, [], "broker-1", force=True)).adopted == 3
+        assert heir.store.memory.rows == 3
+        assert heir.store.imbalance() == 0
+        # How far it was is of no use any more.
+        kept = await heir.store.read(lambda d: d.connection.execute("SELECT key FROM meta").fetchall())
+        assert not [key for (key,) in kept if key.startswith("adopt")]
+
+
+async def test_how_far_an_adoption_is_becomes_durable_with_what_it_adopted(path: Path) -> None:
+    """Though the tick before it had no room for that."""
+    limits = StoreLimits(batch_rows_max=1)
+    async with running_store(path, limits) as store:
+        source, known, write = store.source("tasks", 0), [], store.database.write
+
+        def noting(batch: Batch) -> Written:
+            written = write(batch)
+            known.append((len(batch.rows), store.database.meta("adopt")))
+            return written
+
+        store.database.write = noting  # type: ignore[method-assign]
+        now, admission = store.clock.wall_ms(), Admission(AdmissionLimits())
+        rows = [admission.admit(task_bytes(f"{n}"), now, source.id, n) for n in range(2)]
+        first, second = store.insert(rows[:1]), store.insert(rows[1:], term="adopted", progress=("adopt", 2))
+        await first
+        await second
+        assert [one for one in known if one[0]] == [(1, None), (1, 2)]
 
 
 @pytest.mark.parametrize("by_its_own_new_disk", [False, True])

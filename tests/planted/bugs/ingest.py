@@ -872,9 +872,37 @@ BUGS = (
         "a restore goes on one too far",
         "losing a disk loses nothing",
         "broker/ingest/ledger_restore.py",
-        old="offset >= source.next]",
-        new="offset > source.next]",
+        old="offset >= begin]",
+        new="offset > begin]",
         tests=(WRITES + "test_a_restore_goes_on_with_the_next",),
+    ),
+    Bug(
+        "an adoption that is repeated begins anew",
+        "what one broker acknowledged, no other runs again",
+        "broker/ingest/ledger_restore.py",
+        old="    begin = source.next if fresh else int(store.database.meta(progress) or 0)",
+        new="    begin = source.next if fresh else 0",
+        tests=(WRITES + "test_an_adoption_that_is_repeated_goes_on_where_it_was",),
+    ),
+    Bug(
+        "how far an adoption is becomes durable before what it has adopted",
+        "losing a disk loses nothing",
+        "broker/store/inflight.py",
+        old="        return self.writer.add(rows, taken or {}, term, progress)\n",
+        new=(
+            "        if progress is not None:\n"
+            "            self.set_meta(*progress)\n"
+            "        return self.writer.add(rows, taken or {}, term)\n"
+        ),
+        tests=(WRITES + "test_how_far_an_adoption_is_becomes_durable_with_what_it_adopted",),
+    ),
+    Bug(
+        "how far an adoption was is kept when it has ended",
+        "bounded",
+        "broker/ingest/ledger_adopt.py",
+        old="        await ledger.store.forget_meta([_progress(broker_id, account, left) for left in lefts])\n",
+        new="",
+        tests=(WRITES + "test_an_adoption_that_is_repeated_goes_on_where_it_was",),
     ),
     Bug(
         "a restored task may be tried as often as it was sent with",

@@ -75,9 +75,10 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
         for left in lefts:
             if not left.gone:
                 await _settle_own(ledger, intakes, left)
-            adopted += await restore(ledger, left, "adopted")
+            adopted += await restore(ledger, left, "adopted", progress=_progress(broker_id, account, left))
             await ledger.record_with(_handed(ledger, broker_id, account, left))
         await ledger.record_with([_handed_head(ledger, broker_id, account)])
+        await ledger.store.forget_meta([_progress(broker_id, account, left) for left in lefts])
     except FatalError as error:
         raise AdoptError(str(error)) from None
     except KafkaException as error:
@@ -163,6 +164,13 @@ async def _settle_own(ledger: Ledger, intakes: Sequence[Intake], left: Left) -> 
             )
         else:
             await asyncio.sleep(LOOK_SECONDS)
+
+
+def _progress(broker_id: str, account: Account, left: Left) -> str:
+    """Where the store keeps how far the adoption of a partition is: when it is repeated, what it has adopted
+    may have ended so long ago that nothing is known of it."""
+    store_id = account.head.store_id if account.head is not None else ""
+    return f"adopt/{broker_id}/{store_id}/{left.topic}/{left.partition}"
 
 
 def _handed(ledger: Ledger, broker_id: str, account: Account, left: Left) -> list[Record]:

@@ -127,12 +127,16 @@ async def _nothing() -> None: ...
 
 
 async def restore(
-    ledger: Ledger, left: Left, term: str, before_batch: Callable[[], Awaitable[None]] = _nothing
+    ledger: Ledger,
+    left: Left,
+    term: str,
+    before_batch: Callable[[], Awaitable[None]] = _nothing,
+    progress: str = "",
 ) -> int:
     """Store what is left of one partition; how many rows. ``term``: "restored" or "adopted".
 
-    A restore that was interrupted goes on where it was. Raises KafkaException, StoreStopped, and what
-    ``before_batch`` raises.
+    One that was interrupted goes on where it was: that is where the source goes on, or what the meta has
+    under ``progress`` for an adoption. Raises KafkaException, StoreStopped, and what ``before_batch`` raises.
     """
     store = ledger.store
     if left.gone:
@@ -141,7 +145,8 @@ async def restore(
         return 0
     source = store.source(left.topic, left.partition)
     fresh = term == "restored"
-    offsets = [offset for offset in left.offsets if not fresh or offset >= source.next]
+    begin = source.next if fresh else int(store.database.meta(progress) or 0)  # type: ignore[call-overload]
+    offsets = [offset for offset in left.offsets if offset >= begin]
     store.begin_restored(source, left.start if fresh else -1, left.end)
     admission = Admission(AdmissionLimits.of(ledger.settings))
     batches = ledger.log.messages(left.topic, left.partition, offsets)
@@ -164,7 +169,9 @@ async def restore(
             become(row, state, now, store.limits.lifecycle)
             rows.append(row)
         restored += len(rows)
-        await store.insert(rows, {source.id: batch[-1].offset + 1} if fresh else {}, term)
+        end = batch[-1].offset + 1
+        taken, kept = ({source.id: end}, None) if fresh else ({}, (progress, end))
+        await store.insert(rows, taken, term, kept)
     if fresh:
         await store.insert([], {source.id: left.end}, term)
     ledger.unrestorable += missing + left.expired
