@@ -7,13 +7,16 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 from ingest_helpers import running_store, task_bytes, until
 from store_helpers import token_of
+from structlog.testing import capture_logs
 
 from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
@@ -366,6 +369,62 @@ async def test_how_far_an_adoption_is_becomes_durable_with_what_it_adopted(path:
         await first
         await second
         assert [one for one in known if one[0]] == [(1, None), (1, 2)]
+
+
+@contextlib.asynccontextmanager
+async def heir_of_five(path: Path, log: Log) -> AsyncIterator[Broker]:
+    """A broker that may adopt another one with five tasks; it has room for two."""
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 6)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(6)}
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        heir.store.limits = replace(heir.store.limits, rows_max=2)
+        yield heir
+
+
+async def test_what_is_adopted_waits_for_room(path: Path, log: Log) -> None:
+    async with heir_of_five(path, log) as heir:
+        with capture_logs() as lines:
+            adopts = asyncio.create_task(adopt(heir.ledger, [], "broker-1", force=True))
+            for rows in (2, 2, 1):
+                await until(lambda rows=rows: heir.store.memory.rows == rows)
+                await asyncio.sleep(0.05)
+                assert heir.store.memory.rows == rows
+                await heir.finish()
+            assert (await adopts).adopted == 5
+        assert [line["limit"] for line in lines if "waits to be adopted" in line["event"]] == [
+            "max_pending_count"
+        ] * 2
+
+
+async def test_what_is_adopted_does_not_wait_for_what_nobody_ends(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no worker; or they are tasks that wait for the end of this."""
+    monkeypatch.setattr(ledger_restore, "ROOM_SECONDS_MAX", 0.05)
+    async with heir_of_five(path, log) as heir:
+        assert (await adopt(heir.ledger, [], "broker-1", force=True)).adopted == 5
+        assert heir.store.memory.rows == 5
+
+
+async def test_what_is_adopted_waits_for_space_on_the_disk(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_restore, "ROOM_SECONDS_MAX", 0)
+    async with heir_of_five(path, log) as heir:
+        low = True
+        space = SimpleNamespace(low=False, watch=lambda: low, close=lambda: None)
+        heir.store.database.space = space  # type: ignore[assignment]
+        heir.store.watch_disk()
+        await heir.store.committed()
+        adopts = asyncio.create_task(adopt(heir.ledger, [], "broker-1", force=True))
+        await asyncio.sleep(0.1)
+        assert heir.store.memory.rows == 0
+        low = False
+        heir.store.watch_disk()
+        assert (await adopts).adopted == 5
 
 
 @pytest.mark.parametrize("by_its_own_new_disk", [False, True])

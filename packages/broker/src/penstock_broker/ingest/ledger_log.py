@@ -190,6 +190,8 @@ class LedgerLog:
                 deadline = self._clock.mono_ms() + READ_MS_MAX
             if batch:
                 yield batch
+                # It may have waited for room.
+                deadline = self._clock.mono_ms() + READ_MS_MAX
             elif self._closed or self._clock.mono_ms() > deadline:
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 

@@ -16,6 +16,7 @@ from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.ledger_records import Account, Taken
 from penstock_broker.ingest.ownership import Me, boundary
+from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import SEGMENT_OFFSETS, Segment, State, offsets_of
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ log = structlog.get_logger("ledger")
 # A node of Kafka that is coming up knows no topic: what is in none of so many answers is gone.
 LOOKS = 5
 LOOK_SECONDS = 1.0
+
+# Rows are waited for that end and make room; if none has for so long, none may before this has ended.
+ROOM_SECONDS_MAX = 30.0
 
 _STORY_LOST = "its last error was lost with its broker's disk"
 
@@ -123,6 +127,36 @@ def _lost_store(account: Account, found: Found, broker_id: str, me: Me) -> Me:
     return next(named, Me(broker_id, ""))
 
 
+class _Room:
+    """Whether there is room in the store for what is restored, or adopted."""
+
+    def __init__(self, store: Inflight, term: str) -> None:
+        self._store = store
+        self._term = term
+        self._said = ""
+        # Since when so many rows are there (monotonic ms).
+        self._rows, self._since = 0, 0
+
+    def is_there(self) -> bool:
+        """False: wait. It is said why."""
+        limit, rows, now = self._store.limit(), self._store.memory.rows, self._store.clock.mono_ms()
+        if not limit:
+            self._said = ""
+            return True
+        if limit != self._said:
+            self._said = limit
+            log.warning(
+                f"what is left of a lost disk waits to be {self._term}: a limit is reached",
+                limit=limit,
+                rows=rows,
+                bytes=self._store.memory.bytes,
+            )
+            self._rows, self._since = rows, now
+        if rows < self._rows:
+            self._rows, self._since = rows, now
+        return not self._store.disk_fails and now - self._since >= ROOM_SECONDS_MAX * 1000
+
+
 async def _nothing() -> None: ...
 
 
@@ -152,9 +186,12 @@ async def restore(
     batches = ledger.log.messages(left.topic, left.partition, offsets)
     # An offset without a message above what was recorded is none of a task.
     missing = sum(offset < left.recorded_to for offset in offsets)
-    restored = 0
+    restored, room = 0, _Room(store, term)
     while (batch := await ledger.call(next, batches, None)) is not None:
         await before_batch()
+        while not room.is_there():
+            await asyncio.sleep(LOOK_SECONDS)
+            await before_batch()
         now, rows = store.clock.wall_ms(), []
         for message in batch:
             missing -= message.offset < left.recorded_to

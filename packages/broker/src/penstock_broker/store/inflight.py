@@ -133,11 +133,21 @@ class Inflight:
         return rows if self.taking and not (self._paused or self.writer.stopping) else 0
 
     def _limit_reached(self, rows: int) -> str:
-        if self.writer.trouble is not None or self.memory.disk_low:
+        if self.disk_fails:
             return "disk"
         if rows <= 0:
             return "rows"
         return "bytes" if self.memory.bytes >= self.limits.bytes_max else ""
+
+    def limit(self) -> str:
+        """The limit that is reached, as a setting or what else it is; empty: none."""
+        self.room()
+        return _LIMITS.get("disk" if self.disk_fails else self._paused, "")
+
+    @property
+    def disk_fails(self) -> bool:
+        """Whether the disk is full, nearly so, or fails."""
+        return self.memory.disk_low or self.writer.trouble is not None
 
     def intake_state(self) -> tuple[str, str]:
         """("OPEN" or "PAUSED", the limit that is reached, or "drain")."""
