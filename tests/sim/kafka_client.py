@@ -632,9 +632,10 @@ class Reader(Client):
 
     def list_topics(self, topic: str, timeout: float) -> SimpleNamespace:
         self.request(timeout)
-        logs = self.cluster.topics.get(topic)
-        named = {topic: SimpleNamespace(partitions=dict.fromkeys(range(len(logs))))} if logs else {}
-        return SimpleNamespace(topics=named)
+        logs = self.cluster.topics.get(topic, [])
+        error = None if logs else KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)
+        named = SimpleNamespace(partitions=dict.fromkeys(range(len(logs))), error=error)
+        return SimpleNamespace(topics={topic: named})
 
     def get_watermark_offsets(self, partition: TopicPartition, timeout: float) -> tuple[int, int]:
         self.request(timeout)

@@ -8,19 +8,23 @@ import contextlib
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException
 from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
 from store_helpers import token_of
 
+from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.domain.token import ClaimToken
 from penstock_broker.errors import OldDatabase, Replaced
 from penstock_broker.ingest import ledger as ledger_module
+from penstock_broker.ingest import ledger_log, ledger_restore
 from penstock_broker.ingest.consumer import KafkaConsumer
+from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.ledger import Ledger
 from penstock_broker.ingest.ledger_log import LedgerLog
 from penstock_broker.ingest.ledger_records import Account, Record, head_record, read_account
@@ -47,6 +51,25 @@ def settings(kafka: MockKafka, tmp_path: Path) -> Settings:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_restore, "LOOK_SECONDS", 0.05)
+
+
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Topic -> how many more answers Kafka gives as a node of it does that is coming up: it knows none."""
+    answers: dict[str, int] = {}
+
+    class Asks(Consumer):
+        def list_topics(self, topic: str, timeout: float) -> object:  # type: ignore[override]
+            found = super().list_topics(topic, timeout=timeout)
+            if answers.get(topic, 0) > 0:
+                answers[topic] -= 1
+                found.topics[topic].partitions = {}
+                found.topics[topic].error = KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)
+            return found
+
+    monkeypatch.setattr(ledger_log, "Consumer", Asks)
+    return answers
 
 
 class Broker:
@@ -173,6 +196,66 @@ async def test_a_lost_disk_is_restored_as_it_was(kafka: MockKafka, settings: Set
         await two.store.recorded()
         assert two.recorded()[0] == list(range(1, 10))
         assert two.store.memory.tally.duplicates == 0
+
+
+@pytest.mark.parametrize("topic", ["tasks", "penstock-ledger"])
+async def test_a_node_of_kafka_that_is_coming_up_loses_nothing_of_a_lost_disk(
+    kafka: MockKafka, settings: Settings, unknown: dict[str, int], topic: str
+) -> None:
+    """It answers that it does not know a topic that is there."""
+    kafka.produce("tasks", [task_bytes(f"id-{n}") for n in range(10)])
+    async with broker(settings) as one:
+        await until(lambda: one.taken(10))
+        for _, token in await one.claim(10):
+            await one.settle(token, Event.COMPLETE) if token.seq % 2 else None
+        left = one.store.memory.rows
+    lose_disk(settings)
+    unknown[topic] = 2
+    async with broker(settings, reading=False) as two:
+        await until(lambda: two.ledger.is_open)
+        assert two.store.memory.rows == left
+        assert two.ledger.unrestorable == 0
+
+
+def test_what_a_node_of_kafka_does_not_know_is_no_answer(
+    kafka: MockKafka, settings: Settings, unknown: dict[str, int]
+) -> None:
+    """Least of all that nobody has committed anything."""
+    kafka.produce("tasks", [task_bytes("one")])
+    log = LedgerLog(settings, SystemClock(), "broker-1")
+    unknown["tasks"] = 1
+    assert log.look_up("tasks", [0, PARTITIONS]) == []
+    assert log.look_up("tasks", [0, PARTITIONS]) == [Found(0, None, (), 0, 1)]
+    unknown["penstock-ledger"] = 1
+    with pytest.raises(KafkaException):
+        log.read()
+    assert log.read() == []
+
+
+async def test_an_end_that_is_told_too_early_ends_no_restore(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a node does that leads a partition since a moment ago."""
+    kafka.produce("tasks", [task_bytes(f"id-{n}") for n in range(30)])
+    async with broker(settings) as one:
+        await until(lambda: one.taken(30))
+        await one.store.recorded()
+    lose_disk(settings)
+    following, early = ledger_log._next, [SimpleNamespace(error=_end, partition=lambda: 0, offset=lambda: 0)]
+
+    def first_an_end(consumer: Consumer):  # type: ignore[no-untyped-def]
+        of_tasks = consumer.assignment()[0].topic == "tasks"
+        return [early.pop()] if early and of_tasks else following(consumer)
+
+    monkeypatch.setattr(ledger_log, "_next", first_an_end)
+    async with broker(settings, reading=False) as two:
+        assert not early
+        assert two.store.memory.rows == 30
+        assert two.ledger.unrestorable == 0
+
+
+def _end() -> KafkaError:
+    return KafkaError(KafkaError._PARTITION_EOF)
 
 
 async def test_what_was_taken_since_the_last_record_is_restored(
@@ -350,7 +433,9 @@ async def test_an_old_copy_is_refused(kafka: MockKafka, settings: Settings, tmp_
             pass
 
 
-async def test_a_database_that_was_replaced_is_refused(kafka: MockKafka, settings: Settings) -> None:
+async def test_a_database_that_was_replaced_is_refused(
+    kafka: MockKafka, settings: Settings, unknown: dict[str, int]
+) -> None:
     kafka.produce("tasks", [task_bytes("first")])
     async with broker(settings) as one:
         await until(lambda: one.taken(1))
@@ -367,9 +452,11 @@ async def test_a_database_that_was_replaced_is_refused(kafka: MockKafka, setting
     assert head is not None
     log.fence()
     log.write([head_record(GROUP, "broker-1", head._replace(successor=Me("heir", "x"), handed=True))])
-    with pytest.raises(Replaced, match="adopted by broker 'heir'"):
-        async with broker(settings, reading=False):
-            pass
+    # Also where the first node of Kafka that is asked does not know the ledger yet.
+    unknown["penstock-ledger"] = 1
+    async with running_store(settings.db_path) as store:
+        with pytest.raises(Replaced, match="adopted by broker 'heir'"):
+            await Ledger(store, settings).open(lambda: None)
 
 
 async def test_nothing_recorded_and_nothing_committed_starts_empty(settings: Settings) -> None:

@@ -102,6 +102,13 @@ async def test_who_wrote_within_the_last_minute_is_not_adopted_unless_forced() -
     assert await Books(ONE, gone=alive).adopt(force=True) == "begins"
     with pytest.raises(AdoptError, match="it seems to live"):
         await Books(ONE, gone=alive).adopt(force=False)
+    # It restores its new disk.
+    restores = alive._replace(successor=Me("gone", "new"))
+    with pytest.raises(AdoptError, match="it seems to live"):
+        await Books(ONE, gone=restores).adopt(force=False)
+    assert await Books(ONE, gone=silent._replace(successor=Me("gone", "new"))).adopt(force=False) == "begins"
+    # What this one has begun was allowed then.
+    assert await Books(ONE, gone=alive._replace(successor=ONE)).adopt(force=False) == "begins"
 
 
 class Adopts:

@@ -7,32 +7,37 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 from ingest_helpers import running_store, task_bytes, until
 from store_helpers import token_of
+from structlog.testing import capture_logs
 
 from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.lifecycle import Event
-from penstock_broker.errors import FatalError, Replaced
+from penstock_broker.errors import FatalError, OldDatabase, Replaced
 from penstock_broker.ingest import ledger as ledger_module
-from penstock_broker.ingest import ledger_adopt
+from penstock_broker.ingest import ledger_adopt, ledger_restore
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
-from penstock_broker.ingest.intake import Found
+from penstock_broker.ingest.intake import Found, Intake
 from penstock_broker.ingest.ledger import Ledger
-from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport, adopt
+from penstock_broker.ingest.ledger_adopt import AdoptedHere, AdoptError, AdoptReport, adopt
 from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
 from penstock_broker.ingest.ledger_records import Account, Head, Record, head_record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
 from penstock_broker.ingest.ownership import Owner
 from penstock_broker.store.batch import Batch, Written
+from penstock_broker.store.finished import Finished
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import offsets_of
+from penstock_broker.store.limits import StoreLimits
 from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
 
 GROUP = "penstock-tasks"
@@ -57,6 +62,8 @@ class Log:
         # After a message of the partition.
         self.breaks = False
         self.broken = 0
+        # So many more answers are of a node that does not know the topic.
+        self.unknown = 0
         # Of the partition: offset -> message.
         self.tasks: dict[int, Message] = {}
 
@@ -86,6 +93,9 @@ class Log:
     def close(self) -> None: ...
 
     def look_up(self, topic: str, partitions: Sequence[int] | None) -> list[Found]:
+        if self.unknown:
+            self.unknown -= 1
+            return []
         end = len(self.tasks)
         return [Found(0, end, self.owners, 0, end)] if topic == "tasks" and self.tasks else []
 
@@ -171,6 +181,7 @@ def path(tmp_path: Path) -> Path:
 def _waits_for_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(ledger_module, "HEARTBEAT_SECONDS", 3600)
+    monkeypatch.setattr(ledger_restore, "LOOK_SECONDS", 0.01)
 
 
 async def test_what_was_not_recorded_before_a_crash_is_at_the_next_start(path: Path, log: Log) -> None:
@@ -294,19 +305,182 @@ async def test_a_lost_disk_that_comes_back_while_it_is_restored_is_refused(path:
     async with broker(path, log) as lost:
         await lost.take(0, 4)
     log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(3)}
-    log.breaks = True
     new = path.with_name("new.sqlite")
-    begins = asyncio.create_task(_begin(new, log))
-    await until(lambda: log.broken)
-    begins.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await begins
+    await begin_to_restore(new, log)
     with pytest.raises(Replaced):
         await _begin(path, log)
     # The new one goes on where it was.
-    log.breaks = False
     async with broker(new, log) as heir:
         assert heir.store.memory.rows == 3
+
+
+async def begin_to_restore(path: Path, log: Log) -> None:
+    """A disk that was lost is restored from the ledger as far as the first message, and is lost again."""
+    log.breaks, broken = True, log.broken
+    begins = asyncio.create_task(_begin(path, log))
+    await until(lambda: log.broken > broken)
+    begins.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await begins
+    log.breaks = False
+
+
+async def test_an_adoption_that_is_repeated_goes_on_where_it_was(path: Path, log: Log) -> None:
+    """However long ago that was, and whatever is still known of what it adopted then."""
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(5)}
+    heir_path = path.with_name("heir.sqlite")
+    async with broker(heir_path, log, broker_id="broker-2") as heir:
+        log.breaks = True
+        with pytest.raises(AdoptError, match="repeat"):
+            await adopt(heir.ledger, [], "broker-1", force=True)
+        # It is stored with the first of them.
+        assert heir.store.memory.rows == 1
+        await heir.finish()
+        log.breaks = False
+    async with broker(heir_path, log, broker_id="broker-2") as heir:
+        heir.store.memory.finished = Finished(0, 0)
+        assert (await adopt(heir.ledger, [], "broker-1", force=True)).adopted == 3
+        assert heir.store.memory.rows == 3
+        assert heir.store.imbalance() == 0
+        # How far it was is of no use any more.
+        kept = await heir.store.read(lambda d: d.connection.execute("SELECT key FROM meta").fetchall())
+        assert not [key for (key,) in kept if key.startswith("adopt")]
+
+
+async def test_how_far_an_adoption_is_becomes_durable_with_what_it_adopted(path: Path) -> None:
+    """Though the tick before it had no room for that."""
+    limits = StoreLimits(batch_rows_max=1)
+    async with running_store(path, limits) as store:
+        source, known, write = store.source("tasks", 0), [], store.database.write
+
+        def noting(batch: Batch) -> Written:
+            written = write(batch)
+            known.append((len(batch.rows), store.database.meta("adopt")))
+            return written
+
+        store.database.write = noting  # type: ignore[method-assign]
+        now, admission = store.clock.wall_ms(), Admission(AdmissionLimits())
+        rows = [admission.admit(task_bytes(f"{n}"), now, source.id, n) for n in range(2)]
+        first, second = store.insert(rows[:1]), store.insert(rows[1:], term="adopted", progress=("adopt", 2))
+        await first
+        await second
+        assert [one for one in known if one[0]] == [(1, None), (1, 2)]
+
+
+@contextlib.asynccontextmanager
+async def heir_of_five(path: Path, log: Log) -> AsyncIterator[Broker]:
+    """A broker that may adopt another one with five tasks; it has room for two."""
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 6)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(6)}
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        heir.store.limits = replace(heir.store.limits, rows_max=2)
+        yield heir
+
+
+async def test_what_is_adopted_waits_for_room(path: Path, log: Log) -> None:
+    async with heir_of_five(path, log) as heir:
+        with capture_logs() as lines:
+            adopts = asyncio.create_task(adopt(heir.ledger, [], "broker-1", force=True))
+            for rows in (2, 2, 1):
+                await until(lambda rows=rows: heir.store.memory.rows == rows)
+                await asyncio.sleep(0.05)
+                assert heir.store.memory.rows == rows
+                await heir.finish()
+            assert (await adopts).adopted == 5
+        assert [line["limit"] for line in lines if "waits to be adopted" in line["event"]] == [
+            "max_pending_count"
+        ] * 2
+
+
+async def test_what_is_adopted_does_not_wait_for_what_nobody_ends(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no worker; or they are tasks that wait for the end of this."""
+    monkeypatch.setattr(ledger_restore, "ROOM_SECONDS_MAX", 0.05)
+    async with heir_of_five(path, log) as heir:
+        assert (await adopt(heir.ledger, [], "broker-1", force=True)).adopted == 5
+        assert heir.store.memory.rows == 5
+
+
+async def test_what_is_adopted_waits_for_space_on_the_disk(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_restore, "ROOM_SECONDS_MAX", 0)
+    async with heir_of_five(path, log) as heir:
+        low = True
+        space = SimpleNamespace(low=False, watch=lambda: low, close=lambda: None)
+        heir.store.database.space = space  # type: ignore[assignment]
+        heir.store.watch_disk()
+        await heir.store.committed()
+        adopts = asyncio.create_task(adopt(heir.ledger, [], "broker-1", force=True))
+        await asyncio.sleep(0.1)
+        assert heir.store.memory.rows == 0
+        low = False
+        heir.store.watch_disk()
+        assert (await adopts).adopted == 5
+
+
+@pytest.mark.parametrize("by_its_own_new_disk", [False, True])
+async def test_a_restore_does_not_go_on_after_somebody_else_has_taken_over(
+    path: Path, log: Log, by_its_own_new_disk: bool
+) -> None:
+    async with broker(path, log, killed=True) as lost:
+        await lost.take(0, 4)
+        await lost.store.recorded()
+        log.owners = (Owner(0, lost.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(4)}
+    new = path.with_name("new.sqlite")
+    await begin_to_restore(new, log)
+    if by_its_own_new_disk:
+        await begin_to_restore(path.with_name("newer.sqlite"), log)
+        with pytest.raises(Replaced):
+            await _begin(new, log)
+        async with broker(path.with_name("newer.sqlite"), log) as heir:
+            assert heir.store.memory.rows == 3
+        with pytest.raises(OldDatabase):
+            await _begin(new, log)
+    else:
+        async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+            assert (await adopt(heir.ledger, [], "broker-1", force=True)).adopted == 3
+            with pytest.raises(Replaced):
+                await _begin(new, log)
+
+
+async def test_a_broker_that_restores_says_that_it_lives_and_notices_its_heir(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with broker(path, log) as lost:
+        await lost.take(0, 11)
+        log.owners = (Owner(0, lost.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(10)}
+    monkeypatch.setattr(ledger_module, "HEARTBEAT_SECONDS", 0)
+    heads: list[Head | None] = []
+    write = log.write
+
+    def noting(records: Sequence[Record]) -> None:
+        write(records)
+        heads.append(log.account().head)
+        if len(heads) == 5:
+            raise Fenced("an adopter has begun")
+
+    log.write = noting  # type: ignore[method-assign]
+    new = path.with_name("new.sqlite")
+    async with running_store(new) as store:
+        ledger = Ledger(store, Settings(kafka_topic="tasks", broker_id="broker-1", db_path=new))
+        ledger.log = log  # type: ignore[assignment]
+        with pytest.raises(Fenced):
+            await ledger._open(lambda: None)
+        ledger.thread.shutdown()
+    # One when it begins, and then one before each message.
+    assert len(heads) == 5
+    assert all(head is not None and head.successor == ledger.me and not head.handed for head in heads)
 
 
 async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(
@@ -338,6 +512,81 @@ async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(
         await _begin(path, log)
     async with broker(path.with_name("new.sqlite"), log) as again:
         assert again.store.memory.rows == 0
+
+
+async def test_an_adopter_settles_its_own_rows_first_once_kafka_knows_their_partition(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_adopt, "LOOK_SECONDS", 0.01)
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 4)
+        await gone.store.recorded()
+        owner = Owner(2, gone.ledger.me, 1)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(4)}
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        # It read the first two, before the other one read on from there.
+        rows = [heir._admission.admit(task_bytes(f"own-{n}"), 1, heir.source.id, n) for n in range(2)]
+        await heir.store.insert(rows, {heir.source.id: 2})
+        log.owners = (owner, Owner(0, heir.ledger.me, 1))
+        look_up, unsure = log.look_up, [True] * 3
+
+        def coming_up(topic: str, partitions: Sequence[int] | None) -> list[Found]:
+            return [] if partitions is not None and unsure and unsure.pop() else look_up(topic, partitions)
+
+        log.look_up = coming_up  # type: ignore[method-assign]
+        intake = Intake(heir.store, "tasks", "broker-2", 6000)
+        await adopt(heir.ledger, [intake], "broker-1", force=True)
+        assert not unsure
+        assert not heir.source.uncovered
+        assert heir.store.memory.tally.dropped == 0
+
+
+@pytest.mark.parametrize("answers", [1, ledger_restore.LOOKS - 1])
+async def test_a_broker_is_not_adopted_empty_because_a_node_of_kafka_does_not_know_its_topic(
+    path: Path, log: Log, answers: int
+) -> None:
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(5)}
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        # Of each look the first answer is on the topic, the second on its overflow.
+        log.unknown = 2 * answers
+        assert await adopt(heir.ledger, [], "broker-1", force=True) == AdoptReport("broker-1", 1, 4, 0)
+
+
+async def test_what_was_left_of_a_topic_that_is_gone_is_counted(path: Path, log: Log) -> None:
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+    # There is no such topic any more.
+    async with broker(path.with_name("new.sqlite"), log, killed=True) as again:
+        assert again.ledger.unrestorable == 4
+        # Another one of its name is read from its beginning.
+        assert again.store.memory.partitions.find("tasks", 0) is again.source
+        assert (again.source.next, again.source.covered) == (0, 0)
+    async with broker(path.with_name("third.sqlite"), log, broker_id="broker-3", killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        assert await adopt(heir.ledger, [], "broker-3", force=True) == AdoptReport("broker-3", 1, 0, 4)
+        assert heir.ledger.unrestorable == 4
+        with pytest.raises(AdoptedHere):
+            await adopt(heir.ledger, [], "broker-3", force=True)
+
+
+async def test_an_adopted_broker_does_not_begin_without_the_ledger(path: Path, log: Log) -> None:
+    """A node of Kafka that is coming up does not know it."""
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 4)
+        await gone.store.recorded()
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        await adopt(heir.ledger, [], "broker-1", force=True)
+    answers = [True, False]
+    log.is_there = lambda: answers.pop() if len(answers) > 1 else answers[0]  # type: ignore[method-assign]
+    with pytest.raises(Replaced):
+        await _begin(path, log)
 
 
 async def _begin(path: Path, log: Log) -> None:

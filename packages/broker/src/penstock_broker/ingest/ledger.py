@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -45,7 +46,8 @@ RETRY_SECONDS = 1.0
 LOOK_AGAIN_SECONDS = 5.0
 # A Kafka that has just been made needs a while for its first transaction.
 PATIENCE_MS = 20_000
-# A new store that begins without a ledger restores nothing later: one answer is not enough for that.
+# A new store that begins without a ledger restores nothing later, and one that was adopted would start what
+# its heir runs: one answer is not enough for that.
 LOOKS_FOR_THE_TOPIC = 3
 # An idle broker says that it lives.
 HEARTBEAT_SECONDS = 10.0
@@ -80,6 +82,8 @@ class Ledger:
         self.off = False
         self.written_at_ms = self._made_at_ms = store.clock.mono_ms()
         self.unrestorable = 0
+        # When it was last said of a restore that it goes on.
+        self._said_ms = 0
         # Why the broker must not go on.
         self.fatal: FatalError | None = None
         self._sequence = int(store.database.meta(SEQUENCE) or 0)  # type: ignore[call-overload]
@@ -159,7 +163,7 @@ class Ledger:
         return True
 
     async def _is_there(self) -> bool:
-        for look in range(LOOKS_FOR_THE_TOPIC if self._is_new() else 1):
+        for look in range(LOOKS_FOR_THE_TOPIC):
             if look:
                 await asyncio.sleep(RETRY_SECONDS)
             if await self.call(self.log.is_there):
@@ -183,8 +187,11 @@ class Ledger:
 
     def _is_new(self) -> bool:
         """Whether this store has not yet got what a lost one held."""
-        state = self.store.database.meta(RESTORE)
-        return state == "begun" or (state is None and not self.store.memory.unfinished.ranges)
+        return self._is_empty() or self.store.database.meta(RESTORE) == "begun"
+
+    def _is_empty(self) -> bool:
+        """Whether this store has got nothing yet, neither from a lost one nor from the log."""
+        return self.store.database.meta(RESTORE) is None and not self.store.memory.unfinished.ranges
 
     def _check(self, account: Account) -> None:
         """Raises OldDatabase or Replaced when this broker must not go on with this store."""
@@ -204,7 +211,7 @@ class Ledger:
                     f" {self._sequence} records, and the ledger has {head.sequence} of it",
                     _WAYS_OUT,
                 )
-        elif not self._is_new():
+        elif not self._is_empty():
             raise OldDatabase(
                 f"the database {self.store.database.path} (store {self.me.store_id}) is not the one that"
                 f" broker {self.me.broker_id!r} had last (store {head.store_id})",
@@ -212,7 +219,8 @@ class Ledger:
             )
 
     def _check_successor(self, successor: Me, head: Head) -> None:
-        if not self._is_new():
+        # Nor does a restore go on after somebody else has taken over: what it has stored is run there, too.
+        if not self._is_empty():
             by = (
                 f"a new database of its own (store {successor.store_id})"
                 if successor.broker_id == self.me.broker_id
@@ -252,9 +260,17 @@ class Ledger:
         if left or account.head is not None:
             await self.succeed(self.log, account.head, self.me.broker_id)
         await self.store.set_meta(RESTORE, "begun")
+        self._said_ms = self.store.clock.mono_ms()
         for part in left:
-            await restore(self, part, "restored")
+            await restore(self, part, "restored", partial(self._say_it_lives, account.head))
         await self.store.set_meta(RESTORE, "done")
+
+    async def _say_it_lives(self, head: Head | None) -> None:
+        """Now and then while this store restores: to whoever would adopt this broker. Raises Fenced when
+        somebody has begun to."""
+        if self.store.clock.mono_ms() - self._said_ms >= HEARTBEAT_SECONDS * 1000:
+            await self.succeed(self.log, head, self.me.broker_id)
+            self._said_ms = self.store.clock.mono_ms()
 
     async def succeed(self, into: LedgerLog, head: Head | None, broker_id: str) -> None:
         """Say that this store takes over from a broker's: whoever still writes as it stops."""

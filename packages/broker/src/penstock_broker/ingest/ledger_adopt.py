@@ -73,10 +73,12 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
         lost, adopted = ledger.unrestorable, 0
         lefts = await find_left(ledger, account, broker_id)
         for left in lefts:
-            await _settle_own(ledger, intakes, left)
-            adopted += await restore(ledger, left, "adopted")
+            if not left.gone:
+                await _settle_own(ledger, intakes, left)
+            adopted += await restore(ledger, left, "adopted", progress=_progress(broker_id, account, left))
             await ledger.record_with(_handed(ledger, broker_id, account, left))
         await ledger.record_with([_handed_head(ledger, broker_id, account)])
+        await ledger.store.forget_meta([_progress(broker_id, account, left) for left in lefts])
     except FatalError as error:
         raise AdoptError(str(error)) from None
     except KafkaException as error:
@@ -115,7 +117,8 @@ async def _may_adopt(ledger: Ledger, broker_id: str, force: bool) -> Account:
             f" should {successor.broker_id!r} never return either, adopt that one first"
         )
     silent_ms = ledger.store.clock.wall_ms() - head.written_at
-    if silent_ms < SILENT_MS_MIN and not force and successor is None:
+    # Its own new disk that restores writes as long as it does; what was begun here was allowed then.
+    if silent_ms < SILENT_MS_MIN and not force and successor != ledger.me:
         raise AdoptError(
             f"broker {broker_id!r} wrote to the ledger {max(0, silent_ms) // 1000} s ago: it seems to live."
             f" Stop it and wait for {SILENT_MS_MIN // 1000} s, or force the adoption"
@@ -151,8 +154,9 @@ async def _settle_own(ledger: Ledger, intakes: Sequence[Intake], left: Left) -> 
     source = ledger.store.source(left.topic, left.partition)
     until = ledger.store.clock.mono_ms() + GONE_SECONDS_MAX * 1000
     while source.uncovered and source.uncovered[0][0] < left.end:
-        if resolving:
-            await resolving[0].resolve(await ledger.call(ledger.log.look_up, left.topic, [left.partition]))
+        found = await ledger.call(ledger.log.look_up, left.topic, [left.partition]) if resolving else []
+        if found:
+            await resolving[0].resolve(found)
         elif ledger.store.clock.mono_ms() > until:
             raise AdoptError(
                 f"this broker's own offsets of {left.topic}/{left.partition} are not committed:"
@@ -160,6 +164,13 @@ async def _settle_own(ledger: Ledger, intakes: Sequence[Intake], left: Left) -> 
             )
         else:
             await asyncio.sleep(LOOK_SECONDS)
+
+
+def _progress(broker_id: str, account: Account, left: Left) -> str:
+    """Where the store keeps how far the adoption of a partition is: when it is repeated, what it has adopted
+    may have ended so long ago that nothing is known of it."""
+    store_id = account.head.store_id if account.head is not None else ""
+    return f"adopt/{broker_id}/{store_id}/{left.topic}/{left.partition}"
 
 
 def _handed(ledger: Ledger, broker_id: str, account: Account, left: Left) -> list[Record]:

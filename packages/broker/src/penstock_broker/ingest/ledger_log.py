@@ -32,6 +32,9 @@ POLL_SECONDS = 0.5
 # Offsets between two wanted ones that are rather read than jumped over.
 GAP_MAX = 2000
 
+# What Kafka says of a topic that is not there, and a node of it that is coming up of any; the second, of a
+# name that none can have, as the old one of a topic that was made anew has here.
+_UNKNOWN = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_EXCEPTION)
 _FENCED = (KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH)
 
 
@@ -108,13 +111,16 @@ class LedgerLog:
         topic, records = self._settings.kafka_ledger_topic, []
         consumer = Consumer(reader_config(self._settings, "earliest"))
         try:
-            partitions = consumer.list_topics(topic, timeout=LOOKUP_SECONDS_MAX).topics[topic].partitions
+            partitions = _partitions(consumer, topic)
+            if not partitions:
+                # It was here a moment ago, and nothing recorded is another answer than none.
+                raise KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART))
             ends = {}
-            for number in partitions:
-                asked = TopicPartition(topic, number)
+            for partition in partitions:
+                asked = TopicPartition(topic, partition)
                 low, high = consumer.get_watermark_offsets(asked, timeout=LOOKUP_SECONDS_MAX)
                 if high > low:
-                    ends[number] = high
+                    ends[partition] = high
             consumer.assign([TopicPartition(topic, number, 0) for number in ends])
             deadline = self._clock.mono_ms() + READ_MS_MAX
             while ends:
@@ -136,12 +142,11 @@ class LedgerLog:
         return records
 
     def look_up(self, topic: str, partitions: Sequence[int] | None) -> list[Found]:
-        """What the group has committed, and what the log has, of ``partitions``; None: of all."""
+        """What the group has committed, and what the log has, of ``partitions``; None: of all. Nothing of
+        those that this node of Kafka does not know: only several answers say that they are not there."""
         consumer = Consumer(reader_config(self._settings, "error", topic))
         try:
-            metadata = consumer.list_topics(topic, timeout=LOOKUP_SECONDS_MAX).topics.get(topic)
-            present = set(metadata.partitions) if metadata is not None else set()
-            found = [Found(number, None, (), 0, 0) for number in partitions or () if number not in present]
+            present, found = _partitions(consumer, topic), []
             wanted = present if partitions is None else present & set(partitions)
             asked = [TopicPartition(topic, number) for number in sorted(wanted)]
             for answer in consumer.committed(asked, timeout=LOOKUP_SECONDS_MAX) if asked else ():
@@ -178,12 +183,15 @@ class LedgerLog:
                 assert offset is not None
                 if error is not None and error.code() != KafkaError._PARTITION_EOF:
                     raise KafkaException(error)
-                at = last + 1 if error is not None else offset + 1
+                # An end before the last one is told too early: Kafka has said that the log has more.
+                at = offset if error is not None else offset + 1
                 if error is None and offset in wanted and offset <= last:
                     batch.append(Message(offset, message.value(), max(0, message.timestamp()[1])))
                 deadline = self._clock.mono_ms() + READ_MS_MAX
             if batch:
                 yield batch
+                # It may have waited for room.
+                deadline = self._clock.mono_ms() + READ_MS_MAX
             elif self._closed or self._clock.mono_ms() > deadline:
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
@@ -194,6 +202,14 @@ class LedgerLog:
         admin = AdminClient(admin_config(settings))
         described = [describe_group(admin, group, LOOKUP_SECONDS_MAX) for group in groups]
         return any(member.client_id == broker_id for group in described if group for member in group.members)
+
+
+def _partitions(consumer: Consumer, topic: str) -> set[int]:
+    """Those of a topic; none of one that this node of Kafka does not know. Raises KafkaException."""
+    answer = consumer.list_topics(topic, timeout=LOOKUP_SECONDS_MAX).topics[topic]
+    if answer.error is not None and answer.error.code() not in _UNKNOWN:
+        raise KafkaException(answer.error)
+    return set(answer.partitions)
 
 
 def _next(consumer: Consumer) -> list[confluent_kafka.Message[bytes, bytes]]:

@@ -3,8 +3,9 @@ read again from the log, and stored here."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
@@ -15,12 +16,20 @@ from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.ledger_records import Account, Taken
 from penstock_broker.ingest.ownership import Me, boundary
+from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import SEGMENT_OFFSETS, Segment, State, offsets_of
 
 if TYPE_CHECKING:
     from penstock_broker.ingest.ledger import Ledger
 
 log = structlog.get_logger("ledger")
+
+# A node of Kafka that is coming up knows no topic: what is in none of so many answers is gone.
+LOOKS = 5
+LOOK_SECONDS = 1.0
+
+# Rows are waited for that end and make room; if none has for so long, none may before this has ended.
+ROOM_SECONDS_MAX = 30.0
 
 _STORY_LOST = "its last error was lost with its broker's disk"
 
@@ -42,6 +51,8 @@ class Left(NamedTuple):
     expired: int
     # There was no ledger when they were taken: nothing says which at-most-once tasks have started.
     unrecorded: bool = False
+    # Its log is not there any more, and all of it is expired. One that may be made anew is another one.
+    gone: bool = False
 
 
 def left_of(
@@ -75,21 +86,37 @@ def left_of(
 
 async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Left]:
     """What a broker has left, over all partitions. Raises KafkaException."""
-    consumed = (ledger.settings.kafka_topic, ledger.settings.kafka_overflow_topic)
-    found: dict[tuple[str, int], Found] = {}
-    for topic in sorted({*consumed, *(topic for topic, _ in account.ranges)}):
-        # Of those that are consumed all partitions: the first record may not have been written yet.
-        partitions = None if topic in consumed else [p for t, p in account.ranges if t == topic]
-        for one in await ledger.call(ledger.log.look_up, topic, partitions):
-            found[topic, one.partition] = one
+    found = await _look_up(ledger, account)
+    gone = account.ranges.keys() - found.keys()
+    found |= {(topic, partition): Found(partition, None, (), 0, 0) for topic, partition in gone}
     lefts = []
     for (topic, partition), one in sorted(found.items()):
         segments = {n: s for (t, p, n), s in account.segments.items() if (t, p) == (topic, partition)}
         lost = _lost_store(account, one, broker_id, ledger.me)
         left = left_of(topic, account.ranges.get((topic, partition)), segments, one, lost)
         if left is not None:
-            lefts.append(left)
+            lefts.append(left._replace(gone=(topic, partition) in gone))
     return lefts
+
+
+async def _look_up(ledger: Ledger, account: Account) -> dict[tuple[str, int], Found]:
+    """What Kafka knows of everything that a broker may have taken from, but for what is not there."""
+    consumed = {ledger.settings.kafka_topic, ledger.settings.kafka_overflow_topic}
+    found: dict[tuple[str, int], Found] = {}
+    topics = consumed | {topic for topic, _ in account.ranges}
+    for look in range(LOOKS):
+        if look:
+            await asyncio.sleep(LOOK_SECONDS)
+        for topic in sorted(topics):
+            # Of those that are consumed all partitions: the first record may not have been written yet.
+            partitions = None if topic in consumed else [p for t, p in account.ranges if t == topic]
+            for one in await ledger.call(ledger.log.look_up, topic, partitions):
+                found[topic, one.partition] = one
+        topics = {topic for topic, _ in account.ranges.keys() - found.keys()}
+        topics |= consumed - {topic for topic, _ in found}
+        if not topics:
+            break
+    return found
 
 
 def _lost_store(account: Account, found: Found, broker_id: str, me: Me) -> Me:
@@ -100,22 +127,71 @@ def _lost_store(account: Account, found: Found, broker_id: str, me: Me) -> Me:
     return next(named, Me(broker_id, ""))
 
 
-async def restore(ledger: Ledger, left: Left, term: str) -> int:
+class _Room:
+    """Whether there is room in the store for what is restored, or adopted."""
+
+    def __init__(self, store: Inflight, term: str) -> None:
+        self._store = store
+        self._term = term
+        self._said = ""
+        # Since when so many rows are there (monotonic ms).
+        self._rows, self._since = 0, 0
+
+    def is_there(self) -> bool:
+        """False: wait. It is said why."""
+        limit, rows, now = self._store.limit(), self._store.memory.rows, self._store.clock.mono_ms()
+        if not limit:
+            self._said = ""
+            return True
+        if limit != self._said:
+            self._said = limit
+            log.warning(
+                f"what is left of a lost disk waits to be {self._term}: a limit is reached",
+                limit=limit,
+                rows=rows,
+                bytes=self._store.memory.bytes,
+            )
+            self._rows, self._since = rows, now
+        if rows < self._rows:
+            self._rows, self._since = rows, now
+        return not self._store.disk_fails and now - self._since >= ROOM_SECONDS_MAX * 1000
+
+
+async def _nothing() -> None: ...
+
+
+async def restore(
+    ledger: Ledger,
+    left: Left,
+    term: str,
+    before_batch: Callable[[], Awaitable[None]] = _nothing,
+    progress: str = "",
+) -> int:
     """Store what is left of one partition; how many rows. ``term``: "restored" or "adopted".
 
-    A restore that was interrupted goes on where it was. Raises KafkaException, StoreStopped.
+    One that was interrupted goes on where it was: that is where the source goes on, or what the meta has
+    under ``progress`` for an adoption. Raises KafkaException, StoreStopped, and what ``before_batch`` raises.
     """
     store = ledger.store
+    if left.gone:
+        ledger.unrestorable += left.expired
+        _tell(left, term, 0, left.expired)
+        return 0
     source = store.source(left.topic, left.partition)
     fresh = term == "restored"
-    offsets = [offset for offset in left.offsets if not fresh or offset >= source.next]
+    begin = source.next if fresh else int(store.database.meta(progress) or 0)  # type: ignore[call-overload]
+    offsets = [offset for offset in left.offsets if offset >= begin]
     store.begin_restored(source, left.start if fresh else -1, left.end)
     admission = Admission(AdmissionLimits.of(ledger.settings))
     batches = ledger.log.messages(left.topic, left.partition, offsets)
     # An offset without a message above what was recorded is none of a task.
     missing = sum(offset < left.recorded_to for offset in offsets)
-    restored = 0
+    restored, room = 0, _Room(store, term)
     while (batch := await ledger.call(next, batches, None)) is not None:
+        await before_batch()
+        while not room.is_there():
+            await asyncio.sleep(LOOK_SECONDS)
+            await before_batch()
         now, rows = store.clock.wall_ms(), []
         for message in batch:
             missing -= message.offset < left.recorded_to
@@ -130,7 +206,9 @@ async def restore(ledger: Ledger, left: Left, term: str) -> int:
             become(row, state, now, store.limits.lifecycle)
             rows.append(row)
         restored += len(rows)
-        await store.insert(rows, {source.id: batch[-1].offset + 1} if fresh else {}, term)
+        end = batch[-1].offset + 1
+        taken, kept = ({source.id: end}, None) if fresh else ({}, (progress, end))
+        await store.insert(rows, taken, term, kept)
     if fresh:
         await store.insert([], {source.id: left.end}, term)
     ledger.unrestorable += missing + left.expired
@@ -177,5 +255,7 @@ def _tell(left: Left, term: str, rows: int, missing: int) -> None:
             topic=left.topic,
             partition=left.partition,
             tasks=missing,
-            hint="the topic's retention is shorter than its backlog was old: raise retention.ms",
+            hint="the partition is not there any more: was the topic deleted?"
+            if left.gone
+            else "the topic's retention is shorter than its backlog was old: raise retention.ms",
         )

@@ -769,6 +769,11 @@ class Database:
         """A value of the store as a whole; None when it was never set. May be called on any thread."""
         return self._meta.get(key)
 
+    def forget_meta(self, keys: Sequence[str]) -> None:
+        self.connection.executemany("DELETE FROM meta WHERE key = ?", [(key,) for key in keys])
+        for key in keys:
+            self._meta.pop(key, None)
+
     def set_meta(self, key: str, value: str | int) -> None:
         self.connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
         self._meta[key] = value

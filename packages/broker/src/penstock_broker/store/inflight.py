@@ -133,11 +133,21 @@ class Inflight:
         return rows if self.taking and not (self._paused or self.writer.stopping) else 0
 
     def _limit_reached(self, rows: int) -> str:
-        if self.writer.trouble is not None or self.memory.disk_low:
+        if self.disk_fails:
             return "disk"
         if rows <= 0:
             return "rows"
         return "bytes" if self.memory.bytes >= self.limits.bytes_max else ""
+
+    def limit(self) -> str:
+        """The limit that is reached, as a setting or what else it is; empty: none."""
+        self.room()
+        return _LIMITS.get("disk" if self.disk_fails else self._paused, "")
+
+    @property
+    def disk_fails(self) -> bool:
+        """Whether the disk is full, nearly so, or fails."""
+        return self.memory.disk_low or self.writer.trouble is not None
 
     def intake_state(self) -> tuple[str, str]:
         """("OPEN" or "PAUSED", the limit that is reached, or "drain")."""
@@ -183,19 +193,20 @@ class Inflight:
         activations: Sequence[Activation],
         taken: Mapping[int, int] | None = None,
         term: str = "accepted",
+        progress: tuple[str, int] | None = None,
     ) -> asyncio.Future[None]:
         """Accept activations, in order; resolves when they are durable.
 
         One that is here, or was within the window, is absorbed and counted; another one with its id is
         in conflict with it, and becomes a dead letter. ``taken``: source id ->
-        next offset, stored in the same transaction. ``term``: one of ARRIVALS. The limits are the
-        caller's to keep (``room``). Raises StoreStopped.
+        next offset, stored in the same transaction, and so is ``progress``, a key of the meta and its value.
+        ``term``: one of ARRIVALS. The limits are the caller's to keep (``room``). Raises StoreStopped.
         """
         if self.writer.stopping:
             raise StoreStopped
         now = self.clock.wall_ms()
         rows = [row for row in activations if self._accept(row, now, term)]
-        return self.writer.add(rows, taken or {}, term)
+        return self.writer.add(rows, taken or {}, term, progress)
 
     def _accept(self, row: Activation, now: int, term: str) -> bool:
         """Number and count a row; False when there is nothing to store."""
@@ -701,6 +712,11 @@ class Inflight:
     def set_meta(self, key: str, value: str | int) -> Awaitable[None]:
         """Keep a value of the store as a whole; resolves when durable."""
         self.memory.batch.calls.append(lambda database: database.set_meta(key, value))
+        return self.committed()
+
+    def forget_meta(self, keys: Sequence[str]) -> Awaitable[None]:
+        """Values of the store as a whole that are of no use any more."""
+        self.memory.batch.calls.append(lambda database: database.forget_meta(keys))
         return self.committed()
 
     def retire(self, source: Source, topic: str) -> None:

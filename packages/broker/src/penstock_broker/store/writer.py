@@ -60,7 +60,8 @@ class StoreStopped(Exception):
 
 @dataclass(slots=True)
 class Arrival:
-    """Accepted rows that wait for their tick. ``taken``: source id -> next offset, stored with them.
+    """Accepted rows that wait for their tick. ``taken``: source id -> next offset, stored with them, and so
+    is ``progress``, a key of the meta and its value.
 
     ``term``: how they came in, for the books.
     """
@@ -69,6 +70,7 @@ class Arrival:
     taken: Mapping[int, int]
     term: str
     stored: asyncio.Future[None]
+    progress: tuple[str, int] | None = None
 
     def take_back(self, source: int, end: int) -> None:
         """Of that source no more counts as taken than what is below ``end``."""
@@ -144,10 +146,16 @@ class Writer:
         at = self._memory.next_wake_at
         return at is not None and at <= self._memory.clock.wall_ms()
 
-    def add(self, rows: list[Activation], taken: Mapping[int, int], term: str) -> asyncio.Future[None]:
+    def add(
+        self,
+        rows: list[Activation],
+        taken: Mapping[int, int],
+        term: str,
+        progress: tuple[str, int] | None = None,
+    ) -> asyncio.Future[None]:
         """Rows for the next ticks, in order; resolves when they are durable."""
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.arrivals.append(Arrival(rows, taken, term, stored))
+        self.arrivals.append(Arrival(rows, taken, term, stored, progress))
         self._memory.work.set()
         return stored
 
@@ -320,6 +328,8 @@ class Writer:
             # What it has become is not in its message: without it the next loss of a disk forgets it.
             states = ((place(row.source, row.offset), state_of(row)) for row in arrival.rows if row.source)
             batch.kept += [(at, state) for at, state in states if state is not None]
+        if (progress := arrival.progress) is not None:
+            batch.calls.append(lambda database: database.set_meta(*progress))
         for source_id, next_ in arrival.taken.items():
             source = memory.partitions[source_id]
             source.next = max(source.next, next_)
