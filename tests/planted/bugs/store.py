@@ -226,6 +226,15 @@ BUGS = (
         new="            entries.pop(id_hash, None)\n            break\n",
         tests=(RULES + "test_what_was_done_long_before_it_was_dropped_is_new_when_it_comes_again",),
     ),
+    # -- one owner of the file
+    Bug(
+        "a second broker writes before it is refused",
+        "two brokers, one file: the second refuses to start",
+        "broker/store/database.py",
+        old="            self._take_file()\n",
+        new="",
+        tests=(DATABASE + "test_a_second_broker_touches_nothing_also_without_the_lock_file",),
+    ),
     # -- durability
     Bug(
         "lying fsync",
