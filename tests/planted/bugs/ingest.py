@@ -52,6 +52,22 @@ BUGS = (
         tests=(WRITES + "test_a_new_store_does_not_believe_one_answer_without_the_ledger",),
     ),
     Bug(
+        "one answer without the topic ends a broker that has tasks of it",
+        "what is stored is served on",
+        "broker/ingest/consumer.py",
+        old="isinstance(error, NoTopic) and not self._read_before",
+        new="isinstance(error, NoTopic)",
+        tests=(TOPICS + "test_a_topic_that_was_read_before_is_asked_for_again_when_an_answer_lacks_it",),
+    ),
+    Bug(
+        "a topic that does not exist is waited for in silence",
+        "a user's mistake gets a message that says what to do next",
+        "broker/ingest/consumer.py",
+        old="isinstance(error, NoTopic) and not self._read_before",
+        new="False",
+        tests=(TOPICS + "test_a_topic_that_was_read_before_is_asked_for_again_when_an_answer_lacks_it",),
+    ),
+    Bug(
         "a strange record in the ledger's topic is taken for a broker's",
         "nothing but a broken promise ends the broker",
         "broker/ingest/ledger_records.py",
