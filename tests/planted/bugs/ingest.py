@@ -68,6 +68,23 @@ BUGS = (
         tests=(TOPICS + "test_a_topic_that_was_read_before_is_asked_for_again_when_an_answer_lacks_it",),
     ),
     Bug(
+        "a partition that waits for the ledger is asked again and again",
+        "nobody blocks anybody",
+        "broker/ingest/poller.py",
+        old="self._unbegun - self._anew - self._beginning.keys()",
+        new="self._unbegun - self._anew",
+        tests=(TAILS + "test_a_partition_that_waits_for_the_ledger_holds_up_no_other",),
+    ),
+    Bug(
+        "a partition that waits for the ledger stops the consumer's thread",
+        "nobody blocks anybody",
+        "broker/ingest/poller.py",
+        old="            beginning = self._loop.start(self._intake.begin(ready))\n",
+        new="            beginning = self._loop.start(self._intake.begin(ready))\n"
+        "            concurrent.futures.wait((beginning,), 2)\n",
+        tests=(TAILS + "test_a_partition_that_waits_for_the_ledger_holds_up_no_other",),
+    ),
+    Bug(
         "a strange record in the ledger's topic is taken for a broker's",
         "nothing but a broken promise ends the broker",
         "broker/ingest/ledger_records.py",
