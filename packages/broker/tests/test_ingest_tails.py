@@ -190,10 +190,12 @@ async def test_a_partition_that_waits_for_the_ledger_holds_up_no_other(
             asked_at.append(store.clock.mono_ms())
             await recordable.wait()
 
+        def turn(membership: Membership) -> None:
+            turns.append(store.clock.mono_ms())
+            turned(membership)
+
         turned = Membership.turned
-        monkeypatch.setattr(
-            Membership, "turned", lambda self: (turns.append(self._clock.mono_ms()), turned(self))[1]
-        )
+        monkeypatch.setattr(Membership, "turned", turn)
         store.recorded = record  # type: ignore[method-assign]
         held_tails.set()
         await until(lambda: asked_at)

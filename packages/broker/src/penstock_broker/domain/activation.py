@@ -144,7 +144,7 @@ class Activation:
     sent_on: int = 0
 
     def die(self, reason: Reason, now: int) -> None:
-        """It is refused before it is stored: a dead letter since ``now``, or since it became one elsewhere."""
+        """It is refused before it is stored: a dead letter since ``now``, or since it became one before."""
         if self.status is not FORWARDING:
             self.ready_at = now
         self.status, self.reason = FORWARDING, reason

@@ -50,8 +50,9 @@ def ensure_topics(settings: Settings, seconds: float) -> bool:
     """See that the consumed topic and those that are produced to exist; blocks for up to ``seconds``.
 
     Raises KafkaException when Kafka cannot be reached, or does not create a topic now; NoTopic when the
-    consumed topic does not exist and may not be created; FatalError when Kafka refuses to create one. Others that
-    are missing are only warned of: what is for them waits; of a missing ledger topic the ledger warns.
+    consumed topic does not exist and may not be created; FatalError when Kafka refuses to create one.
+    Others that are missing are only warned of: what is for them waits; of a missing ledger topic the ledger
+    warns.
     True: there is a topic to consume.
     """
     admin = AdminClient(admin_config(settings))

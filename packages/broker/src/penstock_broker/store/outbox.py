@@ -13,7 +13,6 @@ from penstock_broker.store.memory import Memory
 from penstock_broker.store.partitions import Exit
 from penstock_broker.store.writer import Writer
 
-
 # Of the store's meta: JSON of seq -> when it was first sent on, of what may start at most once.
 SENT = "sent"
 # A copy is known where it is read within the de-duplication window of whoever reads it. This share of it
