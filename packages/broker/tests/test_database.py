@@ -16,6 +16,7 @@ from penstock_broker.domain.lifecycle import Limits
 from penstock_broker.errors import FatalError
 from penstock_broker.store.database import Database
 from penstock_broker.store.schema import SCHEMA_VERSION
+from penstock_broker.store.space import reserve_of
 
 
 def open_database(path: Path) -> Database:
@@ -75,6 +76,24 @@ def test_a_second_broker_is_refused_with_the_holder_named(tmp_path: Path) -> Non
     other.join()
     assert "in use by another broker (process" in message
     assert "db_path" in message
+    database.close()
+
+
+def test_a_second_broker_touches_nothing_also_without_the_lock_file(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    database = open_database(path)
+    log_file, reserve = path.with_name("store.sqlite-wal"), reserve_of(path)
+    reserve.write_bytes(b"held")
+    path.with_name("store.sqlite.lock").unlink()
+    written_at = log_file.stat().st_mtime_ns
+    context = multiprocessing.get_context("spawn")
+    said = context.Queue()
+    other = context.Process(target=_open_elsewhere, args=(path, said))
+    other.start()
+    assert "is locked by another process" in said.get(timeout=30)
+    other.join()
+    assert log_file.stat().st_mtime_ns == written_at
+    assert reserve.read_bytes() == b"held"
     database.close()
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaError, Producer
 from ingest_helpers import MockKafka, kafka_settings, running_store, until
+from store_helpers import ManualClock, activation, check_store
 from structlog.testing import capture_logs
 
-from penstock_broker.domain.activation import Activation, Reason, Route, Status
+from penstock_broker.domain.activation import Activation, Reason, Route, Status, hash_id
 from penstock_broker.ingest.admission import Admission, AdmissionLimits, position_id
 from penstock_broker.ingest.dead_letters import Letter, forward_id, letter
 from penstock_broker.ingest.forwarder import BATCH_BYTES_MAX, Forwarder, Lines
@@ -355,3 +356,65 @@ async def test_what_must_not_start_twice_leaves_when_the_ledger_says_that_it_doe
     await until(lambda: store.memory.rows == 0)
     assert sent == ["other", "once"]
     await forwarder.stop()
+
+
+@pytest.mark.parametrize(
+    ("away_ms", "again"), [(1_000, {"once", "back", "other"}), (600_000, {"other"}), (-1_000, {"other"})]
+)
+async def test_what_may_have_left_long_ago_is_not_sent_again_to_start_twice(
+    tmp_path: Path, away_ms: int, again: set[str]
+) -> None:
+    """Killed between produce and mark, and back when a copy is not known any more where it is read."""
+    clock, sent = ManualClock(), list[str]()
+
+    class Silent:
+        async def publish(self, letters: list[Letter]) -> list[None]:
+            sent.extend(letter.key for letter in letters)
+            await asyncio.Event().wait()
+            return []
+
+    class Taking:
+        async def publish(self, letters: list[Letter]) -> list[None]:
+            sent.extend(letter.key for letter in letters)
+            return [None] * len(letters)
+
+    def handing_over(store: Inflight, publisher: object) -> Forwarder:
+        forwarder = Forwarder(
+            store,
+            Route.HAND_OVER,
+            publisher,  # type: ignore[arg-type]
+            lambda row, trimmed: Letter("tasks", row.id, b"", []),
+            lambda topic, count: None,
+        )
+        forwarder.start()
+        return forwarder
+
+    def task(id: str) -> Activation:
+        return activation(id, clock, at_most_once=id != "other")
+
+    async with running_store(tmp_path / "killed", clock=clock) as store:
+        await store.insert([task(id) for id in ("once", "back", "other")])
+        forwarder = handing_over(store, Silent())
+        await store.hand_over(9, running=False)
+        await until(lambda: len(sent) == 3)
+        # Not sent yet: it is known that it has not started elsewhere.
+        await store.insert([task("waits")])
+        await store.hand_over(9, running=False)
+        await forwarder.stop()
+    sent.clear()
+    clock.advance(away_ms)
+    async with running_store(tmp_path / "killed", clock=clock) as store:
+        source = store.source("tasks", 0)
+        came_back = activation("back", clock, at_most_once=True, source=source.id, offset=0)
+        came_back.sent_on = hash_id("forward id of back")
+        await store.insert([came_back], {source.id: 1})
+        forwarder = handing_over(store, Taking())
+        await until(lambda: not store.outbox.waits(Route.HAND_OVER) and len(sent) > len(again))
+        await forwarder.stop()
+        assert set(sent) == {*again, "waits"}
+        letters = await store.outbox.take(Route.DEAD_LETTER, 9, 1 << 20)
+        lost = [] if "once" in again else [("once", Reason.START_UNKNOWN)]
+        assert [(row.id, row.reason) for row in letters] == lost
+        store.outbox.give_back(Route.DEAD_LETTER, letters)
+        await store.committed()
+        check_store(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Reason, hash_id
 from penstock_broker.ingest import tails as module
 from penstock_broker.ingest.intake import Tail
+from penstock_broker.ingest.membership import STALL_MS, Membership
 from penstock_broker.ingest.ownership import Me, Owner, encode
 from penstock_broker.ingest.tails import Tails
 from penstock_broker.store.database import Database
@@ -170,6 +172,42 @@ async def test_nothing_is_taken_before_the_tail_is_known_and_others_go_on(
         held_tails.set()
         await until(lambda: taken(store, 4))
         assert set(await ids_of(store)) == {"other", "c"}
+        assert list(consumer.assignment) == [0, 1, 2, 3]
+
+
+async def test_a_partition_that_waits_for_the_ledger_holds_up_no_other(
+    kafka: MockKafka, settings: Settings, held_tails: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The consumer's thread turns meanwhile: it reads others, and nothing of them is in doubt."""
+    kafka.produce("tasks", [task_bytes("old"), task_bytes("new")])
+    kafka.commit(GROUP, "tasks", 1, OTHER)
+    asked_at: list[int] = []
+    turns: list[int] = []
+    recordable = asyncio.Event()
+    async with consuming(settings, assigned=(1, 2, 3)) as (store, consumer):
+
+        async def record() -> None:
+            asked_at.append(store.clock.mono_ms())
+            await recordable.wait()
+
+        def turn(membership: Membership) -> None:
+            turns.append(store.clock.mono_ms())
+            turned(membership)
+
+        turned = Membership.turned
+        monkeypatch.setattr(Membership, "turned", turn)
+        store.recorded = record  # type: ignore[method-assign]
+        held_tails.set()
+        await until(lambda: asked_at)
+        kafka.produce("tasks", [task_bytes("other")], partition=1)
+        await until(lambda: store.clock.mono_ms() > asked_at[0] + 1_500)
+        # One that stands still for STALL_MS puts in doubt what is not covered.
+        assert sum(0 < at - asked_at[0] < STALL_MS for at in turns) > 3
+        assert len(asked_at) == 1
+        assert set(await ids_of(store)) == {"other"}
+        recordable.set()
+        await until(lambda: taken(store, 2))
+        assert set(await ids_of(store)) == {"other", "new"}
         assert list(consumer.assignment) == [0, 1, 2, 3]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ClusterMetadata
 from confluent_kafka.cimpl import NewTopic
 from ingest_helpers import MockKafka, kafka_settings, running_store, until
 from structlog.testing import capture_logs
@@ -119,3 +119,50 @@ async def test_creating_is_tried_again_and_said_now_and_then(
         await consumer.stop()
     warnings = [entry["error"] for entry in logs if "trying again" in entry["event"]]
     assert warnings == ["the topic 'new' is not created: Broker: Invalid replication factor"] * times
+
+
+class Forgetful:
+    """A cluster whose first answers, as of a node that is coming up, do not name a topic that is there."""
+
+    def __init__(self, topic: str, times: int) -> None:
+        self._topic, self._times = topic, times
+
+    def __call__(self, config: dict[str, str | int | float | bool]) -> Forgetful:
+        self._admin = AdminClient(config)
+        return self
+
+    def list_topics(self, timeout: float) -> ClusterMetadata:
+        metadata = self._admin.list_topics(timeout=timeout)
+        if self._times:
+            self._times -= 1
+            del metadata.topics[self._topic]
+        return metadata
+
+
+async def ended(consumer: KafkaConsumer) -> str:
+    """Why it cannot start."""
+    try:
+        await consumer.start()
+    except FatalError as error:
+        return error.message
+    return ""
+
+
+async def test_a_topic_that_was_read_before_is_asked_for_again_when_an_answer_lacks_it(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored is served meanwhile. A topic that nobody here has read is said to be missing."""
+    monkeypatch.setattr(consumer_module, "RETRY_SECONDS", 0.01)
+    async with running_store(settings.db_path) as store:
+        monkeypatch.setattr(topics, "AdminClient", Forgetful("tasks", 1))
+        assert "the topic 'tasks' does not exist" in await ended(KafkaConsumer(store, settings))
+        store.source("tasks", 0)
+        await store.committed()
+        monkeypatch.setattr(topics, "AdminClient", Forgetful("tasks", 3))
+        consumer = KafkaConsumer(store, settings)
+        with capture_logs() as logs:
+            assert not await ended(consumer)
+            await until(lambda: bool(consumer.assignment))
+        await consumer.stop()
+    warnings = [entry["error"] for entry in logs if "trying again" in entry["event"]]
+    assert warnings == [f"the topic 'tasks' does not exist on the Kafka cluster {kafka.address}"]

@@ -664,6 +664,26 @@ async def test_each_that_is_in_conflict_with_an_id_is_a_dead_letter(
     assert claim_one(store).content == activation("a", clock, content=contents[0]).content
 
 
+async def test_what_is_dead_when_it_arrives_died_then(
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hour = 3_600_000
+    sent_at, late = clock.wall, activation("late", clock, expires_ms=hour)
+    clock.advance(3 * hour)
+    await insert(store, activation("first", clock), late)
+    await insert(store, activation("first", clock, content=b"something else", delay_ms=24 * hour))
+    monkeypatch.setattr("penstock_broker.store.inflight.PAIRS_MAX", 1)
+    await insert(store, activation("one too many", clock, namespace="another", delay_ms=24 * hour))
+    letters = await take_outbox(store)
+    assert [letter.reason for letter in letters] == [Reason.EXPIRED, Reason.CONFLICT, Reason.INVALID]
+    assert [letter.ready_at for letter in letters] == [sent_at + 3 * hour] * 3
+    # Restored, it died when it did.
+    died = activation("first", clock, content=b"a third thing")
+    died.status, died.reason, died.ready_at = Status.FORWARDING, Reason.CONFLICT, sent_at
+    await insert(store, died)
+    assert [letter.ready_at for letter in await take_outbox(store)] == [sent_at]
+
+
 @pytest.mark.parametrize("contents", [(0, 1), (1, 0)])
 async def test_a_copy_is_no_conflict_where_it_is_not_known_what_it_asks_for(
     store: Inflight, clock: ManualClock, contents: tuple[int, int]

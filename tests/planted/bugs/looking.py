@@ -76,8 +76,8 @@ BUGS = (
         "what a backup has left stays for good",
         "a backup that broke off is deleted",
         "broker/store/database.py",
-        old="        reserve_of(self.path).unlink(missing_ok=True)\n        forget_backups(self.path)\n",
-        new="        reserve_of(self.path).unlink(missing_ok=True)\n",
+        old="            forget_backups(self.path)\n            self._rewrite_log()\n",
+        new="            self._rewrite_log()\n",
         tests=(COPYING + "test_what_was_left_is_deleted_at_the_start_and_nothing_else",),
     ),
 )

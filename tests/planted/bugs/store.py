@@ -176,6 +176,31 @@ BUGS = (
         new="ends_claim=True)",
         tests=(RULES + "test_a_dead_letter_of_what_expired_tells_how_it_failed_before",),
     ),
+    # -- dead on arrival
+    Bug(
+        "what expired before it arrived died when it was sent",
+        "dead letters carry their times",
+        "broker/store/inflight.py",
+        old="row.status, row.reason, row.ready_at = change.status, change.reason, change.ready_at\n",
+        new="row.status, row.reason = change.status, change.reason\n",
+        tests=(STORE + "test_what_is_dead_when_it_arrives_died_then",),
+    ),
+    Bug(
+        "what is refused when it arrives dies when it would have been due",
+        "dead letters carry their times",
+        "broker/domain/activation.py",
+        old="            self.ready_at = now\n",
+        new="            pass\n",
+        tests=(STORE + "test_what_is_dead_when_it_arrives_died_then",),
+    ),
+    Bug(
+        "what was refused on a disk that is lost dies again when it is restored",
+        "dead letters carry their times",
+        "broker/domain/activation.py",
+        old="        if self.status is not FORWARDING:\n            self.ready_at = now\n",
+        new="        self.ready_at = now\n",
+        tests=(STORE + "test_what_is_dead_when_it_arrives_died_then",),
+    ),
     # -- conflicts
     Bug(
         "all that is in conflict with an id has one name",
@@ -273,6 +298,15 @@ BUGS = (
         old="            entries.pop(id_hash, None)\n",
         new="            entries.pop(id_hash, None)\n            break\n",
         tests=(RULES + "test_what_was_done_long_before_it_was_dropped_is_new_when_it_comes_again",),
+    ),
+    # -- one owner of the file
+    Bug(
+        "a second broker writes before it is refused",
+        "two brokers, one file: the second refuses to start",
+        "broker/store/database.py",
+        old="            self._take_file()\n",
+        new="",
+        tests=(DATABASE + "test_a_second_broker_touches_nothing_also_without_the_lock_file",),
     ),
     # -- durability
     Bug(

@@ -143,6 +143,12 @@ class Activation:
     # While it is accepted: hash of what a copy of it is known by, if a broker sent it on; else 0.
     sent_on: int = 0
 
+    def die(self, reason: Reason, now: int) -> None:
+        """It is refused before it is stored: a dead letter since ``now``, or since it became one before."""
+        if self.status is not FORWARDING:
+            self.ready_at = now
+        self.status, self.reason = FORWARDING, reason
+
 
 CONTENT_BITS = 27
 CONTENT_MASK = (1 << CONTENT_BITS) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from hashlib import blake2b
 
-from penstock_broker.domain.activation import Activation, Reason, Status
+from penstock_broker.domain.activation import Activation, Reason
 
 
 def in_conflict(row: Activation, known: int) -> bool:
@@ -13,10 +13,10 @@ def in_conflict(row: Activation, known: int) -> bool:
     return bool(known and row.content) and known != row.content
 
 
-def refuse_conflict(row: Activation) -> None:
+def refuse_conflict(row: Activation, now: int) -> None:
     """The first one keeps the id. This one becomes a dead letter under a name of its own, the same for
     each of its copies."""
-    row.status, row.reason = Status.FORWARDING, Reason.CONFLICT
+    row.die(Reason.CONFLICT, now)
     row.error = json.dumps({"type": "conflict", "message": conflict_text(row.id)})
     row.sent_on = 0
     name = f"{row.id}/{row.content}".encode("utf-8", "surrogatepass")

@@ -49,6 +49,7 @@ class Event(StrEnum):
     OVERFLOW = "overflow"
     FORWARDED = "forwarded"
     REFUSED = "refused"
+    SEND_UNKNOWN = "send unknown"
 
 
 COMPLETE = Event.COMPLETE
@@ -109,6 +110,7 @@ TRANSITIONS: dict[tuple[Status, Event], Transition] = {
     (_R, Event.CANCEL): _t("An operator cancelled it; its worker learns so and kills it.", _G),
     (_R, Event.HAND_OVER): _t("The broker is being drained, and it did not end in time.", _F),
     (_F, Event.REFUSED): _t("The log refuses it as too large: it stays.", _P, _D),
+    (_F, Event.SEND_UNKNOWN): _t("It may have gone where it starts, too long ago to be sent again.", _F),
     (_F, Event.FORWARDED): _t("The log acknowledged it, or it rests in the store's own dead letters.", _G),
 }
 
@@ -339,6 +341,10 @@ def _refused(row: Activation, event: Event, now: int, limits: Limits, delay: int
     return _keep(row, DELAYED if row.ready_at > now else PENDING, row.ready_at)
 
 
+def _send_unknown(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
+    return _dead(row, Reason.START_UNKNOWN, now, ends_claim=False)
+
+
 def _forwarded(row: Activation, event: Event, now: int, limits: Limits, delay: int | None) -> Change:
     dead = route_of(row.reason) is Route.DEAD_LETTER
     return _keep(row, GONE, now, term=f"dead:{row.reason}" if dead else str(row.reason))
@@ -365,5 +371,6 @@ _DECISIONS = {
     Event.HAND_OVER: _hand_over,
     Event.OVERFLOW: _overflow,
     Event.REFUSED: _refused,
+    Event.SEND_UNKNOWN: _send_unknown,
     Event.FORWARDED: _forwarded,
 }

@@ -18,7 +18,7 @@ from penstock_broker.ingest.intake import Intake
 from penstock_broker.ingest.kafka import RESTART
 from penstock_broker.ingest.ledger import Ledger
 from penstock_broker.ingest.poller import Poller
-from penstock_broker.ingest.topics import ensure_topics
+from penstock_broker.ingest.topics import NoTopic, ensure_topics
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.writer import StoreStopped
 
@@ -62,6 +62,8 @@ class KafkaConsumer:
         self._poller = Poller(settings, store.clock, self.intake, self.admission)
         self.intake.commit = self._poller.hand_commit
         self._stopping = threading.Event()
+        # An answer without the topic is then a node's that is coming up, or the topic will be made anew.
+        self._read_before = any(source.topic == self.topic for source in store.sources())
 
     # -- status: may be read from any thread
 
@@ -109,7 +111,7 @@ class KafkaConsumer:
     async def start(self, seconds: float = START_SECONDS_MAX) -> None:
         """Start consuming. Kafka may be away: it is waited for ``seconds``, and tried until it is there.
 
-        Raises FatalError when the topic does not exist and may not be created.
+        Raises FatalError when the topic does not exist, was never read here and may not be created.
         """
         loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[None] = loop.create_future()
@@ -165,15 +167,17 @@ class KafkaConsumer:
         while not self._stopping.is_set():
             try:
                 ready = self._topics_ready(self._settings, START_SECONDS_MAX - 0.5)
-            except KafkaException as error:
+            except (KafkaException, NoTopic) as error:
+                if isinstance(error, NoTopic) and not self._read_before:
+                    raise
                 now = self._clock.mono_ms()
                 if now >= warn_at_ms:
                     warn_at_ms = now + int(WARN_AGAIN_SECONDS * 1000)
                     log.warning(
-                        "Kafka cannot be reached, or does not create a topic; what is stored is served;"
-                        " trying again until it does",
+                        "Kafka cannot be reached, or does not have or create a topic; what is stored is"
+                        " served; trying again until it does",
                         cluster=self._settings.kafka_cluster,
-                        error=error.args[0].str(),
+                        error=error.message if isinstance(error, NoTopic) else error.args[0].str(),
                     )
                 loop.tell(self._set_checked)
                 self._stopping.wait(RETRY_SECONDS)

@@ -102,6 +102,7 @@ class Forwarder:
     async def _send_on(self, rows: list[Activation], publisher: Publisher) -> None:
         """What must not start twice leaves for where it is run when the ledger says that it does: restored
         from an older record, it would start here, too."""
+        rows = await self._store.outbox.may_leave(rows)
         once = [row for row in rows if _waits_for_ledger(row)]
         if others := [row for row in rows if not _waits_for_ledger(row)]:
             await self._forward(others, publisher)

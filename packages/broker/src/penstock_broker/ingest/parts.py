@@ -84,7 +84,7 @@ class Ingest:
         metrics.before_scrape(self._refresh)
 
     async def start(self) -> None:
-        """Raises FatalError when the consumed topic does not exist and may not be created."""
+        """Raises FatalError when the consumed topic does not exist, was never read and may not be created."""
         settings, store = self._settings, self._store
         if settings.ingest == "kafka":
             keep_orphans(store, settings.kafka_topic, settings.kafka_overflow_topic)

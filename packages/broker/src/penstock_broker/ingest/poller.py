@@ -7,6 +7,7 @@ decision is the intake's (on the loop) or a pure function's.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import threading
 from collections import deque
@@ -39,8 +40,9 @@ PAUSE_AFTER_SECONDS = 0.2
 PACE_SECONDS = 0.01
 # The group waits as well while this thread does.
 LOOKUP_SECONDS_MAX = 3.0
-# A ledger that cannot be written is not waited for: until this thread polls again, the group stands still.
-BEGIN_SECONDS_MAX = 2.0
+# An assignment waits so long for the ledger, less than puts in doubt what is not covered: if it cannot be
+# written, its partitions begin when it can.
+BEGIN_SECONDS_MAX = 0.5
 CHORES_EVERY_MS = 1000
 LOOK_WHICH_EVERY_MS = 5000
 LOOK_FOR_UNREAD_EVERY_MS = 10_000
@@ -83,6 +85,8 @@ class Poller:
         # Assigned, and not read yet because Kafka or the store could not say from where, or because what
         # others have taken is looked through first.
         self._unbegun: set[int] = set()
+        # Of these, those that begin as soon as the ledger has it.
+        self._beginning: dict[int, concurrent.futures.Future[list[Begun]]] = {}
         # Outside the log: where to go on is to be looked up.
         self._outside: set[int] = set()
         # Of a topic that was made anew: not read until they have begun again.
@@ -180,6 +184,8 @@ class Poller:
         self._intake.membership.turned()
         if self.tails and self.tails.turn():
             self._chores_at = 0
+        if self._beginning and (begun := self._have_begun()):
+            self._read_anew(consumer, begun)
         allowance = self._intake.gate.allowance()
         if allowance <= 0 and not self.paused:
             if self._intake.gate.wait(PAUSE_AFTER_SECONDS):
@@ -265,7 +271,8 @@ class Poller:
         self._begin_anew(consumer)
 
     def _begin_waiting(self, consumer: Consumer) -> None:
-        if waiting := sorted(p for p in self._unbegun - self._anew if p not in self.tails):
+        unbegun = self._unbegun - self._anew - self._beginning.keys()
+        if waiting := sorted(p for p in unbegun if p not in self.tails):
             self._begin_later(consumer, waiting)
 
     def _begin_outside(self, consumer: Consumer) -> None:
@@ -290,6 +297,7 @@ class Poller:
         self._topic_id = id
         # What still comes from where they were read, and a commit of that, are of no use.
         self._anew = {*self.tracks, *self._unbegun}
+        self._beginning.clear()
         for partition in self._anew:
             self.tracks.remove(partition)
             self._outside.discard(partition)
@@ -332,14 +340,16 @@ class Poller:
         numbers = sorted(p.partition for p in partitions)
         if not numbers:
             return
-        begun: list[Begun] = []
         try:
-            begun, tails = self._begin(consumer, numbers)
+            tails = self._begin(consumer, numbers)
             log.info("partitions assigned", topic=self.topic, partitions=numbers)
             if tails:
                 self._chores_at = 0
         except (KafkaException, TimeoutError) as error:
             log.warning("an assignment cannot be started yet", partitions=numbers, error=str(error))
+        beginning = [self._beginning[n] for n in numbers if n in self._beginning]
+        concurrent.futures.wait(beginning, BEGIN_SECONDS_MAX)
+        begun = [b for b in self._have_begun() if b.partition in numbers]
         at_once = {b.partition for b in begun}
         if later := [p for p in partitions if p.partition not in at_once]:
             self._unbegun.update(p.partition for p in later)
@@ -348,19 +358,25 @@ class Poller:
         if begun:
             self._read(consumer, begun)
 
-    def _begin(self, consumer: Consumer, partitions: list[int]) -> tuple[list[Begun], list[Tail]]:
-        """Those that begin, and of the others what is to be looked through first."""
+    def _begin(self, consumer: Consumer, partitions: list[int]) -> list[Tail]:
+        """Have these begin, but for those of which something is to be looked through first: what."""
         found = self._look_up(consumer, partitions)
         tails = [t for t in self._loop.ask(self._intake.tails(found)) if not self.tails.is_done(t)]
         waiting = {tail.partition for tail in tails}
-        ready = [one for one in found if one.partition not in waiting]
-        return self._loop.ask(self._intake.begin(ready), BEGIN_SECONDS_MAX) if ready else [], tails
+        if ready := [one for one in found if one.partition not in waiting]:
+            beginning = self._loop.start(self._intake.begin(ready))
+            self._beginning.update((one.partition, beginning) for one in ready)
+        return tails
+
+    def _have_begun(self) -> list[Begun]:
+        """Those of ``_beginning`` that may be read now."""
+        ended = dict.fromkeys(beginning for beginning in self._beginning.values() if beginning.done())
+        # One that went meanwhile, and maybe came back, is not meant.
+        return [b for e in ended for b in e.result() if self._beginning.get(b.partition) is e]
 
     def _begin_later(self, consumer: Consumer, partitions: list[int]) -> None:
         """These were assigned, and have not begun."""
-        begun, tails = self._begin(consumer, partitions)
-        if begun:
-            self._read_anew(consumer, begun)
+        tails = self._begin(consumer, partitions)
         # Nothing of a topic that was made anew has been taken by anybody.
         if tails and not self._look_which(consumer, ASK_SECONDS_MAX):
             for tail in tails:
@@ -455,6 +471,7 @@ class Poller:
     def _wait_no_more(self, partition: int) -> None:
         """It has begun, or is gone."""
         self.tails.remove(partition)
+        self._beginning.pop(partition, None)
         for waiting in (self._unbegun, self._outside, self._anew):
             waiting.discard(partition)
 

@@ -36,6 +36,10 @@ _COMPACTED = {
 }
 
 
+class NoTopic(FatalError):
+    """There is no topic to consume, and none may be created."""
+
+
 def topic_exists(settings: Settings, seconds: float) -> bool:
     """Whether there is a topic to consume. Raises KafkaException when Kafka cannot be reached."""
     admin = AdminClient(admin_config(settings))
@@ -45,9 +49,10 @@ def topic_exists(settings: Settings, seconds: float) -> bool:
 def ensure_topics(settings: Settings, seconds: float) -> bool:
     """See that the consumed topic and those that are produced to exist; blocks for up to ``seconds``.
 
-    Raises KafkaException when Kafka cannot be reached, or does not create a topic now; FatalError when
-    the consumed topic does not exist and may not be created, or Kafka refuses to create one. Others that
-    are missing are only warned of: what is for them waits; of a missing ledger topic the ledger warns.
+    Raises KafkaException when Kafka cannot be reached, or does not create a topic now; NoTopic when the
+    consumed topic does not exist and may not be created; FatalError when Kafka refuses to create one.
+    Others that are missing are only warned of: what is for them waits; of a missing ledger topic the ledger
+    warns.
     True: there is a topic to consume.
     """
     admin = AdminClient(admin_config(settings))
@@ -64,7 +69,7 @@ def ensure_topics(settings: Settings, seconds: float) -> bool:
     if settings.create_missing_topics:
         _create(admin, missing, settings)
     elif settings.kafka_topic in missing:
-        raise FatalError(
+        raise NoTopic(
             f"the topic {settings.kafka_topic!r} does not exist on the Kafka cluster"
             f" {settings.kafka_cluster}",
             "create it, or let the broker do so with create_missing_topics"

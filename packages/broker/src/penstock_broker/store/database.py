@@ -66,6 +66,7 @@ DUE_ROWS_MAX = 2000
 SPILL_ROWS_MAX = 10_000
 # SQLite's VFS takes no more in one call.
 REWRITE_BYTES = 64 * 1024
+_OPEN_DATABASE = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_MAIN_DB
 _OPEN_LOG = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_WAL
 _FAILED_SYNCS = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC)
 
@@ -166,10 +167,12 @@ class Database:
         self._damaged: list[Damaged] = []
         # Being made, in steps between ticks.
         self._copy: Copy | None = None
-        # A broker that was killed has left them, and starting may need the space.
-        reserve_of(self.path).unlink(missing_ok=True)
-        forget_backups(self.path)
+        self._file: apsw.VFSFile | None = None
         try:
+            self._take_file()
+            # A broker that was killed has left them, and starting may need the space.
+            reserve_of(self.path).unlink(missing_ok=True)
+            forget_backups(self.path)
             self._rewrite_log()
             self.connection = apsw.Connection(str(self.path), vfs=VFS, statementcachesize=200)
             try:
@@ -184,6 +187,16 @@ class Database:
             raise
 
     # -- opening and closing
+
+    def _take_file(self) -> None:
+        """Take SQLite's own lock before anything beside the database is touched: somebody may have removed
+        the lock file of a broker that runs. With this VFS the process has it until the file is closed."""
+        try:
+            self._file = apsw.VFSFile(VFS, str(self.path), [_OPEN_DATABASE, 0])
+        except (apsw.CantOpenError, apsw.IOError):
+            return  # there is none, or opening the database tells
+        self._file.xLock(apsw.SQLITE_LOCK_SHARED)
+        self._file.xUnlock(apsw.SQLITE_LOCK_NONE)
 
     def _rewrite_log(self) -> None:
         """Write what is left of a WAL once more, and sync it.
@@ -354,6 +367,8 @@ class Database:
 
     def release_lock(self) -> None:
         """Let another broker have the file."""
+        if self._file is not None:
+            self._file.xClose()
         os.close(self._lock)
 
     def _on_wal(self, connection: apsw.Connection, name: str, frames: int) -> int:

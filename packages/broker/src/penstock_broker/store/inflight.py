@@ -219,14 +219,14 @@ class Inflight:
             return False
         queue = memory.latest
         if queue is None or queue.namespace != row.namespace or queue.application != row.application:
-            queue = memory.latest = self._pair_of(row)
+            queue = memory.latest = self._pair_of(row, now)
         row.pair = queue.pair
         row.seq = self._next_seq
         self._next_seq += 1
         expired = row.expires_at is not None and row.expires_at <= now
         if expired and row.status is not FORWARDING:
             change = decide(row, Event.EXPIRE, now, self.limits.lifecycle)
-            row.status, row.reason = change.status, change.reason
+            row.status, row.reason, row.ready_at = change.status, change.reason, change.ready_at
             if change.status is GONE:
                 memory.batch.count(row.pair, term)
                 memory.batch.count(row.pair, change.term)
@@ -258,7 +258,7 @@ class Inflight:
             # This very one is restored, or adopted.
             known = None
         if known is not None and in_conflict(row, known):
-            refuse_conflict(row)
+            refuse_conflict(row, now)
             row.id_hash = hash_id(row.id)
             known = self._content_of(row.id_hash)
         return self._is_copy(row, now) if row.sent_on else known is not None
@@ -319,10 +319,10 @@ class Inflight:
                 namespace=queue.namespace,
             )
 
-    def _pair_of(self, row: Activation) -> PairQueue:
+    def _pair_of(self, row: Activation, now: int) -> PairQueue:
         queue = self.pair(row.application, row.namespace)
         if queue is None:
-            row.status, row.reason = FORWARDING, Reason.INVALID
+            row.die(Reason.INVALID, now)
             row.error = f'{{"type":"invalid","message":"more than {PAIRS_MAX} namespaces on this broker"}}'
             row.application = row.namespace = ""
             queue = self.memory.index.pair("", "") or self._new_pair("", "")

@@ -268,7 +268,7 @@ class Memory:
             counts[change.status] += 1
         if row.status is FORWARDING:
             self.forwarding.discard(row.seq)
-            if change.status is not GONE:
+            if change.status is not GONE and change.status is not FORWARDING:
                 self.held_bytes[row.pair] += row.size
         elif change.status is GONE or change.status is FORWARDING:
             self.held_bytes[row.pair] -= row.size

@@ -13,6 +13,16 @@ from penstock_broker.store.memory import Memory
 from penstock_broker.store.partitions import Exit
 from penstock_broker.store.writer import Writer
 
+# Of the store's meta: JSON of seq -> when it was first sent on, of what may start at most once.
+SENT = "sent"
+# A copy is known where it is read within the de-duplication window of whoever reads it. This share of it
+# (5 minutes of an hour) may pass here; the rest is for what lies before it in the log.
+SENT_AGAIN_SHARE = 12
+
+_SEND_UNKNOWN = json.dumps(
+    {"type": "send unknown", "message": "its broker ended when it had sent it on, and was back too late"}
+)
+
 
 class Outbox:
     """Each row is handed out once, until it is acknowledged or returned; none before it is covered."""
@@ -24,6 +34,10 @@ class Outbox:
         self.resting = memory.database.dead_letter_count()
         # Rows that were too large to leave for where another broker would go on with them.
         self.refused: set[int] = set()
+        said: dict[str, int] = json.loads(str(memory.database.meta(SENT) or "{}"))
+        self._sent_at = {int(seq): at for seq, at in said.items() if int(seq) in memory.forwarding}
+        # Sent by a process that has ended: whether the log has them nobody knows.
+        self._unanswered = frozenset(self._sent_at)
 
     def size(self) -> int:
         """Rows to forward, those in the log's hands included."""
@@ -62,17 +76,46 @@ class Outbox:
     def _exits(self, route: Route, rows: Iterable[Activation]) -> list[Exit]:
         return [Exit(row.seq, row.size, route) for row in self._present(rows)]
 
+    async def may_leave(self, rows: Sequence[Activation]) -> list[Activation]:
+        """Those of ``rows`` that may be sent on, to where another broker runs them. Durable.
+
+        One that may start at most once, and was sent on before a restart so long ago that a copy might not
+        be known where it is read, becomes a dead letter.
+        """
+        once = [row for row in self._present(rows) if row.at_most_once]
+        if not once:
+            return list(rows)
+        memory, now = self._memory, self._memory.clock.wall_ms()
+        bound = memory.limits.dedup_window_ms // SENT_AGAIN_SHARE
+        late: set[int] = set()
+        for row in once:
+            # Also if the clock was set back, since nobody knows how far.
+            age = now - self._sent_at.setdefault(row.seq, now)
+            if row.seq in self._unanswered and not 0 <= age <= bound:
+                row.error = _SEND_UNKNOWN
+                late.add(row.seq)
+        self._change_those_here([row for row in once if row.seq in late], Event.SEND_UNKNOWN)
+        here = memory.forwarding
+        self._sent_at = {seq: at for seq, at in self._sent_at.items() if seq in here and seq not in late}
+        said = json.dumps(self._sent_at)
+        memory.batch.calls.append(lambda database: database.set_meta(SENT, said))
+        await self._writer.committed()
+        return [row for row in rows if row.seq not in late]
+
     def forwarded(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
         """The log acknowledged these: they leave. Resolves when durable."""
         return self._change(rows, Event.FORWARDED)
 
     def refuse(self, rows: Sequence[Activation]) -> asyncio.Future[None]:
         """These cannot go where another broker would go on with them: they stay. Resolves when durable."""
-        # What came back from the log after all goes on as that.
+        self.refused.update(row.seq for row in rows)
+        return self._change_those_here(rows, Event.REFUSED)
+
+    def _change_those_here(self, rows: Sequence[Activation], event: Event) -> asyncio.Future[None]:
+        """What came back from the log after all goes on as that."""
         came_back = [row for row in rows if not self._memory.is_live(row.id_hash, row.seq)]
         self._change(came_back, Event.FORWARDED)
-        self.refused.update(row.seq for row in rows)
-        return self._change(rows, Event.REFUSED)
+        return self._change(rows, event)
 
     def _change(self, rows: Sequence[Activation], event: Event) -> asyncio.Future[None]:
         now = self._memory.clock.wall_ms()
