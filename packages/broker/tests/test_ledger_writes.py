@@ -29,7 +29,7 @@ from penstock_broker.ingest.ledger_adopt import AdoptError, AdoptReport, adopt
 from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
 from penstock_broker.ingest.ledger_records import Account, Head, Record, head_record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
-from penstock_broker.ingest.ownership import Owner
+from penstock_broker.ingest.ownership import Me, Owner
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import offsets_of
@@ -59,6 +59,8 @@ class Log:
         self.broken = 0
         # Of the partition: offset -> message.
         self.tasks: dict[int, Message] = {}
+        # Of its topic, as Kafka says; "": it has none.
+        self.id = ""
 
     def write(self, records: Sequence[Record]) -> None:
         self.begun += 1
@@ -88,6 +90,9 @@ class Log:
     def look_up(self, topic: str, partitions: Sequence[int] | None) -> list[Found]:
         end = len(self.tasks)
         return [Found(0, end, self.owners, 0, end)] if topic == "tasks" and self.tasks else []
+
+    def topic_id(self, topic: str) -> str:
+        return self.id
 
     def messages(self, topic: str, partition: int, offsets: Sequence[int]) -> Iterator[list[Message]]:
         for offset in offsets:
@@ -338,6 +343,76 @@ async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(
         await _begin(path, log)
     async with broker(path.with_name("new.sqlite"), log) as again:
         assert again.store.memory.rows == 0
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+@pytest.mark.parametrize(
+    ("before", "now"), [("a", "b"), ("a", "a"), ("", "b"), ("a", "")], ids=["anew", "same", "old", "no ids"]
+)
+async def test_a_topic_that_was_made_anew_is_not_taken_for_the_one_of_the_ledger(
+    path: Path, log: Log, adopted: bool, before: str, now: str
+) -> None:
+    """Only where both are known."""
+    async with broker(path, log, killed=True) as gone:
+        if before:
+            gone.store.identify(gone.source, before)
+        await gone.take(0, 6)
+        await gone.store.recorded()
+    log.id = now
+    log.tasks |= {n: Message(n, task_bytes(f"{now}-{n}"), 0) for n in range(9)}
+    # They are another broker's to read.
+    log.owners = (Owner(6, Me("other", "1"), 1),)
+    anew = (before, now) == ("a", "b")
+    heirs = "broker-2" if adopted else "broker-1"
+    async with broker(path.with_name("heir.sqlite"), log, broker_id=heirs) as heir:
+        if adopted:
+            lost = 5 if anew else 0
+            assert await adopt(heir.ledger, [], "broker-1", force=True) == AdoptReport(
+                "broker-1", 1, 5 - lost, lost
+            )
+        source = heir.source
+        if anew:
+            assert (heir.store.memory.rows, heir.ledger.unrestorable) == (0, 5)
+            assert (source.next, source.covered, source.topic_id) == (0, 0, "")
+        else:
+            assert (heir.store.memory.rows, heir.ledger.unrestorable) == (5, 0)
+            assert (source.covered, source.topic_id) == (6, before and now)
+        await heir.store.recorded()
+        assert (("tasks", 0) in log.account().ranges) == (not anew or not adopted)
+        assert log.account().segments.keys() == (set() if anew or adopted else {("tasks", 0, 0)})
+        assert log.account(heirs).topic_ids.get(("tasks", 0), "") == source.topic_id
+
+
+async def test_of_a_topic_made_anew_is_restored_what_was_taken_since(path: Path, log: Log) -> None:
+    async with broker(path, log, killed=True) as lost:
+        lost.store.identify(lost.source, "a")
+        await lost.take(0, 6)
+        await lost.store.recorded()
+        # Committed of the new one, and not in the ledger yet.
+        log.owners = (Owner(2, lost.ledger.me, 1),)
+    log.id = "b"
+    log.tasks |= {n: Message(n, task_bytes(f"b-{n}"), 0) for n in range(4)}
+    async with broker(path.with_name("new.sqlite"), log) as new:
+        assert sorted(row.id for row in new.store.memory.resident.values()) == ["b-2", "b-3"]
+        assert (new.source.start, new.source.next, new.source.topic_id) == (2, 4, "b")
+        assert new.ledger.unrestorable == 5
+
+
+async def test_nothing_is_adopted_into_a_topic_that_is_no_more(path: Path, log: Log) -> None:
+    async with broker(path, log, killed=True) as gone:
+        gone.store.identify(gone.source, "b")
+        await gone.take(0, 6)
+        await gone.store.recorded()
+    log.id = "b"
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(6)}
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        heir.store.identify(heir.source, "a")
+        with pytest.raises(AdoptError, match="made anew"):
+            await adopt(heir.ledger, [], "broker-1", force=True)
+        assert heir.store.memory.rows == 0
+        # It has noticed.
+        heir.store.retire(heir.source, "tasks@a")
+        assert (await adopt(heir.ledger, [], "broker-1", force=True)).adopted == 5
 
 
 async def _begin(path: Path, log: Log) -> None:

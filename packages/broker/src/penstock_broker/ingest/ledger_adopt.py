@@ -73,6 +73,7 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
         lost, adopted = ledger.unrestorable, 0
         lefts = await find_left(ledger, account, broker_id)
         for left in lefts:
+            _check_topic(ledger, left)
             await _settle_own(ledger, intakes, left)
             adopted += await restore(ledger, left, "adopted")
             await ledger.record_with(_handed(ledger, broker_id, account, left))
@@ -145,6 +146,15 @@ async def _await_gone(ledger: Ledger, broker_id: str) -> None:
         await asyncio.sleep(LOOK_SECONDS)
 
 
+def _check_topic(ledger: Ledger, left: Left) -> None:
+    """What this broker has of a topic that was made anew must have its other name first."""
+    source = ledger.store.source(left.topic, left.partition)
+    if left.topic_id and source.topic_id not in ("", left.topic_id):
+        raise AdoptError(
+            f"the topic {left.topic} was made anew, and this broker has not noticed yet: repeat the adoption"
+        )
+
+
 async def _settle_own(ledger: Ledger, intakes: Sequence[Intake], left: Left) -> None:
     """Rows of this broker in the same part of the log are settled first: whose they are, and covered."""
     resolving = [i for i in intakes if i.topic == left.topic and left.partition not in i.readings]
@@ -166,7 +176,9 @@ def _handed(ledger: Ledger, broker_id: str, account: Account, left: Left) -> lis
     """The other's records of one partition, now that this broker's say all of it."""
     group = ledger.settings.kafka_consumer_group
     taken = Taken(left.start, left.end, left.end)
-    records = [range_record(group, broker_id, left.topic, left.partition, taken)]
+    where = (left.topic, left.partition)
+    # Of a topic that is no more nothing is kept.
+    records = [range_record(group, broker_id, *where, None if left.made_anew else taken, left.topic_id)]
     records += [
         segment_record(group, broker_id, where, Segment(None, {}))
         for where in account.segments

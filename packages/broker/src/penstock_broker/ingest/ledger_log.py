@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient
 
 from penstock_broker.clock import Clock
 from penstock_broker.config import Settings
-from penstock_broker.ingest.cluster import describe_group
+from penstock_broker.ingest.cluster import describe_group, describe_topic, id_of
 from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.kafka import admin_config, ledger_producer_config, reader_config
 from penstock_broker.ingest.ledger_records import Record
@@ -155,6 +155,16 @@ class LedgerLog:
             return found
         finally:
             consumer.close()
+
+    def topic_id(self, topic: str) -> str:
+        """Which topic of its name Kafka has; "" when it has none, or its topics have no ids."""
+        admin = AdminClient(admin_config(self._settings))
+        try:
+            return id_of(describe_topic(admin, topic, LOOKUP_SECONDS_MAX).result())
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return ""
+            raise
 
     def messages(self, topic: str, partition: int, offsets: Sequence[int]) -> Iterator[list[Message]]:
         """Those of ``offsets`` (ascending, inside the log) that are still there, in batches, in order."""

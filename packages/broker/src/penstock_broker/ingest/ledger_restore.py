@@ -42,6 +42,10 @@ class Left(NamedTuple):
     expired: int
     # There was no ledger when they were taken: nothing says which at-most-once tasks have started.
     unrecorded: bool = False
+    # Which topic of its name Kafka has now; "": not known.
+    topic_id: str = ""
+    # All of it is of one that had the name before: no offset here is one of the present topic.
+    made_anew: bool = False
 
 
 def left_of(
@@ -82,13 +86,20 @@ async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Le
         partitions = None if topic in consumed else [p for t, p in account.ranges if t == topic]
         for one in await ledger.call(ledger.log.look_up, topic, partitions):
             found[topic, one.partition] = one
+    recorded = sorted({topic for topic, _ in account.topic_ids})
+    ids = {topic: await ledger.call(ledger.log.topic_id, topic) for topic in recorded}
     lefts = []
     for (topic, partition), one in sorted(found.items()):
+        taken, id = account.ranges.get((topic, partition)), ids.get(topic, "")
         segments = {n: s for (t, p, n), s in account.segments.items() if (t, p) == (topic, partition)}
+        if id and account.topic_ids.get((topic, partition), id) != id:
+            gone = sum(len(offsets_of(0, segment)) for segment in segments.values())
+            lefts.append(Left(topic, partition, -1, -1, (), {}, -1, gone, made_anew=True))
+            taken, segments = None, {}
         lost = _lost_store(account, one, broker_id, ledger.me)
-        left = left_of(topic, account.ranges.get((topic, partition)), segments, one, lost)
+        left = left_of(topic, taken, segments, one, lost)
         if left is not None:
-            lefts.append(left)
+            lefts.append(left._replace(topic_id=id))
     return lefts
 
 
@@ -105,9 +116,15 @@ async def restore(ledger: Ledger, left: Left, term: str) -> int:
 
     A restore that was interrupted goes on where it was. Raises KafkaException, StoreStopped.
     """
+    if left.made_anew:
+        ledger.unrestorable += left.expired
+        _tell(left, term, 0, left.expired)
+        return 0
     store = ledger.store
     source = store.source(left.topic, left.partition)
     fresh = term == "restored"
+    if left.topic_id and not source.topic_id:
+        store.identify(source, left.topic_id)
     offsets = [offset for offset in left.offsets if not fresh or offset >= source.next]
     store.begin_restored(source, left.start if fresh else -1, left.end)
     admission = Admission(AdmissionLimits.of(ledger.settings))
@@ -177,5 +194,7 @@ def _tell(left: Left, term: str, rows: int, missing: int) -> None:
             topic=left.topic,
             partition=left.partition,
             tasks=missing,
-            hint="the topic's retention is shorter than its backlog was old: raise retention.ms",
+            hint="the topic was deleted and made anew meanwhile"
+            if left.made_anew
+            else "the topic's retention is shorter than its backlog was old: raise retention.ms",
         )
