@@ -398,6 +398,50 @@ async def test_of_a_topic_made_anew_is_restored_what_was_taken_since(path: Path,
         assert new.ledger.unrestorable == 5
 
 
+async def test_an_adoption_is_repeated_on_the_new_disk_of_who_has_begun_it(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_adopt, "LOOK_SECONDS", 0.01)
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    once = RetryState(at_most_once=True)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}", retry_state=once if n < 2 else None), 0) for n in range(5)}
+
+    def two(topic: str, partition: int, offsets: Sequence[int]) -> Iterator[list[Message]]:
+        for n in offsets[:2]:
+            yield [log.tasks[n]]
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+
+    async with broker(path.with_name("one.sqlite"), log, killed=True, broker_id="broker-2") as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(log, "messages", two)
+            with pytest.raises(AdoptError, match="repeat the adoption"):
+                await adopt(one.ledger, [], "broker-1", force=True)
+        (started, _) = one.store.claim(None, (), 2, 1 << 20)
+        one.store.settle(token_of(one.store, started), Event.COMPLETE, one.store.clock.wall_ms())
+        await one.store.recorded()
+    new = path.with_name("new.sqlite")
+    async with broker(path.with_name("other.sqlite"), log, broker_id="broker-3") as other:
+        with pytest.raises(AdoptError, match="'broker-2' has begun"):
+            await adopt(other.ledger, [], "broker-1", force=True)
+        async with broker(new, log, broker_id="broker-2") as heir:
+            for fails in (True, False):
+                with monkeypatch.context() as patch, contextlib.suppress(AdoptError):
+                    if fails:
+                        patch.setattr(log, "messages", lambda *asked: two(*asked))
+                    await adopt(heir.ledger, [], "broker-1", force=True)
+            await heir.store.committed()
+            starts = {row.id for row in heir.store.claim(None, (), 9, 1 << 20)}
+            # What may have started is a dead letter.
+            assert starts == {"2", "3"}
+            assert heir.store.memory.rows == 4
+            account = log.account()
+            assert account.head is not None
+            assert (account.head.successor, account.head.handed) == (heir.ledger.me, True)
+
+
 async def test_nothing_is_adopted_into_a_topic_that_is_no_more(path: Path, log: Log) -> None:
     async with broker(path, log, killed=True) as gone:
         gone.store.identify(gone.source, "b")

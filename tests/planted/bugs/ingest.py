@@ -676,9 +676,7 @@ BUGS = (
         "broker/ingest/ledger.py",
         old="            records.append(range_record(group, broker_id, *where, taken, source.topic_id))\n",
         new="            records.append(range_record(group, broker_id, *where, taken))\n",
-        tests=(
-            WRITES + "test_a_topic_that_was_made_anew_is_not_taken_for_the_one_of_the_ledger[anew-True]",
-        ),
+        tests=(WRITES + "test_a_topic_that_was_made_anew_is_not_taken_for_the_one_of_the_ledger[anew-True]",),
     ),
     Bug(
         "what was taken of a topic that was made anew is not restored",
@@ -899,9 +897,36 @@ BUGS = (
         "two brokers adopt the same one",
         "a task that was adopted is run by one broker",
         "broker/ingest/ledger_adopt.py",
-        old="    if successor is not None and successor != ledger.me and await _goes_on(ledger, successor, broker_id):\n",
+        old="    if successor is not None and not mine and await _goes_on(ledger, successor, broker_id):\n",
         new="    if False:\n",
         tests=(BROKER + "test_ledger_adopt.py::test_only_one_broker_at_a_time_adopts_another",),
+    ),
+    Bug(
+        "an adoption is repeated by another broker when the one that has begun it has a new disk",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger_adopt.py",
+        old="    return head is None or not head.handed\n",
+        new="    return head is None or (head.store_id == successor.store_id and not head.handed)\n",
+        tests=(
+            BROKER + "test_ledger_adopt.py::test_only_one_broker_at_a_time_adopts_another",
+            WRITES + "test_an_adoption_is_repeated_on_the_new_disk_of_who_has_begun_it",
+        ),
+    ),
+    Bug(
+        "what was started before the adopter lost its disk starts again",
+        "at most once, also after the loss of the disk",
+        "broker/ingest/ledger_adopt.py",
+        old="            left = left._replace(unrecorded=left.unrecorded or again)\n",
+        new="",
+        tests=(WRITES + "test_an_adoption_is_repeated_on_the_new_disk_of_who_has_begun_it",),
+    ),
+    Bug(
+        "that the adopter lost its disk is forgotten before the adoption is done",
+        "at most once, also after the loss of the disk",
+        "broker/ingest/ledger_adopt.py",
+        old="        if not again:\n",
+        new="        if True:\n",
+        tests=(WRITES + "test_an_adoption_is_repeated_on_the_new_disk_of_who_has_begun_it",),
     ),
     Bug(
         "an adoption that ended unasked answers the next one",

@@ -66,13 +66,17 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
         await ledger.call(theirs.fence)
         # Another one may have begun before it was fenced by this.
         account = await _may_adopt(ledger, broker_id, force)
-        await ledger.succeed(theirs, account.head, broker_id)
+        again = _on_a_new_disk(ledger, account)
+        if not again:
+            await ledger.succeed(theirs, account.head, broker_id)
         log.warning("adopting a broker", broker=broker_id)
         await _await_gone(ledger, broker_id)
         account = await ledger.read(broker_id)
         lost, adopted = ledger.unrestorable, 0
         lefts = await find_left(ledger, account, broker_id)
         for left in lefts:
+            # Nothing says what the store that has begun has started of it.
+            left = left._replace(unrecorded=left.unrecorded or again)
             _check_topic(ledger, left)
             await _settle_own(ledger, intakes, left)
             adopted += await restore(ledger, left, "adopted")
@@ -110,7 +114,8 @@ async def _may_adopt(ledger: Ledger, broker_id: str, force: bool) -> Account:
     if successor is not None and head.handed:
         error = AdoptedHere if successor == ledger.me else AdoptError
         raise error(f"broker {broker_id!r} was adopted by {successor.broker_id!r} already")
-    if successor is not None and successor != ledger.me and await _goes_on(ledger, successor, broker_id):
+    mine = successor is not None and successor.broker_id == ledger.me.broker_id
+    if successor is not None and not mine and await _goes_on(ledger, successor, broker_id):
         raise AdoptError(
             f"broker {successor.broker_id!r} has begun to adopt {broker_id!r}: repeat the adoption there;"
             f" should {successor.broker_id!r} never return either, adopt that one first"
@@ -124,14 +129,25 @@ async def _may_adopt(ledger: Ledger, broker_id: str, force: bool) -> Account:
     return account
 
 
+def _on_a_new_disk(ledger: Ledger, account: Account) -> bool:
+    """Whether this broker had begun the adoption on a disk that it has lost since. As long as it is not
+    done, the ledger names that store."""
+    successor = account.head.successor if account.head is not None else None
+    return (
+        successor is not None
+        and successor.broker_id == ledger.me.broker_id
+        and successor.store_id != ledger.me.store_id
+    )
+
+
 async def _goes_on(ledger: Ledger, successor: Me, broker_id: str) -> bool:
-    """Whether the store that took over from a broker still counts: it may hold rows of it that the ledger
-    does not name."""
+    """Whether the broker that took over from another one still counts: it may hold rows of it that the
+    other's records name, too; on a new disk those that it had recorded itself."""
     if successor.broker_id == broker_id:
         # Its own new disk: it is adopted with it.
         return False
     head = (await ledger.read(successor.broker_id)).head
-    return head is None or (head.store_id == successor.store_id and not head.handed)
+    return head is None or not head.handed
 
 
 async def _await_gone(ledger: Ledger, broker_id: str) -> None:

@@ -1,8 +1,9 @@
 """The ledger's records: JSON keys and values, so that an operator can read them; offsets as a bitmap.
 
 A ``broker`` record says which store wrote last, and who has taken over from it; a ``range`` record what
-was taken of a partition, and which topic of its name that is of; a ``segment`` record which of SEGMENT_OFFSETS offsets are unfinished. All
-records of a broker have its name in their keys and are written by nobody else, its adopter excepted.
+was taken of a partition, and which topic of its name that is of; a ``segment`` record which of
+SEGMENT_OFFSETS offsets are unfinished. All records of a broker have its name in their keys and are written
+by nobody else, its adopter excepted.
 """
 
 from __future__ import annotations
