@@ -279,6 +279,16 @@ async def test_what_may_have_started_unrecorded_does_not_start_again(path: Path,
         ]
 
 
+async def test_what_may_be_a_copy_of_what_has_started_does_not_start(path: Path, log: Log) -> None:
+    """Taken since the last record, and maybe absorbed: the ids that were known are lost with the disk."""
+    once = RetryState(at_most_once=True)
+    for n, (retry, keyed) in enumerate([(once, True), (once, True), (once, False), (None, True)]):
+        log.tasks[n] = Message(n, task_bytes(f"{n}", retry_state=retry), 0, keyed)
+    async with broker(path, log) as one:
+        rows = await one.restore(0, 1, 2, 3, recorded_to=1)
+        assert [row.reason for row in rows] == [None, Reason.START_UNKNOWN, None, None]
+
+
 async def test_what_is_missing_is_counted_and_not_looked_for_again(path: Path, log: Log) -> None:
     log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in (0, 2)}
     async with broker(path, log) as one:
@@ -430,7 +440,7 @@ async def test_an_adoption_is_repeated_on_the_new_disk_of_who_has_begun_it(
             for fails in (True, False):
                 with monkeypatch.context() as patch, contextlib.suppress(AdoptError):
                     if fails:
-                        patch.setattr(log, "messages", lambda *asked: two(*asked))
+                        patch.setattr(log, "messages", lambda *asked: two("", 0, ()))
                     await adopt(heir.ledger, [], "broker-1", force=True)
             await heir.store.committed()
             starts = {row.id for row in heir.store.claim(None, (), 9, 1 << 20)}

@@ -394,8 +394,8 @@ class Ledger:
         sources = self.store.memory.partitions
         for id, taken in ranges.items():
             source = sources[id]
-            where = (source.topic, source.partition)
-            records.append(range_record(group, broker_id, *where, taken, source.topic_id))
+            read = (source.topic, source.partition)
+            records.append(range_record(group, broker_id, *read, taken, source.topic_id))
         for key, segment in segments.items():
             id, number = segment_of(key)
             where = (sources[id].topic, sources[id].partition, number)

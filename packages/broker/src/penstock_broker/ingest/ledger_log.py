@@ -45,6 +45,8 @@ class Message(NamedTuple):
     offset: int
     value: bytes | None
     sent_at: int
+    # It may have been sent twice.
+    keyed: bool = False
 
 
 class LedgerLog:
@@ -190,7 +192,8 @@ class LedgerLog:
                     raise KafkaException(error)
                 at = last + 1 if error is not None else offset + 1
                 if error is None and offset in wanted and offset <= last:
-                    batch.append(Message(offset, message.value(), max(0, message.timestamp()[1])))
+                    sent_at, keyed = max(0, message.timestamp()[1]), message.key() is not None
+                    batch.append(Message(offset, message.value(), sent_at, keyed))
                 deadline = self._clock.mono_ms() + READ_MS_MAX
             if batch:
                 yield batch

@@ -142,7 +142,9 @@ async def restore(ledger: Ledger, left: Left, term: str) -> int:
                 message.value, sent_at, source.id, message.offset, left.topic, left.partition
             )
             state = left.states.get(message.offset)
-            if left.unrecorded and row.at_most_once:
+            # Taken since the last record it may be a copy, which was absorbed, of one that has started.
+            absorbed = message.keyed and message.offset >= left.recorded_to
+            if (left.unrecorded or absorbed) and row.at_most_once:
                 state = State(row.attempts, row.lost, 0, None, True, None, row.max_attempts, 0)
             become(row, state, now, store.limits.lifecycle)
             rows.append(row)
