@@ -719,11 +719,19 @@ class Inflight:
         self.memory.batch.calls.append(lambda database: database.forget_meta(keys))
         return self.committed()
 
+    def identify(self, source: Source, topic_id: str) -> None:
+        """Which topic of its name the source is of."""
+        if source.topic_id != topic_id:
+            source.topic_id = topic_id
+            self._write(source)
+
     def retire(self, source: Source, topic: str) -> None:
         """The log of a partition is gone, and another one has its name. What was taken of it is this
         broker's for good, under the name ``topic``."""
         name, partition = source.topic, source.partition
         self.memory.partitions.rename(source, topic)
+        # No other topic ever has that name.
+        source.topic_id = ""
         self.cover(source, max(source.next, *(offset + 1 for offset, _, _ in source.uncovered), 0))
         self.settle_dispute(source)
         self.memory.unfinished.rename(source.id, self.source(name, partition).id)
