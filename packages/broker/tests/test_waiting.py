@@ -584,7 +584,9 @@ def test_at_most_once_tasks_have_their_turns_among_others_where_workers_are_busy
     assert len(started) >= workers * SLOTS * 24
     assert len(set(started)) == len(started)
     for kind in ("once", "often") if len(namespaces) == 1 else namespaces:
-        of_kind = [int(number) for name, _, number in map(lambda id: id.rpartition(" "), started) if name == kind]
+        of_kind = [
+            int(number) for name, _, number in map(lambda id: id.rpartition(" "), started) if name == kind
+        ]
         # Who cannot start one at once starts an ordinary one meanwhile.
         assert len(of_kind) >= len(started) // (2 * max(2, len(namespaces)) - 1) - workers, kind
         # A slot has at most one that was promised it: none overtakes many.
