@@ -171,7 +171,8 @@ class Waiting:
         mono, size = self._store.clock.mono_ms(), 0
         self._store.memory.index.ask(*wanted, mono)
         for pair in self._kept_for(wanted):
-            kept, rows = self._kept.pop(pair), []
+            kept = self._kept.pop(pair)
+            rows: list[Activation] = []
             for row in kept.values():
                 if len(taken) + len(rows) >= rows_max or size >= self._bytes_max:
                     break

@@ -230,7 +230,8 @@ class Memory:
         what memory holds behind them was ready after them."""
         for row in rows:
             self.change(row, Event.RELEASE, now, in_place=True)
-        seqs, back = [row.seq for row in rows], []
+        seqs = [row.seq for row in rows]
+        back: list[Activation] = []
 
         def load(database: Database) -> None:
             back[:] = database.ready(seqs)
