@@ -379,6 +379,27 @@ async def test_recorded_claims_are_for_whoever_asks_next_for_their_namespace(
     waiting.close()
 
 
+async def test_recorded_claims_of_several_namespaces_are_handed_out_in_turn(store: Inflight) -> None:
+    waiting = Waiting(store, 1 << 20)
+    for namespace in ("pay", "mail"):
+        rows = [
+            activation(f"{namespace} {n}", store.clock, namespace=namespace, at_most_once=True)  # type: ignore[arg-type]
+            for n in range(2)
+        ]
+        store.insert(rows)
+    await settle_down(store)
+    gone = asyncio.create_task(waiting.wait(ANY, 4, 30, "w"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.sleep(0)
+    await settle_down(store)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    asked = [await waiting.wait(ANY, 1, 0, "w") for _ in range(4)]
+    assert [row.id for rows in asked for row in rows] == ["pay 0", "mail 0", "pay 1", "mail 1"]
+    waiting.close()
+
+
 async def test_whoever_gave_an_at_most_once_task_back_is_not_handed_it_when_it_is_recorded(
     store: Inflight, monkeypatch: pytest.MonkeyPatch
 ) -> None:

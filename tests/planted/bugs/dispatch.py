@@ -553,6 +553,14 @@ BUGS = (
         tests=(WAITING + "test_recorded_claims_are_for_whoever_asks_next_for_their_namespace",),
     ),
     Bug(
+        "recorded claims of one namespace are all before those of another",
+        "nobody blocks anybody",
+        "broker/dispatch/waiting.py",
+        old="            if len(taken) >= rows_max:\n",
+        new="            if False:\n",
+        tests=(WAITING + "test_recorded_claims_of_several_namespaces_are_handed_out_in_turn",),
+    ),
+    Bug(
         "what a worker gave back is offered to it again when it is recorded",
         "an unknown task is not offered to the same worker for a minute",
         "broker/dispatch/waiting.py",

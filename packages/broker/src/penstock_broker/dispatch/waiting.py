@@ -171,6 +171,8 @@ class Waiting:
         mono, size = self._store.clock.mono_ms(), 0
         self._store.memory.index.ask(*wanted, mono)
         for pair in self._kept_for(wanted):
+            if len(taken) >= rows_max:
+                break
             kept = self._kept.pop(pair)
             rows: list[Activation] = []
             for row in kept.values():
