@@ -355,9 +355,9 @@ async def test_at_most_once_tasks_in_front_of_a_namespace_are_passed_over_and_ke
 async def test_claims_that_go_back_have_their_places_again(store: Inflight) -> None:
     await insert(store, *"abcdefg")
     first, second = store.claim(None, (), 2, 1 << 20), store.claim(None, (), 2, 1 << 20)
-    store.release(second[1:])
+    store.release(first[1:])
     await settle_down(store)
-    store.release([*second, *first[1:]])
+    store.release(reversed(second))
     await settle_down(store)
     check_store(store)
     await insert(store, "h")

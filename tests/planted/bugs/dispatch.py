@@ -588,9 +588,9 @@ BUGS = (
     Bug(
         "claims that go back come last",
         "tasks of a namespace are handed out in their order",
-        "broker/store/memory.py",
-        old="            self.change(row, Event.RELEASE, now, in_place=True)\n",
-        new="            self.change(row, Event.RELEASE, now)\n",
+        "broker/store/index.py",
+        old="            while queue.ready and _place(queue.ready[0]) < _place(row):\n",
+        new="            while queue.ready:\n",
         tests=(WAITING + "test_claims_that_go_back_have_their_places_again",),
     ),
     Bug(
