@@ -631,6 +631,10 @@ class Database:
             page.bytes,
         )
 
+    def ready(self, seqs: Sequence[int]) -> list[Activation]:
+        """Those of these rows that are pending; in a tick only."""
+        return self.load_sound("a.status = 1 AND a.seq IN carray(?1)", (apsw.carray(array("q", seqs)),))
+
     def load_sound(
         self, where: str, values: tuple[object, ...], bytes_max: int = sys.maxsize
     ) -> list[Activation]:
