@@ -451,8 +451,8 @@ BUGS = (
         "a poll waits for a disk that fails",
         "while the disk fails a call is refused",
         "broker/dispatch/service.py",
-        old="        self.store.require_disk()\n        await self.waiting.end(",
-        new="        await self.waiting.end(",
+        old="        self.store.require_disk()\n        await self.waiting.end",
+        new="        await self.waiting.end",
         tests=(SERVICE + "test_while_the_disk_fails_who_asks_for_work_is_refused_at_once[get_tasks]",),
     ),
     Bug(
