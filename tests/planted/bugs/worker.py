@@ -326,6 +326,64 @@ BUGS = (
         new="        return PREFETCH_TASKS_MAX\n",
         tests=(WORKER + "test_credit.py::test_short_tasks_wait_in_numbers_and_long_ones_not_at_all",),
     ),
+    Bug(
+        "a stopping worker holds nothing any more",
+        "what is held is held while its worker lives",
+        "worker/worker.py",
+        old=(
+            "        try:\n            await self._drain(self._fetcher)\n"
+            "        finally:\n            for task in (stop, fetching, *background):\n"
+            "                task.cancel()\n"
+        ),
+        new=(
+            "        for task in (stop, fetching, *background):\n            task.cancel()\n"
+            "        await self._drain(self._fetcher)\n"
+        ),
+        tests=(RUNS + "test_what_runs_while_its_worker_stops_is_held",),
+    ),
+    Bug(
+        "a stopping worker knows no deadlines",
+        "a stuck task is killed at its deadline",
+        "worker/worker.py",
+        old="        try:\n            await self._drain(self._fetcher)\n",
+        new="        background[-1].cancel()\n        try:\n            await self._drain(self._fetcher)\n",
+        tests=(RUNS + "test_what_runs_while_its_worker_stops_is_killed_at_its_deadline",),
+    ),
+    Bug(
+        "what a child gives back while its worker stops starts again",
+        "a worker that stops starts nothing",
+        "worker/pool.py",
+        old=(
+            "        if self._stopping:\n"
+            "            self._release_backlog(0, pb.RELEASE_REASON_SHUTDOWN)\n        self._feed()\n"
+        ),
+        new="        self._feed()\n",
+        tests=(POOL + "test_what_a_child_gives_back_while_stopping_goes_back_to_its_broker",),
+    ),
+    Bug(
+        "what a task has started outlives a child that died by itself",
+        "a lost delivery is over before it is reported",
+        "worker/process.py",
+        old="            self._signal(signal.SIGKILL)\n        self._on_death(",
+        new="            pass\n        self._on_death(",
+        tests=(RUNS + "test_what_a_task_has_started_does_not_outlive_its_child",),
+    ),
+    Bug(
+        "of results that wait for a broker one batch is kept",
+        "a report is sent until it is answered",
+        "worker/reporter.py",
+        old="            if report.ended_at > oldest:\n",
+        new="            if report.ended_at > oldest and len(self._again) < BATCH_REPORTS_MAX:\n",
+        tests=(WORKER + "test_reporter.py::test_all_results_are_kept_for_a_broker_that_is_away",),
+    ),
+    Bug(
+        "results wait behind those that their broker holds",
+        "what ended is told at once",
+        "worker/reporter.py",
+        old="        if not was_held(error, seconds):\n            self._unanswered.failed()\n",
+        new="        self._unanswered.failed()\n",
+        tests=(WORKER + "test_reporter.py::test_results_do_not_wait_behind_those_that_their_broker_holds",),
+    ),
     # -- shared
     Bug(
         "a frame may declare any size",
