@@ -466,6 +466,40 @@ BUGS = (
         tests=(CLIENT + "test_transports.py::test_without_kafka_sending_is_bounded_and_says_so",),
     ),
     Bug(
+        "a send that Kafka did not acknowledge in time counts as sent",
+        "what was acknowledged to the caller is in Kafka",
+        "client/transports/kafka.py",
+        old='            if error is None:\n                self._unreachable = ""\n',
+        new=(
+            "            if error is None or error.code() == KafkaError._MSG_TIMED_OUT"
+            ' and not self._unreachable:\n                self._unreachable = ""\n'
+        ),
+        tests=(
+            CLIENT
+            + "test_transports.py::test_what_kafka_does_not_acknowledge_in_time_has_failed_though_it_is_connected",
+        ),
+    ),
+    Bug(
+        "an app is closed without a flush",
+        "what was sent is sent",
+        "client/app.py",
+        old="            self._flush_at_exit()\n            self._transport.close()\n",
+        new="            self._transport.close()\n",
+        tests=(CLIENT + "test_transports.py::test_what_was_sent_is_flushed_when_its_app_is_closed",),
+    ),
+    Bug(
+        "what another producer of the client refuses is told nobody",
+        "nothing is discarded silently",
+        "client/transports/kafka.py",
+        old=(
+            "            except KafkaException as error:\n"
+            "                self._fail(future, self._refused(message, error))\n"
+            "            self._again.popleft()\n"
+        ),
+        new="            except KafkaException:\n                pass\n            self._again.popleft()\n",
+        tests=(CLIENT + "test_transports.py::test_what_another_producer_refuses_has_failed",),
+    ),
+    Bug(
         "a client that has lost Kafka sends on",
         "reconnects; what was sent is sent",
         "client/transports/kafka.py",
@@ -672,5 +706,23 @@ BUGS = (
         old="            state.at_most_once = True\n",
         new="            pass\n",
         tests=(CLIENT + "test_tasks.py::test_at_most_once_and_retries_exclude_each_other",),
+    ),
+    Bug(
+        "a task sent by name may run again where its namespace forbids it",
+        "at most once, as declared",
+        "client/app.py",
+        old="            at_most_once=self.at_most_once,\n        )\n\n    def _check_kwargs",
+        new="            at_most_once=False,\n        )\n\n    def _check_kwargs",
+        tests=(
+            CLIENT + "test_tasks.py::test_a_task_sent_by_name_runs_at_most_once_where_its_namespace_says_so",
+        ),
+    ),
+    Bug(
+        "the wait that a broker adds is rounded down",
+        "a retry waits as its policy says",
+        "client/task.py",
+        old="        wait = math.ceil(retry.delay_seconds(1))\n",
+        new="        wait = int(retry.delay_seconds(1))\n",
+        tests=(CLIENT + "test_tasks.py::test_a_wait_that_a_broker_adds_is_rounded_up",),
     ),
 )
