@@ -408,6 +408,15 @@ def test_a_discarding_policy_is_told_to_the_broker(app: App, sent: MemoryTranspo
     assert last(sent).retry_state.on_attempts_exceeded == pb.ON_ATTEMPTS_EXCEEDED_DISCARD
 
 
+@pytest.mark.parametrize(("wait", "told"), [(0.2, 1), (1.5, 2), (3, 3)])
+def test_a_wait_that_a_broker_adds_is_rounded_up(
+    app: App, sent: MemoryTransport, wait: float, told: int
+) -> None:
+    """It adds it where no worker says how long: after a child was lost."""
+    app.namespace("main").task(name="t", retry=Retry(2, backoff=Fixed(wait)))(lambda: None).delay()
+    assert last(sent).retry_state.delay_on_retry == told
+
+
 # -- what becomes of it
 
 
@@ -496,6 +505,16 @@ def test_a_task_sent_by_name_has_what_its_namespace_says(sent: MemoryTransport) 
     for options in ({"queue": "other"}, {"deadline": 5}, {"retry": Retry(max_attempts=2)}):
         with pytest.raises(TypeError, match="its declaration fixes"):
             app.send_task("pay.here", **options)
+
+
+def test_a_task_sent_by_name_runs_at_most_once_where_its_namespace_says_so(sent: MemoryTransport) -> None:
+    app = App("a", transport=sent, strict_kwargs="off")
+    app.namespace("pay", at_most_once=True)
+    app.namespace("mail")
+    app.send_task("pay.there", queue="pay")
+    assert last(sent).retry_state.at_most_once
+    app.send_task("mail.there", queue="mail")
+    assert not last(sent).retry_state.at_most_once
 
 
 def test_a_topic_that_is_not_listed_is_found_when_its_namespace_is_declared(sent: MemoryTransport) -> None:

@@ -122,6 +122,24 @@ def test_without_kafka_sending_is_bounded_and_says_so(caplog: pytest.LogCaptureF
     app.close()
 
 
+def test_what_kafka_does_not_acknowledge_in_time_has_failed_though_it_is_connected() -> None:
+    # Whoever listens and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        app = App("a", kafka=address, strict_kwargs="off", delivery_timeout_seconds=0.5)
+        failure = task_of(app).delay(1).future.exception(15)
+        assert isinstance(failure, SendError)
+        assert "Kafka did not acknowledge it within 0.5 s" in str(failure)
+        app.close()
+
+
+def test_what_was_sent_is_flushed_when_its_app_is_closed(mock_kafka: str) -> None:
+    app = App("a", kafka=mock_kafka, linger_ms=5000, strict_kwargs="off")
+    sent = task_of(app).delay(1)
+    app.close()
+    assert sent.future.exception(0) is None
+
+
 # As librdkafka 2.16 tells of a client that knows no server of Kafka any more.
 NO_SERVERS = json.dumps({"brokers": {}})
 TRIES_ONE = json.dumps({"brokers": {"k/1": {"source": "learned", "nodeid": 1, "state": "CONNECT"}}})
@@ -226,6 +244,25 @@ def test_what_is_sent_again_goes_where_it_was(monkeypatch: pytest.MonkeyPatch) -
     assert all(len(set(partitions)) == 1 for partitions in found.values())
     app.close()
     del cluster
+
+
+def test_what_another_producer_refuses_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(Producer):
+        def produce(self, *message: Any, **more: Any) -> None:
+            if len(configs) > 1:
+                raise KafkaException(KafkaError(KafkaError._UNKNOWN_PARTITION, "no such partition"))
+            super().produce(*message, **more)
+
+    configs = producers(monkeypatch, kind=Refusing)
+    app = App("a", kafka=f"127.0.0.1:{unused_port()}", strict_kwargs="off")
+    task = task_of(app)
+    futures = [task.delay(n).future for n in range(3)]
+    configs[0]["error_cb"](KafkaError(KafkaError._FATAL, "out of order", fatal=True))
+    done, _ = wait(futures, timeout=8)
+    assert len(done) == 3
+    assert all("was refused: no such partition" in str(future.exception()) for future in futures)
+    assert app.flush(1) == 0
+    app.close()
 
 
 def test_while_no_other_producer_can_be_made_sends_end_in_time(

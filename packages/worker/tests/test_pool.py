@@ -117,3 +117,24 @@ async def test_what_waits_goes_back_when_children_can_no_longer_load_the_applica
     run.pool.add(claims)
     outcomes = await run.outcomes(4)
     assert all(outcomes[claim].release_reason == pb.RELEASE_REASON_SURPLUS for claim in claims[1:])
+
+
+async def test_what_a_child_gives_back_while_stopping_goes_back_to_its_broker(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else what waits behind the long task is not with the child any more.
+    monkeypatch.setattr("penstock_worker.pool.BLOCKED_SECONDS", 600.0)
+    gate = tmp_path / "gate"
+    await run.warm_up()
+    running, waiting = run.claim("block", str(gate)), run.claim("noop")
+    run.pool.add([running, waiting])
+    await appears(tmp_path / "gate.started")
+    run.pool.stop_starting()
+    (child,) = run.pool.children
+    while child.withdrawing:  # noqa: ASYNC110 - the test's timeout ends it
+        await asyncio.sleep(0.005)
+    gate.touch()
+    outcomes = await run.outcomes(2)
+    assert outcomes[waiting].release_reason == pb.RELEASE_REASON_SHUTDOWN
+    assert outcomes[running].status == pb.TASK_OUTCOME_STATUS_COMPLETE
+    await run.pool.wait_idle()

@@ -16,7 +16,7 @@ from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_worker import reporter as module
 from penstock_worker.claim import Claim
 from penstock_worker.frames import Assignment, Error, Outcome
-from penstock_worker.link import BrokerLink
+from penstock_worker.link import HELD_SECONDS, BrokerLink
 from penstock_worker.metrics import Metrics
 from penstock_worker.reporter import Reporter
 
@@ -139,6 +139,39 @@ async def test_a_result_is_kept_for_a_broker_that_is_away_for_minutes(
     link.answers = 1
     assert await reporter.flush(10) == 0
     assert not link.claims
+
+
+async def test_all_results_are_kept_for_a_broker_that_is_away(reporter: Reporter, link: Link) -> None:
+    link.answers, count = None, 3 * module.BATCH_REPORTS_MAX
+    settle(reporter, count)
+    await _called(link, 4)
+    assert (reporter.waiting(), len(link.claims)) == (count, count)
+    link.answers = count
+    assert await reporter.flush(10) == 0
+    assert {told.claim_token for told in link.told} == {b"%d" % n for n in range(count)}
+    assert not link.claims
+
+
+async def test_results_do_not_wait_behind_those_that_their_broker_holds(
+    reporter: Reporter, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock_worker.link.BACKOFF_FIRST_SECONDS", 600.0)
+    monkeypatch.setattr("penstock_worker.link.BACKOFF_MAX_SECONDS", 600.0)
+    passed = [0.0]
+    monkeypatch.setattr(module, "monotonic", lambda: monotonic() + passed[0])
+
+    async def hold(path: str, request: pb.SetTaskStatusesRequest, seconds: float) -> bytes:
+        passed[0] += HELD_SECONDS
+        raise AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata())
+
+    with monkeypatch.context() as broker:
+        broker.setattr(link, "call", hold)
+        settle(reporter, 1)
+        while not passed[0]:  # noqa: ASYNC110 - the test's timeout ends it
+            await asyncio.sleep(0)
+    settle(reporter, 2)
+    assert await reporter.flush(5) == 0
+    assert len(link.told) == 3
 
 
 async def _called(link: Any, times: int) -> None:

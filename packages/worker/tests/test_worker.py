@@ -166,6 +166,31 @@ async def test_a_child_that_dies_is_replaced_and_its_task_reported(
     assert sorted(ran, key=int) == [str(number) for number in range(20)]
 
 
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def test_what_a_task_has_started_does_not_outlive_its_child(
+    broker: MemoryBroker, tmp_path: Path
+) -> None:
+    """Which died by itself: the task may run again elsewhere."""
+    dying = broker.put("leave_behind", str(tmp_path / "pid"))
+    async with worker(broker):
+        outcomes = await broker.settled(1)
+        assert outcomes[dying].status == pb.TASK_OUTCOME_STATUS_WORKER_DIED
+        left_behind = int((tmp_path / "pid").read_text())
+        until = monotonic() + 6
+        while _lives(left_behind) and monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        lives = _lives(left_behind)
+        if lives:
+            os.kill(left_behind, signal.SIGKILL)
+    assert not lives
+
+
 async def test_a_finished_task_is_reported_though_its_child_dies_in_the_next(
     broker: MemoryBroker, tmp_path: Path
 ) -> None:
@@ -464,6 +489,33 @@ async def test_stopping_cuts_an_open_poll_short_without_losing_a_claim(broker: M
         process.send_signal(signal.SIGTERM)
         await broker.until(lambda: broker.fetches[-1].wait_ms == 0)
     assert broker.fetches[-1].request_id == poll.request_id
+
+
+async def test_what_runs_while_its_worker_stops_is_held(broker: MemoryBroker, tmp_path: Path) -> None:
+    broker.lease_ms = 150
+    gate = tmp_path / "gate"
+    id = broker.put("block", str(gate))
+    async with worker(broker, slots=2, options=("--grace-seconds", "6")) as process:
+        await appears(tmp_path / "gate.started")
+        # The other slot's poll: when it is cut short the worker is stopping.
+        await broker.until(lambda: broker.fetches[-1].wait_ms > 0)
+        process.send_signal(signal.SIGTERM)
+        await broker.until(lambda: broker.fetches[-1].wait_ms == 0)
+        enough = broker.started_heartbeats[b"token-1"] + 3
+        await broker.until(lambda: broker.started_heartbeats[b"token-1"] >= enough or bool(broker.outcomes))
+        assert not broker.outcomes, "not held until its grace time was over"
+        gate.touch()
+        outcomes = await broker.settled(1)
+    assert outcomes[id].status == COMPLETE
+
+
+async def test_what_runs_while_its_worker_stops_is_killed_at_its_deadline(
+    broker: MemoryBroker, tmp_path: Path
+) -> None:
+    late = broker.put("block", str(tmp_path / "gate"), deadline_ms=1000)
+    async with worker(broker, options=("--grace-seconds", "6")):
+        await appears(tmp_path / "gate.started")
+    assert dict(broker.outcomes)[late].status == pb.TASK_OUTCOME_STATUS_DEADLINE_EXCEEDED
 
 
 async def test_the_grace_time_ends_what_does_not(broker: MemoryBroker, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -89,6 +90,15 @@ def die(how: str, **kwargs: object) -> None:
     if how == "exit":
         os._exit(17)
     os.kill(os.getpid(), getattr(signal, how))
+
+
+@tests.task(name="leave_behind")
+def leave_behind(path: str, **kwargs: object) -> None:
+    """Starts a process that would go on for long, and dies."""
+    null = subprocess.DEVNULL
+    left = subprocess.Popen(["sleep", "600"], stdin=null, stdout=null, stderr=null)
+    Path(path).write_text(str(left.pid))
+    os._exit(17)
 
 
 @tests.task(name="fork")

@@ -326,6 +326,64 @@ BUGS = (
         new="        return PREFETCH_TASKS_MAX\n",
         tests=(WORKER + "test_credit.py::test_short_tasks_wait_in_numbers_and_long_ones_not_at_all",),
     ),
+    Bug(
+        "a stopping worker holds nothing any more",
+        "what is held is held while its worker lives",
+        "worker/worker.py",
+        old=(
+            "        try:\n            await self._drain(self._fetcher)\n"
+            "        finally:\n            for task in (stop, fetching, *background):\n"
+            "                task.cancel()\n"
+        ),
+        new=(
+            "        for task in (stop, fetching, *background):\n            task.cancel()\n"
+            "        await self._drain(self._fetcher)\n"
+        ),
+        tests=(RUNS + "test_what_runs_while_its_worker_stops_is_held",),
+    ),
+    Bug(
+        "a stopping worker knows no deadlines",
+        "a stuck task is killed at its deadline",
+        "worker/worker.py",
+        old="        try:\n            await self._drain(self._fetcher)\n",
+        new="        background[-1].cancel()\n        try:\n            await self._drain(self._fetcher)\n",
+        tests=(RUNS + "test_what_runs_while_its_worker_stops_is_killed_at_its_deadline",),
+    ),
+    Bug(
+        "what a child gives back while its worker stops starts again",
+        "a worker that stops starts nothing",
+        "worker/pool.py",
+        old=(
+            "        if self._stopping:\n"
+            "            self._release_backlog(0, pb.RELEASE_REASON_SHUTDOWN)\n        self._feed()\n"
+        ),
+        new="        self._feed()\n",
+        tests=(POOL + "test_what_a_child_gives_back_while_stopping_goes_back_to_its_broker",),
+    ),
+    Bug(
+        "what a task has started outlives a child that died by itself",
+        "a lost delivery is over before it is reported",
+        "worker/process.py",
+        old="            self._signal(signal.SIGKILL)\n        self._on_death(",
+        new="            pass\n        self._on_death(",
+        tests=(RUNS + "test_what_a_task_has_started_does_not_outlive_its_child",),
+    ),
+    Bug(
+        "of results that wait for a broker one batch is kept",
+        "a report is sent until it is answered",
+        "worker/reporter.py",
+        old="            if report.ended_at > oldest:\n",
+        new="            if report.ended_at > oldest and len(self._again) < BATCH_REPORTS_MAX:\n",
+        tests=(WORKER + "test_reporter.py::test_all_results_are_kept_for_a_broker_that_is_away",),
+    ),
+    Bug(
+        "results wait behind those that their broker holds",
+        "what ended is told at once",
+        "worker/reporter.py",
+        old="        if not was_held(error, seconds):\n            self._unanswered.failed()\n",
+        new="        self._unanswered.failed()\n",
+        tests=(WORKER + "test_reporter.py::test_results_do_not_wait_behind_those_that_their_broker_holds",),
+    ),
     # -- shared
     Bug(
         "a frame may declare any size",
@@ -406,6 +464,40 @@ BUGS = (
         old="        future.set_exception(failure)\n",
         new="        future.set_result(None)\n",
         tests=(CLIENT + "test_transports.py::test_without_kafka_sending_is_bounded_and_says_so",),
+    ),
+    Bug(
+        "a send that Kafka did not acknowledge in time counts as sent",
+        "what was acknowledged to the caller is in Kafka",
+        "client/transports/kafka.py",
+        old='            if error is None:\n                self._unreachable = ""\n',
+        new=(
+            "            if error is None or error.code() == KafkaError._MSG_TIMED_OUT"
+            ' and not self._unreachable:\n                self._unreachable = ""\n'
+        ),
+        tests=(
+            CLIENT
+            + "test_transports.py::test_what_kafka_does_not_acknowledge_in_time_has_failed_though_it_is_connected",
+        ),
+    ),
+    Bug(
+        "an app is closed without a flush",
+        "what was sent is sent",
+        "client/app.py",
+        old="            self._flush_at_exit()\n            self._transport.close()\n",
+        new="            self._transport.close()\n",
+        tests=(CLIENT + "test_transports.py::test_what_was_sent_is_flushed_when_its_app_is_closed",),
+    ),
+    Bug(
+        "what another producer of the client refuses is told nobody",
+        "nothing is discarded silently",
+        "client/transports/kafka.py",
+        old=(
+            "            except KafkaException as error:\n"
+            "                self._fail(future, self._refused(message, error))\n"
+            "            self._again.popleft()\n"
+        ),
+        new="            except KafkaException:\n                pass\n            self._again.popleft()\n",
+        tests=(CLIENT + "test_transports.py::test_what_another_producer_refuses_has_failed",),
     ),
     Bug(
         "a client that has lost Kafka sends on",
@@ -614,5 +706,23 @@ BUGS = (
         old="            state.at_most_once = True\n",
         new="            pass\n",
         tests=(CLIENT + "test_tasks.py::test_at_most_once_and_retries_exclude_each_other",),
+    ),
+    Bug(
+        "a task sent by name may run again where its namespace forbids it",
+        "at most once, as declared",
+        "client/app.py",
+        old="            at_most_once=self.at_most_once,\n        )\n\n    def _check_kwargs",
+        new="            at_most_once=False,\n        )\n\n    def _check_kwargs",
+        tests=(
+            CLIENT + "test_tasks.py::test_a_task_sent_by_name_runs_at_most_once_where_its_namespace_says_so",
+        ),
+    ),
+    Bug(
+        "the wait that a broker adds is rounded down",
+        "a retry waits as its policy says",
+        "client/task.py",
+        old="        wait = math.ceil(retry.delay_seconds(1))\n",
+        new="        wait = int(retry.delay_seconds(1))\n",
+        tests=(CLIENT + "test_tasks.py::test_a_wait_that_a_broker_adds_is_rounded_up",),
     ),
 )
