@@ -386,6 +386,20 @@ async def test_a_report_that_comes_twice_for_one_tick_is_a_duplicate(
     store.database.close()
 
 
+async def test_a_report_that_is_repeated_as_its_dead_letter_leaves_is_a_duplicate(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    assert await settled(store, token, Event.FAIL) is Answer.APPLIED
+    letters = await take_outbox(store)
+    again = store.settle(token, Event.FAIL, clock.wall_ms())
+    store.outbox.forwarded(letters)
+    await settle_down(store)
+    assert isinstance(again, Report)
+    assert again.answer is Answer.DUPLICATE
+
+
 async def test_a_broker_that_stood_still_gives_a_started_task_that_time_too(
     store: Inflight, clock: ManualClock
 ) -> None:

@@ -144,17 +144,6 @@ class Report:
         # A heartbeat may have re-established that claim since this was told.
         return self.claim is not None and row.status is PROCESSING and row.claim_epoch == self.epoch
 
-    def repeats(self, other: Report) -> bool:
-        """Whether it says the same of the same claim as ``other``, which was applied."""
-        if self.claim is None or other.answer is not Answer.APPLIED:
-            return False
-        return (self.seq, self.claim, self.epoch, self.outcome) == (
-            other.seq,
-            other.claim,
-            other.epoch,
-            other.outcome,
-        )
-
 
 def keep_said(row: Activation, max_attempts: int | None, retry_delay_ms: int | None) -> None:
     """What a taskbroker v1 client says with a retry is the row's from then on."""

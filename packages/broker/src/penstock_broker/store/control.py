@@ -43,7 +43,7 @@ class Control:
     def was_cancelled(self, token: ClaimToken) -> bool:
         """Whether the claim of a token ended because an operator cancelled the task."""
         last = self._memory.finished.get(token.id_hash)
-        return last is not None and is_report(last, token, _CANCELLED)
+        return last is not None and is_report(last, token.epoch, token.seq, token.claim, _CANCELLED)
 
     def run_now(self, id_hash: int) -> Answer | Report:
         """What is left of a delay or back-off is skipped. UNKNOWN: not here; STALE: it does not wait so."""

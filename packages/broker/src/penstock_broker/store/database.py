@@ -34,7 +34,7 @@ from penstock_broker.store.batch import (
     wake_at,
 )
 from penstock_broker.store.copying import CannotCopy, Copy, forget_backups, require_room, size_of
-from penstock_broker.store.finished import last_of, position
+from penstock_broker.store.finished import is_report, last_of, position
 from penstock_broker.store.lock import lock_of, take
 from penstock_broker.store.schema import INLINE_BODY_BYTES_MAX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from penstock_broker.store.soundness import (
@@ -540,11 +540,13 @@ class Database:
     def _settle_cold(self, report: Report, batch: Batch) -> None:
         """Apply an event to a row that memory does not hold, by the same law as to one that it does."""
         row = self.get(report.seq)
+        outcome = report.outcome
         if row is None:
-            if any(report.repeats(other) for other in batch.reports):
+            # It may have left in this very tick.
+            claim = (report.epoch, report.seq, report.claim or 0, outcome)
+            if report.claim is not None and any(is_report(last, *claim) for last in batch.finished[1::2]):
                 report.answer = Answer.DUPLICATE
             return
-        outcome = report.outcome
         if report.claim is not None and report.claim != row.claim:
             report.answer = repeated(row, report.claim, report.epoch, outcome)
             return

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterable
 
 from penstock_broker.domain.activation import CONTENT_BITS, Activation
-from penstock_broker.domain.token import ClaimToken
 
 BUCKETS = 8
 # A look-up goes through all of them: however short the window, there are few.
@@ -51,9 +50,9 @@ def is_elsewhere(value: int) -> bool:
     return outcome_of(value) == _ELSEWHERE
 
 
-def is_report(value: int, token: ClaimToken, outcome: int) -> bool:
+def is_report(value: int, epoch: int, seq: int, claim: int, outcome: int) -> bool:
     """Whether a packed value remembers this outcome of the claim."""
-    report = pack(token.epoch, token.seq, token.claim, outcome, 0)
+    report = pack(epoch, seq, claim, outcome, 0)
     return value >> CONTENT_BITS == report >> CONTENT_BITS
 
 

@@ -548,7 +548,7 @@ class Inflight:
                 )
             )
         last = self.memory.finished.get(token.id_hash)
-        repeated = last is not None and is_report(last, token, outcome)
+        repeated = last is not None and is_report(last, token.epoch, token.seq, token.claim, outcome)
         return Answer.DUPLICATE if repeated else Answer.STALE
 
     def settle_by_id(
