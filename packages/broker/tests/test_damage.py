@@ -25,10 +25,11 @@ from store_helpers import (
 )
 
 from penstock_broker.config import Settings
-from penstock_broker.domain.activation import Route, Status, hash_id
+from penstock_broker.domain.activation import OnExceeded, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError
 from penstock_broker.server import open_store as open_store_of
+from penstock_broker.store.database import checksum
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.soundness import Malformed
 
@@ -374,3 +375,30 @@ async def test_a_namespace_whose_name_changed_is_not_served_under_another(tmp_pa
         change_byte(path, at, 5)
         with pytest.raises(Malformed, match="sqlite_autoindex_pair"):
             open_store(path, clock)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", "another"),
+        ("taskname", "refund"),
+        ("body", b"another body"),
+        ("seq", 8),
+        ("pair", 3),
+        ("source", 2),
+        ("offset", 6),
+        ("received_at", 12),
+        ("expires_at", None),
+        ("deadline_ms", 10),
+        ("on_exceeded", OnExceeded.DISCARD),
+        ("at_most_once", True),
+        ("content", 5),
+    ],
+)
+def test_whatever_never_changes_of_a_row_is_in_its_checksum(field: str, value: object) -> None:
+    row = activation("t", ManualClock(), expires_ms=500, source=1, offset=5)
+    row.seq, row.pair = 7, 2
+    before = checksum(row)
+    assert getattr(row, field) != value
+    setattr(row, field, value)
+    assert checksum(row) != before

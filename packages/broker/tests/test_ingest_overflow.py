@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from ingest_helpers import MockKafka, kafka_settings, running_store, task_bytes, until
+from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
 
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Status, hash_id
@@ -108,3 +108,20 @@ async def test_who_has_room_gets_past_those_who_have_none(
         kafka.produce("tasks-overflow", [*behind, *tasks("quiet", 10)])
         await until(lambda: held(store, "quiet") == 10)
         assert held(store, "flood") == SHARE
+
+
+async def test_of_the_overflow_nothing_is_skipped_whatever_is_of_the_topic(
+    kafka: MockKafka, settings: Settings
+) -> None:
+    kafka.produce("tasks", tasks("before", 3))
+    kafka.produce("tasks-overflow", tasks("over", 3))
+    latest = settings.model_copy(update={"kafka_auto_offset_reset": "latest"})
+    async with ingesting(latest) as (store, ingest):
+        consumer = ingest.consumer
+        assert consumer is not None
+        await until(lambda: len(consumer.assignment) == PARTITIONS)
+        kafka.produce("tasks", tasks("after", 3))
+        await until(lambda: store.source("tasks", 0).next == 6)
+        assert (held(store, "before"), held(store, "after")) == (0, 3)
+        await until(lambda: store.source("tasks-overflow", 0).next == 3)
+        assert held(store, "over") == 3

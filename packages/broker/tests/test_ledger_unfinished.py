@@ -275,3 +275,22 @@ async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) 
         await settle_down(store)
         check_store(store)
     store.database.close()
+
+
+async def test_why_and_when_a_dead_letter_died_is_known_after_a_restart(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    await taken(store, clock, 1)
+    (row,) = store.claim(None, (), 1, 1 << 20)
+    store.settle(token_of(store, row), Event.FAIL, clock.wall, error="why")
+    late = await taken(store, clock, 1, expires_ms=1_000)
+    clock.advance(2_000)
+    await settle_down(store)
+    for _ in range(2):
+        known = store.memory.unfinished.places()
+        states = [known[place(one.source, one.offset)] for one in (row, *late)]
+        assert [state and state.reason for state in states] == [Reason.FAILED, Reason.EXPIRED]
+        assert [state and state.due_at for state in states] == [clock.wall - 2_000, clock.wall]
+        store.database.close()
+        store = open_store(tmp_path / "s", clock)
+    store.database.close()

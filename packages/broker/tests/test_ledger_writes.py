@@ -32,7 +32,7 @@ from penstock_broker.ingest.ledger_adopt import AdoptedHere, AdoptError, AdoptRe
 from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
 from penstock_broker.ingest.ledger_records import Account, Head, Record, head_record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
-from penstock_broker.ingest.ownership import Owner
+from penstock_broker.ingest.ownership import Me, Owner
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.finished import Finished
 from penstock_broker.store.inflight import Inflight
@@ -685,3 +685,43 @@ def test_after_a_write_that_failed_nothing_is_written_before_it_is_opened_again(
     """The one after it may have been on its way already."""
     with pytest.raises(Fenced):
         LedgerLog(Settings(kafka_topic="tasks"), SystemClock(), "broker-1").write([])
+
+
+async def test_a_write_that_the_end_interrupts_is_made_once_more(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        await one.take(0, 10)
+        await one.store.recorded()
+        log.takes.clear()
+        begun = log.begun
+        # Copies were absorbed: nothing but the range has changed.
+        one.store.insert([], {one.source.id: 15})
+        await until(lambda: log.begun > begun)
+        log.refuses = 1
+    assert log.account().ranges["tasks", 0] == (0, 15, 10)
+
+
+async def test_who_was_adopted_during_an_outage_notices_before_it_writes(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        head = log.account().head
+        assert head is not None
+        begun, log.refuses = log.begun, 1
+        log.records.append(head_record(GROUP, "broker-1", head._replace(successor=Me("broker-2", "2"))))
+        asked = asyncio.ensure_future(one.store.recorded())
+        await until(lambda: asked.done() or one.ledger.fatal is not None)
+        assert isinstance(one.ledger.fatal, Replaced)
+        assert log.begun == begun + 1
+        asked.cancel()
+
+
+async def test_after_an_outage_all_is_written_again(path: Path, log: Log) -> None:
+    """The topic may have been made anew."""
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        log.records.clear()
+        log.refuses = 1
+        await one.store.recorded()
+        assert log.account().ranges == {("tasks", 0): (0, 4, 4)}
+        assert [offsets_of(0, segment) for segment in log.account().segments.values()] == [[0, 1, 2]]

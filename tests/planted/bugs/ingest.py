@@ -1083,6 +1083,34 @@ BUGS = (
             + "test_ledger_adopt.py::test_an_adoption_that_ended_unasked_is_not_the_answer_to_the_next_one",
         ),
     ),
+    Bug(
+        "a range that was not written is not written again",
+        "losing a broker loses nothing",
+        "broker/ingest/ledger.py",
+        old="            unfinished.dirty_ranges.update(ranges)\n            self._waiters",
+        new="            self._waiters",
+        tests=(WRITES + "test_a_write_that_the_end_interrupts_is_made_once_more",),
+    ),
+    Bug(
+        "after an outage it is not looked who has taken over",
+        "of a task one broker is in charge",
+        "broker/ingest/ledger.py",
+        old="                if not self.is_open:\n                    await self._reopen()\n",
+        new=(
+            "                if not self.is_open:\n"
+            "                    await self.call(self.log.fence)\n"
+            "                    self.is_open = True\n"
+        ),
+        tests=(WRITES + "test_who_was_adopted_during_an_outage_notices_before_it_writes",),
+    ),
+    Bug(
+        "after an outage only what has changed is written",
+        "losing a broker loses nothing",
+        "broker/ingest/ledger.py",
+        old="        self._begin(account)\n        self.off, self.is_open = False, True\n",
+        new="        self.off, self.is_open = False, True\n",
+        tests=(WRITES + "test_after_an_outage_all_is_written_again",),
+    ),
     # -- topics
     Bug(
         "a topic that cannot be created now ends the broker",
@@ -1107,6 +1135,36 @@ BUGS = (
         old="                if now >= warn_at_ms:\n",
         new="                if not warn_at_ms:\n",
         tests=(TOPICS + "test_creating_is_tried_again_and_said_now_and_then",),
+    ),
+    Bug(
+        "the ledger's topic forgets by age",
+        "losing a broker loses nothing",
+        "broker/ingest/topics.py",
+        old='"cleanup.policy": "compact"',
+        new='"cleanup.policy": "delete"',
+        tests=(TOPICS + "test_the_ledger_is_compacted_and_nothing_else_is",),
+    ),
+    Bug(
+        "what overflowed first is skipped as the topic's first is",
+        "an accepted task is run, or is a dead letter",
+        "broker/ingest/overflow.py",
+        old=', "kafka_auto_offset_reset": "earliest"}',
+        new="}",
+        tests=(
+            BROKER
+            + "test_ingest_overflow.py::test_of_the_overflow_nothing_is_skipped_whatever_is_of_the_topic",
+        ),
+    ),
+    Bug(
+        "kafka_auto_offset_reset does nothing",
+        "a setting does what it says",
+        "broker/ingest/consumer.py",
+        old="            settings.kafka_auto_offset_reset,\n            room,",
+        new='            "earliest",\n            room,',
+        tests=(
+            BROKER
+            + "test_ingest_overflow.py::test_of_the_overflow_nothing_is_skipped_whatever_is_of_the_topic",
+        ),
     ),
     # -- sent on
     Bug(

@@ -1276,6 +1276,14 @@ BUGS = (
         new="return [_load(record) for record in records]",
         tests=(BROKER + "test_damage.py::test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged",),
     ),
+    Bug(
+        "a changed column of a row is handed out",
+        "nothing that changed on the disk is handed out",
+        "broker/store/database.py",
+        old="        row.at_most_once,\n        row.content,\n    )",
+        new="        False,\n        row.content,\n    )",
+        tests=(BROKER + "test_damage.py::test_whatever_never_changes_of_a_row_is_in_its_checksum",),
+    ),
     # -- for the ledger
     Bug(
         "a retry is not recorded",
@@ -1308,6 +1316,14 @@ BUGS = (
         old="            if key in states:\n                self._keep(at, None)\n",
         new="",
         tests=(UNFINISHED + "test_what_is_read_again_has_nothing_of_what_was_dropped",),
+    ),
+    Bug(
+        "after a restart the ledger forgets that a dead letter died",
+        "losing a broker loses nothing",
+        "broker/store/database.py",
+        old='(a.status IN (2, 4)"',
+        new='(a.status = 2"',
+        tests=(UNFINISHED + "test_why_and_when_a_dead_letter_died_is_known_after_a_restart",),
     ),
     # -- the outbox
     Bug(
