@@ -272,6 +272,19 @@ async def test_a_page_is_bounded_in_bytes_also_where_a_row_is_damaged(tmp_path: 
     store.database.close()
 
 
+async def test_behind_a_page_of_which_nothing_is_sound_the_next_one_comes(tmp_path: Path) -> None:
+    clock, limits = ManualClock(), dataclasses.replace(LIMITS, window_rows_max=2)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, [activation(f"t{i}", clock) for i in range(6)])
+    store.database.close()
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    store.database.connection.execute("UPDATE activation SET body = x'00' WHERE id IN ('t0', 't1')")
+    await settle_down(store)
+    assert store.memory.quarantined == 2
+    assert [id for id, *_ in await handed_out(store, clock)] == [f"t{i}" for i in range(2, 6)]
+    store.database.close()
+
+
 def settings_for(path: Path, ingest: Literal["kafka", "grpc"]) -> Settings:
     return Settings(db_path=path, ingest=ingest)
 
@@ -352,6 +365,17 @@ async def test_damage_found_while_running_stops_the_broker_and_the_next_start_lo
     # It looks sound, and was found damaged twice: no third life.
     with disk.mounted(), pytest.raises(Malformed, match="found damaged again"):
         open_store(path, clock, LIMITS)
+
+
+async def test_a_damage_that_a_sound_stop_has_followed_is_not_held_against_the_database(
+    tmp_path: Path,
+) -> None:
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    for _ in range(3):
+        database = open_store(path, clock).database
+        database.suspect("a page that is none")
+        database.close()
+        open_store(path, clock).database.close()
 
 
 @pytest.mark.parametrize("bit", [0, 1])

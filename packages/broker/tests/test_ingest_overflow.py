@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
+from store_helpers import ManualClock, activation
 
 from penstock_broker.config import Settings
 from penstock_broker.domain.activation import Status, hash_id
 from penstock_broker.domain.lifecycle import Event
-from penstock_broker.ingest import overflow
+from penstock_broker.ingest import overflow, parts
+from penstock_broker.ingest.intake import Intake
+from penstock_broker.ingest.ledger import Ledger
+from penstock_broker.ingest.ownership import Me, Owner, encode
 from penstock_broker.ingest.parts import Ingest
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.inflight import Inflight
@@ -125,3 +129,37 @@ async def test_of_the_overflow_nothing_is_skipped_whatever_is_of_the_topic(
         assert (held(store, "before"), held(store, "after")) == (0, 3)
         await until(lambda: store.source("tasks-overflow", 0).next == 3)
         assert held(store, "over") == 3
+
+
+async def test_what_others_read_again_of_the_overflow_is_dropped_after_a_restart(
+    kafka: MockKafka, settings: Settings
+) -> None:
+    """The overflow is consumed, too: its rows are no orphans."""
+    clock = ManualClock()
+    async with running_store(settings.db_path) as store:
+        source = store.source("tasks-overflow", 0)
+        rows = [activation(f"over-{n}", clock, source=source.id, offset=n) for n in range(3)]
+        await store.insert(rows, {source.id: 3})
+    kafka.produce("tasks-overflow", tasks("over", 3))
+    other = encode([Owner(0, Me("another", "0" * 8), 1)])
+    kafka.commit(settings.group_of("tasks-overflow"), "tasks-overflow", 3, other)
+    async with ingesting(settings) as (store, ingest):
+        overflow = ingest.overflow
+        assert overflow is not None
+        await until(lambda: len(overflow.assignment) == PARTITIONS)
+        await store.committed()
+        assert (store.memory.tally.dropped, store.memory.rows) == (3, 0)
+
+
+async def test_what_is_read_of_the_overflow_takes_part_in_an_adoption(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topics: list[str] = []
+
+    async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force: bool) -> None:
+        topics.extend(intake.topic for intake in intakes)
+
+    monkeypatch.setattr(parts, "adopt", adopt)
+    async with ingesting(settings) as (_, ingest):
+        await ingest.adopt("gone", False)
+    assert topics == ["tasks", "tasks-overflow"]

@@ -673,6 +673,14 @@ BUGS = (
         tests=(TAILS + "test_tasks_of_a_topic_that_was_made_anew_are_not_taken_for_old_ones",),
         hangs=True,
     ),
+    Bug(
+        "of two under one id the last has it",
+        "the same message again is not run again",
+        "broker/ingest/tails.py",
+        old="        reading.ids.setdefault(hash_id(row.id), row.content)\n",
+        new="        reading.ids[hash_id(row.id)] = row.content\n",
+        tests=(TAILS + "test_of_two_under_one_id_the_first_has_it",),
+    ),
     # -- membership
     Bug(
         "a broker that stood still starts what others have run",
@@ -772,6 +780,17 @@ BUGS = (
         old="            self.offsets_skipped += start.skipped\n",
         new="",
         tests=(INTAKE + "test_an_offset_moved_ahead_is_an_alarm_with_a_count",),
+    ),
+    Bug(
+        "rows of the overflow are orphans after a restart",
+        "a row is run by the broker whose it is",
+        "broker/ingest/parts.py",
+        old="keep_orphans(store, settings.kafka_topic, settings.kafka_overflow_topic)",
+        new="keep_orphans(store, settings.kafka_topic)",
+        tests=(
+            BROKER
+            + "test_ingest_overflow.py::test_what_others_read_again_of_the_overflow_is_dropped_after_a_restart",
+        ),
     ),
     # -- the ledger
     Bug(
@@ -1110,6 +1129,24 @@ BUGS = (
         old="        self._begin(account)\n        self.off, self.is_open = False, True\n",
         new="        self.off, self.is_open = False, True\n",
         tests=(WRITES + "test_after_an_outage_all_is_written_again",),
+    ),
+    Bug(
+        "own rows of the overflow are not settled before an adoption",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/parts.py",
+        old="await adopt(self.ledger, [c.intake for c in self._consumers()], broker_id, force)",
+        new="await adopt(self.ledger, [self.consumer.intake], broker_id, force)",
+        tests=(
+            BROKER + "test_ingest_overflow.py::test_what_is_read_of_the_overflow_takes_part_in_an_adoption",
+        ),
+    ),
+    Bug(
+        "who still reads the overflow counts as gone",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger_log.py",
+        old="groups = [settings.kafka_consumer_group, settings.group_of(settings.kafka_overflow_topic)]",
+        new="groups = [settings.kafka_consumer_group]",
+        tests=(BROKER + "test_ledger_adopt.py::test_who_still_reads_any_topic_of_the_pool_is_not_gone",),
     ),
     # -- topics
     Bug(

@@ -584,6 +584,14 @@ BUGS = (
         new="error",
         tests=(RULES + "test_a_dead_letter_of_what_expired_tells_how_it_failed_before",),
     ),
+    Bug(
+        "rows passed over come back in reverse order",
+        "a namespace's tasks are handed out in their order",
+        "broker/store/inflight.py",
+        old="        for row in reversed(passed):\n",
+        new="        for row in passed:\n",
+        tests=(STORE + "test_what_is_passed_over_keeps_its_place",),
+    ),
     # -- leases
     Bug(
         "lease counted as an attempt",
@@ -885,6 +893,14 @@ BUGS = (
         old="            not arrivals or (len(batch.rows) < memory.limits.batch_rows_max and size < TICK_BYTES_MAX)\n",
         new="            not arrivals or size < TICK_BYTES_MAX\n",
         tests=(RULES + "test_a_flood_of_new_tasks_does_not_hold_up_an_outcome",),
+    ),
+    Bug(
+        "what comes back by a late report shares its place with what comes new",
+        "nothing enters before what memory holds",
+        "broker/store/batch.py",
+        old="self.moves or self.reports or self.due_at is not None)",
+        new="self.moves or self.due_at is not None)",
+        tests=(STORE + "test_what_comes_back_within_a_millisecond_is_not_overtaken_by_what_comes_new",),
     ),
     # -- what no worker asks for
     Bug(
@@ -1284,6 +1300,25 @@ BUGS = (
         new="        False,\n        row.content,\n    )",
         tests=(BROKER + "test_damage.py::test_whatever_never_changes_of_a_row_is_in_its_checksum",),
     ),
+    Bug(
+        "a damage found long ago is held against a database that was sound since",
+        "no start fails for ever",
+        "broker/store/database.py",
+        old="                suspect_of(self.path).unlink(missing_ok=True)\n        except",
+        new="                pass\n        except",
+        tests=(
+            BROKER
+            + "test_damage.py::test_a_damage_that_a_sound_stop_has_followed_is_not_held_against_the_database",
+        ),
+    ),
+    Bug(
+        "behind a page of damaged rows nothing is read",
+        "what is damaged is set aside, and the others go on",
+        "broker/store/memory.py",
+        old="        if queue.spilled:\n            self.low.add(queue.pair)\n\n    def enter",
+        new=("        if queue.spilled and rows:\n            self.low.add(queue.pair)\n\n    def enter"),
+        tests=(BROKER + "test_damage.py::test_behind_a_page_of_which_nothing_is_sound_the_next_one_comes",),
+    ),
     # -- for the ledger
     Bug(
         "a retry is not recorded",
@@ -1324,6 +1359,14 @@ BUGS = (
         old='(a.status IN (2, 4)"',
         new='(a.status = 2"',
         tests=(UNFINISHED + "test_why_and_when_a_dead_letter_died_is_known_after_a_restart",),
+    ),
+    Bug(
+        "what an adopted task has become is not recorded",
+        "losing a broker loses nothing",
+        "broker/store/writer.py",
+        old='if arrival.term != "accepted":\n            # What',
+        new='if arrival.term == "restored":\n            # What',
+        tests=(UNFINISHED + "test_what_a_restored_task_has_become_is_recorded_anew",),
     ),
     # -- the outbox
     Bug(
