@@ -11,7 +11,7 @@ from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store,
 from store_helpers import ManualClock, activation
 
 from penstock_broker.config import Settings
-from penstock_broker.domain.activation import Status, hash_id
+from penstock_broker.domain.activation import Reason, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.ingest import overflow, parts
 from penstock_broker.ingest.intake import Intake
@@ -163,3 +163,26 @@ async def test_what_is_read_of_the_overflow_takes_part_in_an_adoption(
     async with ingesting(settings) as (_, ingest):
         await ingest.adopt("gone", False)
     assert topics == ["tasks", "tasks-overflow"]
+
+
+async def test_the_overflow_is_read_on_as_soon_as_one_that_was_full_has_room(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overflow, "BACK_OFF_SECONDS_MIN", 60.0)
+    async with running_store(settings.db_path) as store:
+        reads = overflow.Overflow(store, settings)
+        rows = [activation("t", ManualClock(), namespace=name) for name in ("full", "free")]
+        for pair, row in enumerate(rows, 1):
+            row.seq, row.pair, row.reason = pair, pair, Reason.OVERFLOW
+        room: set[int] = set()
+        monkeypatch.setattr(store, "has_share_room", room.__contains__)
+        for queue in ("full", "free"):
+            store.pair("shop", queue)
+        reads._inserted(rows)
+        store.watch_disk()
+        await store.committed()
+        assert reads._room() == 0
+        room.add(2)
+        store.watch_disk()
+        await store.committed()
+        assert reads._room() > 0

@@ -541,6 +541,26 @@ async def test_an_adopter_settles_its_own_rows_first_once_kafka_knows_their_part
         assert heir.store.memory.tally.dropped == 0
 
 
+async def test_what_an_adopter_had_read_and_the_other_has_finished_is_not_run_again(
+    path: Path, log: Log
+) -> None:
+    """It had read it first, and nothing of that was committed."""
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(4)}
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.finish()
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        rows = [heir._admission.admit(task_bytes(f"{n}"), 1, heir.source.id, n) for n in range(2)]
+        await heir.store.insert(rows, {heir.source.id: 2})
+        heir.store.dispute(heir.source)
+        intake = Intake(heir.store, "tasks", "broker-2", 6000)
+        await adopt(heir.ledger, [intake], "broker-1", force=True)
+        assert heir.store.claim(None, (), 9, 1 << 20) == []
+        assert (heir.store.memory.rows, heir.store.memory.tally.dropped) == (0, 2)
+
+
 @pytest.mark.parametrize("answers", [1, ledger_restore.LOOKS - 1])
 async def test_a_broker_is_not_adopted_empty_because_a_node_of_kafka_does_not_know_its_topic(
     path: Path, log: Log, answers: int

@@ -623,6 +623,20 @@ async def test_an_at_most_once_task_waits_for_cover_before_it_starts(
     assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["careful"]
 
 
+async def test_what_was_covered_stays_so_whatever_offset_is_told_later(
+    store: Inflight, clock: ManualClock
+) -> None:
+    """One that was asked for before the last commit, or none at all."""
+    source = store.source("tasks", 0)
+    rows = [activation(f"{n}", clock, at_most_once=True, source=source.id, offset=n) for n in range(3)]
+    await insert(store, *rows, taken={source.id: 3})
+    for offset in (3, 1, 0):
+        store.cover(source, offset)
+        await settle_down(store)
+        assert source.covered == 3
+    assert len(store.claim(None, (), 9, BYTES)) == 3
+
+
 @pytest.mark.parametrize("first", ["waits", "waits in its row", "is claimed", "is done"])
 @pytest.mark.parametrize("restarted", [False, True])
 async def test_an_id_taken_for_something_else_is_a_conflict(

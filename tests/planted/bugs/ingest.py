@@ -630,6 +630,22 @@ BUGS = (
         new='        "enable.idempotence": False,\n        "acks": 1,\n',
         tests=(KAFKA + "test_what_kafka_acknowledges_is_on_all_replicas_and_offsets_are_committed_here",),
     ),
+    Bug(
+        "which topic it is is read before it is durable",
+        "a topic that is made anew is read from its beginning",
+        "broker/ingest/intake.py",
+        old="        await self.store.set_meta(key, id)\n",
+        new="        self.store.set_meta(key, id)\n",
+        tests=(INTAKE + "test_which_topic_it_is_and_where_it_begins_is_durable_before_it_is_read",),
+    ),
+    Bug(
+        "a topic made anew is read before its range is durable",
+        "a topic that is made anew is read from its beginning",
+        "broker/ingest/intake.py",
+        old=("        await self.store.committed()\n        return begun\n\n    # -- partitions that go"),
+        new="        return begun\n\n    # -- partitions that go",
+        tests=(INTAKE + "test_which_topic_it_is_and_where_it_begins_is_durable_before_it_is_read",),
+    ),
     # -- what others have taken
     Bug(
         "the tail is not read",
@@ -1148,6 +1164,22 @@ BUGS = (
         new="groups = [settings.kafka_consumer_group]",
         tests=(BROKER + "test_ledger_adopt.py::test_who_still_reads_any_topic_of_the_pool_is_not_gone",),
     ),
+    Bug(
+        "an adopter's own rows are not settled first",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger_adopt.py",
+        old="                await _settle_own(ledger, intakes, left)\n",
+        new="                pass\n",
+        tests=(WRITES + "test_what_an_adopter_had_read_and_the_other_has_finished_is_not_run_again",),
+    ),
+    Bug(
+        "what Kafka no longer held is not in the metrics",
+        "what is lost is told",
+        "broker/ingest/parts.py",
+        old='            metrics.unrestorable.inc(self._since("unrestorable", ledger.unrestorable))\n',
+        new="",
+        tests=(BROKER + "test_metrics.py::test_what_was_lost_is_counted_once",),
+    ),
     # -- topics
     Bug(
         "a topic that cannot be created now ends the broker",
@@ -1336,6 +1368,17 @@ BUGS = (
         new="            return wanted\n",
         tests=(BROKER + "test_ingest_gate.py::test_no_more_is_taken_than_memory_has_room_for",),
     ),
+    Bug(
+        "the overflow waits until all that were full have room",
+        "a namespace that has room waits for no other",
+        "broker/ingest/overflow.py",
+        old="any(map(self._store.has_share_room, self._full)):",
+        new="all(map(self._store.has_share_room, self._full)):",
+        tests=(
+            BROKER
+            + "test_ingest_overflow.py::test_the_overflow_is_read_on_as_soon_as_one_that_was_full_has_room",
+        ),
+    ),
     # -- admission
     Bug(
         "delayed row early by its fraction of a second",
@@ -1434,6 +1477,14 @@ BUGS = (
         new="            first = None\n",
         tests=(DIRECT + "test_each_answer_is_its_own",),
     ),
+    Bug(
+        "a send while the disk fails is told of a limit",
+        "every answer is true",
+        "broker/ingest/direct.py",
+        old="        self._store.require_disk()\n",
+        new="",
+        tests=(DIRECT + "test_while_the_disk_fails_a_send_is_told_so_and_leaves_nothing_behind",),
+    ),
     # -- dead letters
     Bug(
         "dead letter sent without awaiting",
@@ -1509,6 +1560,14 @@ BUGS = (
         old='    return replay.forward_id(row.id, row.attempts, row.reason or "")\n',
         new='    return replay.forward_id(row.id, row.ready_at, row.reason or "")\n',
         tests=(FORWARDER + "test_a_forward_id_is_that_of_activation_attempt_and_reason",),
+    ),
+    Bug(
+        "a full store of dead letters clears its alarm with the next that leaves",
+        "an alarm lasts as long as its cause",
+        "broker/ingest/forwarder.py",
+        old="        elif not self._full:\n            self._clear_alarm()\n",
+        new="        elif not self._full or not too_large:\n            self._clear_alarm()\n",
+        tests=(FORWARDER + "test_the_alarm_of_a_full_store_lasts_whatever_else_leaves",),
     ),
     # -- upkeep
     Bug(

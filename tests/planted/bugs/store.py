@@ -1017,6 +1017,22 @@ BUGS = (
         new="                pass\n",
         tests=(STORE + "test_an_uncovered_outcome_is_refused_when_another_broker_reads_the_task_again",),
     ),
+    Bug(
+        "lost deliveries are not in the metrics",
+        "what is lost is told",
+        "broker/observe.py",
+        old='        metrics.deliveries_lost.inc(self._since("lost", store.memory.tally.lost))\n',
+        new="",
+        tests=(BROKER + "test_metrics.py::test_what_was_lost_is_counted_once",),
+    ),
+    Bug(
+        "the oldest dead letter of an id is told for the latest",
+        "a dead letter is told with its own reason",
+        "broker/store/database.py",
+        old="ORDER BY at DESC, seq DESC LIMIT 1",
+        new="ORDER BY at, seq LIMIT 1",
+        tests=(DATABASE + "test_of_one_id_the_latest_dead_letter_is_told",),
+    ),
     # -- limits
     Bug(
         "the intake's limit in bytes is not looked at",
@@ -1073,6 +1089,26 @@ BUGS = (
         old="        if queue is None and len(self.memory.counts) < PAIRS_MAX:\n",
         new="        if queue is None:\n",
         tests=(RULES + "test_namespaces_beyond_the_limit_are_dead_letters_that_say_so",),
+    ),
+    Bug(
+        "the intake opens while the reserve is given up",
+        "claims, outcomes and dead letters go on on a full disk",
+        "broker/store/space.py",
+        old="        self.low = not self._held or free < self.reserve_bytes + margin\n",
+        new="        self.low = free < self.reserve_bytes + margin\n",
+        tests=(BROKER + "test_disk_space.py::test_while_the_reserve_is_not_held_space_is_low",),
+    ),
+    Bug(
+        "the log grows without bound while it cannot be copied back",
+        "disk is bounded",
+        "broker/store/database.py",
+        old=(
+            "        if self._wal_bytes > WAL_BYTES_LATE:\n"
+            "            # It could not be copied back until now: no tick before it is.\n"
+            "            self._checkpoint()\n"
+        ),
+        new="",
+        tests=(BROKER + "test_disk_errors.py::test_a_log_that_cannot_be_copied_back_has_a_bound",),
     ),
     # -- cover
     Bug(
@@ -1238,6 +1274,14 @@ BUGS = (
         old="source.covered = max(source.covered, covered)",
         new="source.covered = covered",
         tests=(RULES + "test_what_is_covered_stays_so_when_older_rows_are_restored",),
+    ),
+    Bug(
+        "an older offset uncovers what was covered",
+        "a row is covered when a commit has passed it",
+        "broker/store/partitions.py",
+        old="        source.covered = max(source.covered, offset)\n",
+        new="        source.covered = offset\n",
+        tests=(STORE + "test_what_was_covered_stays_so_whatever_offset_is_told_later",),
     ),
     # -- damage
     Bug(
