@@ -10,7 +10,11 @@ import structlog
 # The same examples every time, so that a run says something about a change. To look for more:
 # pytest --hypothesis-profile=default --hypothesis-seed=N
 hypothesis.settings.register_profile(
-    "fixed", derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    # How long an example takes is the machine's affair.
+    "fixed",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fixed")
 

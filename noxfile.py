@@ -330,7 +330,8 @@ def compile_lock(
 
 def require_same(session: nox.Session, made: Path, kept: Path, pattern: str, remedy: str) -> None:
     """Fail unless the files below `made` and `kept` are the same, by name and by byte."""
-    names = {str(path.relative_to(root)) for root in (made, kept) for path in root.rglob(pattern)}
+    found = ((root, path) for root in (made, kept) for path in root.rglob(pattern))
+    names = {str(path.relative_to(root)) for root, path in found if "__pycache__" not in path.parts}
     for name in sorted(names):
         if not (made / name).exists():
             session.error(f"{kept / name} belongs to nothing any more. Delete it, or: {remedy}")

@@ -14,6 +14,7 @@ import pytest
 hypothesis.settings.register_profile(
     "planted",
     derandomize=True,
+    deadline=None,
     database=None,
     # The first counter-example will do.
     phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+import selectors
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 from zlib import crc32
 
 from google.protobuf.message import DecodeError
 
+from penstock_broker.clock import Clock
 from penstock_broker.domain.activation import (
     CONTENT_BITS,
     CONTENT_MASK,
@@ -25,6 +29,8 @@ from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import State, state_of
 from penstock_broker.store.limits import StoreLimits
 from penstock_protocol.v1.activation_pb2 import TaskActivation
+
+T = TypeVar("T")
 
 
 class ManualClock:
@@ -43,11 +49,46 @@ class ManualClock:
         self.mono += ms
 
 
+class LoopClock:
+    """The event loop's time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+
+    def wall_ms(self) -> int:
+        return 1_000_000_000_000 + self.mono_ms()
+
+    def mono_ms(self) -> int:
+        return 5_000 + round(self.loop.time() * 1000)
+
+
+class _NoWaiting(selectors.SelectSelector):
+    """Nothing comes from outside: where a loop would wait, time has passed."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        assert timeout is not None, "everybody waits for somebody else"
+        self.now += max(0.0, timeout)
+        return []
+
+
+def run_virtually(main: Coroutine[Any, Any, T]) -> T:
+    """Run it on a loop whose time is virtual."""
+    selector = _NoWaiting()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now  # type: ignore[method-assign]
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        loop.close()
+
+
 async def inline(write: Callable[[Batch], Written], batch: Batch) -> Written:
     return write(batch)
 
 
-def open_store(path: Path, clock: ManualClock, limits: StoreLimits | None = None) -> Inflight:
+def open_store(path: Path, clock: Clock, limits: StoreLimits | None = None) -> Inflight:
     limits = limits or StoreLimits()
     return Inflight(Database(path, limits.lifecycle, clock.wall_ms()), clock, limits, inline)
 

@@ -17,7 +17,7 @@ from penstock_broker.dispatch import rpc
 from penstock_broker.dispatch.admin import AHEAD_MAX, Admin
 from penstock_broker.dispatch.roster import WORKERS_MAX, Roster
 from penstock_broker.dispatch.service import Consumers, Refused
-from penstock_broker.dispatch.waiting import Waiting
+from penstock_broker.dispatch.waiting import Waiting, Wanted
 from penstock_broker.domain.activation import Activation, Route, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
@@ -282,6 +282,28 @@ async def test_why_a_task_from_kafka_may_not_start_yet(desk: Desk) -> None:
     desk.store.settle_dispute(source)
     assert "cover" not in await desk.codes("once")
     assert "disputed" not in await desk.codes("other")
+
+
+async def test_explain_says_what_an_at_most_once_task_waits_for(desk: Desk) -> None:
+    source = desk.store.source("tasks", 0)
+    desk.store.cover(source, 1)
+    desk.store.hold_at_most_once(True)
+    await desk.insert(activation("once", desk.clock, at_most_once=True, source=source.id, offset=0))
+    assert await desk.codes("once") == ["unrecorded"]
+    desk.store.hold_at_most_once(False)
+    assert await desk.codes("once") == ["next"]
+    recorded = asyncio.Event()
+    desk.store.recorded = recorded.wait  # type: ignore[assignment]
+    poll = asyncio.create_task(desk.waiting.wait(Wanted(None, ()), 1, 30, "w"))
+    await asyncio.sleep(0)
+    assert await desk.codes("once") == ["recorded"]
+    poll.cancel()
+    recorded.set()
+    await asyncio.sleep(0.001)
+    assert await desk.codes("once") == ["recorded"]
+    await desk.waiting.wait(Wanted(None, ()), 1, 0, "w")
+    assert await desk.codes("once") == ["claimed", "lease"]
+    desk.waiting.close()
 
 
 async def test_what_became_of_a_task_that_left(desk: Desk) -> None:

@@ -543,6 +543,35 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(store: Infl
     assert not await broker.intake.topic_is("new")
 
 
+async def test_of_what_is_taken_it_is_known_of_which_topic(store: Inflight) -> None:
+    broker = Broker(store)
+    await broker.begin(new())
+    assert store.source("tasks", 0).topic_id == ""
+    await broker.intake.topic_is("old")
+    await broker.intake.begin([Found(1, None, (), 0, 9)])
+    assert [store.source("tasks", p).topic_id for p in (0, 1)] == ["old", "old"]
+    await broker.intake.topic_is("new")
+    await broker.intake.begin_anew([new()])
+    known = {(record[1], record[2]): record[-1] for record in store.database.sources()}
+    assert known == {
+        ("tasks", 0): "new", ("tasks", 1): "new", ("tasks@old", 0): "", ("tasks@old", 1): "",
+    }  # fmt: skip
+
+
+async def test_a_topic_is_another_one_than_what_was_restored_is_of(store: Inflight) -> None:
+    """Made anew since; this broker has never read it."""
+    broker = Broker(store)
+    source = store.source("tasks", 0)
+    store.begin_restored(source, 0, 6)
+    store.identify(source, "old")
+    assert await broker.intake.topic_is("new")
+    (begun,) = await broker.intake.begin_anew([new(high=9)])
+    assert begun.offset == 0
+    assert store.source("tasks", 0).covered == 0
+    assert store.source("tasks@old", 0).covered == 6
+    assert not await broker.intake.topic_is("new")
+
+
 # -- whether the group still takes this broker for a member
 
 
@@ -625,4 +654,5 @@ async def test_which_topic_it_is_and_where_it_begins_is_durable_before_it_is_rea
         await intake.begin_anew([new(low=3, high=9)])
         assert not store.writer.work_waits()
         source = store.source("tasks", 0)
-        assert (source.id, "tasks", 0, 3, 3, 0) in await store.read(Database.sources)
+        begun = [record[:5] for record in await store.read(Database.sources)]
+        assert (source.id, "tasks", 0, 3, 3) in begun

@@ -32,6 +32,7 @@ from penstock_broker.ingest.ownership import Me
 from penstock_broker.store.batch import Answer, Batch, Written
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import offsets_of
+from penstock_protocol.v1.activation_pb2 import RetryState
 
 GROUP = "penstock-tasks"
 
@@ -268,12 +269,16 @@ async def test_what_was_taken_since_the_last_record_is_restored(
         await one.store.recorded()
         monkeypatch.setattr(LedgerLog, "write", _refusing)
         kafka.produce("tasks", [task_bytes(f"late-{n}") for n in range(10)])
-        await until(lambda: one.taken(20))
+        once = RetryState(at_most_once=True)
+        kafka.produce("tasks", [task_bytes("once", retry_state=once)])
+        kafka.produce("tasks", [task_bytes("maybe a copy", retry_state=once)], key="maybe a copy")
+        await until(lambda: one.taken(22))
         assert one.recorded() == {0: list(range(10))}
     monkeypatch.setattr(LedgerLog, "write", write)
     lose_disk(settings)
     async with broker(settings, reading=False) as two:
-        assert two.store.memory.rows == 20
+        assert two.store.memory.rows == 22
+        assert len(two.store.memory.forwarding) == 1
         assert two.ledger.unrestorable == 0
 
 

@@ -70,8 +70,10 @@ async def test_only_one_broker_at_a_time_adopts_another() -> None:
         await Books(TWO, gone=begun).adopt()
     # An adoption that was interrupted is repeated.
     assert await Books(ONE, gone=begun).adopt() == "begins"
-    # By another one when nothing is left to go on with it: it has a new disk, or was adopted; not before.
-    assert await Books(TWO, gone=begun, one=head_of(Me("one", "new"))).adopt() == "begins"
+    # By another one when that broker was adopted; not before, nor when it has a new disk: what it had
+    # recorded of it was restored there.
+    with pytest.raises(AdoptError, match="has begun"):
+        await Books(TWO, gone=begun, one=head_of(Me("one", "new"))).adopt()
     assert await Books(TWO, gone=begun, one=head_of(ONE, successor=TWO, handed=True)).adopt() == "begins"
     with pytest.raises(AdoptError, match="has begun"):
         await Books(TWO, gone=begun, one=head_of(ONE, successor=TWO)).adopt()

@@ -105,14 +105,19 @@ def test_records_say_what_was_written() -> None:
         head_record("g", "a", head._replace(successor=None)),
         head_record("g", "other", head._replace(sequence=1)),
         head_record("other", "a", head._replace(sequence=2)),
-        range_record("g", "a", "tasks", 3, Taken(1, 20, 10)),
+        range_record("g", "a", "tasks", 3, Taken(1, 20, 10), "id"),
+        range_record("g", "a", "tasks", 4, Taken(1, 2, 1), "id"),
+        range_record("g", "a", "tasks", 4, None),
         head_record("g", "a", head),
         segment_record("g", "a", ("tasks", 3, 9), Segment(None, {})),
         segment_record("g", "a", ("tasks", 3, 2), some),
     ]
     account = read_account(records, "g", "a")
     assert account == Account(
-        head, {("tasks", 3): Taken(1, 20, 10)}, {("tasks", 3, 8): full, ("tasks", 3, 2): some}
+        head,
+        {("tasks", 3): Taken(1, 20, 10)},
+        {("tasks", 3, 8): full, ("tasks", 3, 2): some},
+        {("tasks", 3): "id"},
     )
     assert offsets_of(2 * SEGMENT_OFFSETS, some) == [
         2 * SEGMENT_OFFSETS,

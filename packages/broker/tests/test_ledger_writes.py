@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,8 @@ class Log:
         self.unknown = 0
         # Of the partition: offset -> message.
         self.tasks: dict[int, Message] = {}
+        # Of its topic, as Kafka says; "": it has none.
+        self.id = ""
 
     def write(self, records: Sequence[Record]) -> None:
         self.begun += 1
@@ -98,6 +101,9 @@ class Log:
             return []
         end = len(self.tasks)
         return [Found(0, end, self.owners, 0, end)] if topic == "tasks" and self.tasks else []
+
+    def topic_id(self, topic: str) -> str:
+        return self.id
 
     def messages(self, topic: str, partition: int, offsets: Sequence[int]) -> Iterator[list[Message]]:
         for offset in offsets:
@@ -285,6 +291,16 @@ async def test_what_may_have_started_unrecorded_does_not_start_again(path: Path,
         ]
 
 
+async def test_what_may_be_a_copy_of_what_has_started_does_not_start(path: Path, log: Log) -> None:
+    """Taken since the last record, and maybe absorbed: the ids that were known are lost with the disk."""
+    once = RetryState(at_most_once=True)
+    for n, (retry, keyed) in enumerate([(once, True), (once, True), (once, False), (None, True)]):
+        log.tasks[n] = Message(n, task_bytes(f"{n}", retry_state=retry), 0, keyed)
+    async with broker(path, log) as one:
+        rows = await one.restore(0, 1, 2, 3, recorded_to=1)
+        assert [row.reason for row in rows] == [None, Reason.START_UNKNOWN, None, None]
+
+
 async def test_what_is_missing_is_counted_and_not_looked_for_again(path: Path, log: Log) -> None:
     log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in (0, 2)}
     async with broker(path, log) as one:
@@ -348,7 +364,7 @@ async def test_an_adoption_that_is_repeated_goes_on_where_it_was(path: Path, log
         assert heir.store.imbalance() == 0
         # How far it was is of no use any more.
         kept = await heir.store.read(lambda d: d.connection.execute("SELECT key FROM meta").fetchall())
-        assert not [key for (key,) in kept if key.startswith("adopt")]
+        assert not [key for (key,) in kept if str(key).startswith("adopt")]
 
 
 async def test_how_far_an_adoption_is_becomes_durable_with_what_it_adopted(path: Path) -> None:
@@ -384,12 +400,16 @@ async def heir_of_five(path: Path, log: Log) -> AsyncIterator[Broker]:
         yield heir
 
 
+def _has(heir: Broker, rows: int) -> bool:
+    return heir.store.memory.rows == rows
+
+
 async def test_what_is_adopted_waits_for_room(path: Path, log: Log) -> None:
     async with heir_of_five(path, log) as heir:
         with capture_logs() as lines:
             adopts = asyncio.create_task(adopt(heir.ledger, [], "broker-1", force=True))
             for rows in (2, 2, 1):
-                await until(lambda rows=rows: heir.store.memory.rows == rows)
+                await until(partial(_has, heir, rows))
                 await asyncio.sleep(0.05)
                 assert heir.store.memory.rows == rows
                 await heir.finish()
@@ -512,6 +532,120 @@ async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(
         await _begin(path, log)
     async with broker(path.with_name("new.sqlite"), log) as again:
         assert again.store.memory.rows == 0
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+@pytest.mark.parametrize(
+    ("before", "now"), [("a", "b"), ("a", "a"), ("", "b"), ("a", "")], ids=["anew", "same", "old", "no ids"]
+)
+async def test_a_topic_that_was_made_anew_is_not_taken_for_the_one_of_the_ledger(
+    path: Path, log: Log, adopted: bool, before: str, now: str
+) -> None:
+    """Only where both are known."""
+    async with broker(path, log, killed=True) as gone:
+        if before:
+            gone.store.identify(gone.source, before)
+        await gone.take(0, 6)
+        await gone.store.recorded()
+    log.id = now
+    log.tasks |= {n: Message(n, task_bytes(f"{now}-{n}"), 0) for n in range(9)}
+    # They are another broker's to read.
+    log.owners = (Owner(6, Me("other", "1"), 1),)
+    anew = (before, now) == ("a", "b")
+    heirs = "broker-2" if adopted else "broker-1"
+    async with broker(path.with_name("heir.sqlite"), log, broker_id=heirs) as heir:
+        if adopted:
+            lost = 5 if anew else 0
+            assert await adopt(heir.ledger, [], "broker-1", force=True) == AdoptReport(
+                "broker-1", 1, 5 - lost, lost
+            )
+        source = heir.source
+        if anew:
+            assert (heir.store.memory.rows, heir.ledger.unrestorable) == (0, 5)
+            assert (source.next, source.covered, source.topic_id) == (0, 0, "")
+        else:
+            assert (heir.store.memory.rows, heir.ledger.unrestorable) == (5, 0)
+            assert (source.covered, source.topic_id) == (6, before and now)
+        await heir.store.recorded()
+        assert (("tasks", 0) in log.account().ranges) == (not anew or not adopted)
+        assert log.account().segments.keys() == (set() if anew or adopted else {("tasks", 0, 0)})
+        assert log.account(heirs).topic_ids.get(("tasks", 0), "") == source.topic_id
+
+
+async def test_of_a_topic_made_anew_is_restored_what_was_taken_since(path: Path, log: Log) -> None:
+    async with broker(path, log, killed=True) as lost:
+        lost.store.identify(lost.source, "a")
+        await lost.take(0, 6)
+        await lost.store.recorded()
+        # Committed of the new one, and not in the ledger yet.
+        log.owners = (Owner(2, lost.ledger.me, 1),)
+    log.id = "b"
+    log.tasks |= {n: Message(n, task_bytes(f"b-{n}"), 0) for n in range(4)}
+    async with broker(path.with_name("new.sqlite"), log) as new:
+        assert sorted(row.id for row in new.store.memory.resident.values()) == ["b-2", "b-3"]
+        assert (new.source.start, new.source.next, new.source.topic_id) == (2, 4, "b")
+        assert new.ledger.unrestorable == 5
+
+
+async def test_an_adoption_is_repeated_on_the_new_disk_of_who_has_begun_it(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_adopt, "LOOK_SECONDS", 0.01)
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    once = RetryState(at_most_once=True)
+    log.tasks |= {n: Message(n, task_bytes(f"{n}", retry_state=once if n < 2 else None), 0) for n in range(5)}
+
+    def two(topic: str, partition: int, offsets: Sequence[int]) -> Iterator[list[Message]]:
+        for n in offsets[:2]:
+            yield [log.tasks[n]]
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+
+    async with broker(path.with_name("one.sqlite"), log, killed=True, broker_id="broker-2") as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(log, "messages", two)
+            with pytest.raises(AdoptError, match="repeat the adoption"):
+                await adopt(one.ledger, [], "broker-1", force=True)
+        (started, _) = one.store.claim(None, (), 2, 1 << 20)
+        one.store.settle(token_of(one.store, started), Event.COMPLETE, one.store.clock.wall_ms())
+        await one.store.recorded()
+    new = path.with_name("new.sqlite")
+    async with broker(path.with_name("other.sqlite"), log, broker_id="broker-3") as other:
+        with pytest.raises(AdoptError, match="'broker-2' has begun"):
+            await adopt(other.ledger, [], "broker-1", force=True)
+        async with broker(new, log, broker_id="broker-2") as heir:
+            for fails in (True, False):
+                with monkeypatch.context() as patch, contextlib.suppress(AdoptError):
+                    if fails:
+                        patch.setattr(log, "messages", lambda *asked: two("", 0, ()))
+                    await adopt(heir.ledger, [], "broker-1", force=True)
+            await heir.store.committed()
+            starts = {row.id for row in heir.store.claim(None, (), 9, 1 << 20)}
+            # What may have started is a dead letter.
+            assert starts == {"2", "3"}
+            assert heir.store.memory.rows == 4
+            account = log.account()
+            assert account.head is not None
+            assert (account.head.successor, account.head.handed) == (heir.ledger.me, True)
+
+
+async def test_nothing_is_adopted_into_a_topic_that_is_no_more(path: Path, log: Log) -> None:
+    async with broker(path, log, killed=True) as gone:
+        gone.store.identify(gone.source, "b")
+        await gone.take(0, 6)
+        await gone.store.recorded()
+    log.id = "b"
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(6)}
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        heir.store.identify(heir.source, "a")
+        with pytest.raises(AdoptError, match="made anew"):
+            await adopt(heir.ledger, [], "broker-1", force=True)
+        assert heir.store.memory.rows == 0
+        # It has noticed.
+        heir.store.retire(heir.source, "tasks@a")
+        assert (await adopt(heir.ledger, [], "broker-1", force=True)).adopted == 5
 
 
 async def test_an_adopter_settles_its_own_rows_first_once_kafka_knows_their_partition(

@@ -629,3 +629,62 @@ async def test_what_is_remembered_of_refusals_is_bounded(broker: Broker) -> None
         broker.store.refusals.add(seq, f"new {n}", now)
     by = [broker.store.refusals.by(seq, f"new {n}", now) for n in (0, 1, WORKERS_MAX)]
     assert by == [False, True, True]
+
+
+async def test_a_repeated_request_is_answered_and_the_call_that_nobody_hears_ends(broker: Broker) -> None:
+    asked = pb.GetTasksRequest(request_id="request", max_tasks=1, wait_ms=60_000).SerializeToString()
+    unheard = asyncio.ensure_future(broker.consumers.get_tasks(asked))
+    await broker.step()
+    again = asyncio.ensure_future(broker.consumers.get_tasks(asked))
+    await broker.step()
+    assert not pb.GetTasksResponse.FromString(await broker.answered(unheard)).tasks
+    await broker.put("a", "b")
+    (task,) = pb.GetTasksResponse.FromString(await broker.answered(again)).tasks
+    assert await broker.fetch("request") == [task]
+
+
+async def test_a_request_that_is_repeated_while_its_call_is_handed_tasks_gives_the_same(
+    broker: Broker,
+) -> None:
+    asked = pb.GetTasksRequest(request_id="request", max_tasks=1, wait_ms=60_000).SerializeToString()
+    unheard = asyncio.ensure_future(broker.consumers.get_tasks(asked))
+    await broker.step()
+    await broker.put("a", "b")  # matched, and not yet taken by the call
+    commits = asyncio.create_task(broker.answered(asyncio.sleep(60, b"")))
+    again = pb.GetTasksResponse.FromString(await broker.consumers.get_tasks(asked))
+    commits.cancel()
+    assert [task.activation.id for task in again.tasks] == ["a"]
+    assert pb.GetTasksResponse.FromString(await unheard) == again
+
+
+async def test_what_is_held_of_an_answer_is_given_again_however_many_came_after_it(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "ANSWERS_MIN", 3)
+    await broker.put(*(f"task {n:02}" for n in range(20)))
+    first = await broker.fetch("first")
+    for n in range(15):
+        (task,) = await broker.fetch(f"request {n}")
+        await broker.report(task)
+    assert await broker.fetch("first") == first
+    # Answers of which nothing is held do not gather.
+    assert len(broker.consumers._answered) <= 5
+
+
+async def test_a_client_without_tokens_is_handed_nothing_that_has_expired_while_it_was_recorded(
+    broker: Broker,
+) -> None:
+    source = broker.store.source("tasks", 0)
+    broker.store.cover(source, 1)
+    await broker.put("a", at_most_once=True, expires_ms=1_000, source=source.id, offset=0)
+
+    async def recorded() -> None:
+        await broker.store.committed()
+        broker.clock.advance(1_000)
+
+    broker.store.recorded = recorded
+    with pytest.raises(Refused, match="no pending task"):
+        await broker.answered(broker.consumers.get_task(b""))
+    await settle_down(broker.store)
+    assert broker.store.memory.counts[1][Status.FORWARDING] == 1
+    check_store(broker.store)

@@ -188,6 +188,30 @@ class StoreMachine(RuleBasedStateMachine):
 
         return self.call(go())
 
+    @rule(
+        rows=st.integers(1, 4),
+        worker=st.sampled_from(["one", "two"]),
+        begun=st.booleans(),
+        stored=st.booleans(),
+        kept=st.integers(0, 1),
+    )
+    def claim_for_nobody(self, rows, worker, begun, stored, kept):
+        """The claims are undone before anybody is told of them, some of them a tick later."""
+
+        async def go():
+            await settle_down(self.store)
+            claimed = self.store.claim(None, (), rows, 1 << 20, worker)
+            if stored:
+                await settle_down(self.store)
+            self.store.release(claimed[kept:])
+            writing = asyncio.ensure_future(self.store.writer.tick()) if begun else None
+            await asyncio.sleep(0)
+            self.store.release(claimed)
+            if writing is not None:
+                await writing
+
+        self.call(go())
+
     @rule(tokens=tokens, event=st.sampled_from(OUTCOMES), delay=st.sampled_from([None, 0, 700]))
     def settle(self, tokens, event, delay):
         async def go():

@@ -498,8 +498,8 @@ BUGS = (
         "claims that are given back stay handed out",
         "what nobody received is handed out again",
         "broker/store/inflight.py",
-        old="            if row.status is PROCESSING:\n                self.memory.change(row, Event.RELEASE",
-        new="            if row.status is PENDING:\n                self.memory.change(row, Event.RELEASE",
+        old="        if claimed := [row for row in rows if row.status is PROCESSING]:\n",
+        new="        if claimed := [row for row in rows if row.status is PENDING]:\n",
         tests=(
             BROKER + "test_waiting.py::test_a_poll_that_is_cancelled_after_its_match_gives_the_claims_back",
         ),

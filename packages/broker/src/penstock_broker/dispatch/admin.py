@@ -199,7 +199,7 @@ class Admin:
             self._fill(answer.task, row)
             if row.status is Status.PENDING:
                 answer.ahead = await self._ahead(row)
-            explanation.held(self._memory.resident.get(row.seq, row))
+            explanation.held(self._memory.resident.get(row.seq, row), self._waiting.holds(row))
         elif (letter := await self._store.read(lambda database: database.dead_letter_of(id))) is not None:
             explanation.dead(id, letter.reason, letter.at)
         elif (last := self._memory.finished.left(hash_id(id))) is not None:

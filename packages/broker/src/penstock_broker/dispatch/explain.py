@@ -45,11 +45,17 @@ class Explanation:
     def _say(self, code: str, text: str) -> None:
         self._answer.findings.add(code=code, text=text)
 
-    def held(self, row: Activation) -> None:
-        """A row of the store. One that is claimed is memory's own."""
+    def held(self, row: Activation, recorded: bool = False) -> None:
+        """A row of the store. One that is claimed is memory's own; ``recorded``: no worker has it yet."""
         self._answer.known = True
         self._answer.state = row.status.name.lower()
-        if row.status is Status.PROCESSING:
+        if recorded:
+            self._say(
+                "recorded",
+                "it starts at most once: that it is to start is recorded first, and the next worker that asks"
+                " for its namespace then has it",
+            )
+        elif row.status is Status.PROCESSING:
             self._processing(row)
         elif row.status is Status.DELAYED:
             self._paused(row)
@@ -113,7 +119,7 @@ class Explanation:
         store = self._store
         queue = store.memory.index.pairs[row.pair]
         if row.source != NO_SOURCE and not store.memory.partitions.may_start(row):
-            self._uncovered(row)
+            self._may_not_start(row)
         if not store.claiming:
             self._say("draining", "this broker is drained: it starts nothing more, and hands over what waits")
         unasked = store.clock.mono_ms() - store.memory.index.asked_at(queue)
@@ -133,10 +139,15 @@ class Explanation:
         if row.attempts or row.lost:
             self._say("failed_before", f"it has failed before ({_error(row)})")
 
-    def _uncovered(self, row: Activation) -> None:
+    def _may_not_start(self, row: Activation) -> None:
         source = self._store.memory.partitions[row.source]
         where = f"{source.topic}/{source.partition} at {row.offset}"
-        if source.disputed:
+        if row.offset < source.covered:
+            self._say(
+                "unrecorded",
+                "it starts at most once, so it waits until the ledger (kafka_ledger_topic) can be written",
+            )
+        elif source.disputed:
             self._say(
                 "disputed",
                 f"it came from {where}, and whether another broker has taken over that partition is not known"

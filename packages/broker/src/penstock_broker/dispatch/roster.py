@@ -54,6 +54,10 @@ class Roster:
         if (seen := self._workers.get(worker_id)) is not None:
             seen.at = mono
 
+    def heard_since(self, worker_id: str, since: int) -> bool:
+        """Whether a worker was seen at ``since`` (monotonic ms) or later."""
+        return (seen := self._workers.get(worker_id)) is not None and seen.at >= since
+
     def lately(self, mono: int) -> Iterator[Seen]:
         """Those seen within the last minutes."""
         return (seen for seen in self._workers.values() if mono - seen.at <= SEEN_MS_MAX)

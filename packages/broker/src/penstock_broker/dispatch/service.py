@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import grpc
@@ -23,6 +24,8 @@ from penstock_broker.wire import FIELDS_MAX, has_too_many_fields
 from penstock_protocol.v1 import activation_pb2, consumer_pb2, raw_pb2
 
 TASKS_MAX = 1000
+# So many answers are remembered whatever has become of their claims; more, as long as these are held.
+ANSWERS_MIN = 1000
 WAIT_SECONDS_MAX = 60.0
 COVER_SECONDS_MAX = 10.0
 ERROR_CHARS_MAX = 16_384
@@ -69,6 +72,7 @@ class Consumers:
         self.store = store
         self.waiting = waiting
         self.roster = Roster()
+        waiting.heard_since = self.roster.heard_since
         self._nonce = store.database.nonce
         # request id -> when (monotonic ms), and the claims it was answered with, for a worker whose answer
         # was lost. The oldest first.
@@ -97,7 +101,7 @@ class Consumers:
         rows = self.waiting.claim(_wanted(asked), 1, tokenless=True)
         if rows and rows[0].at_most_once:
             try:
-                await self.waiting.make_durable(rows, ANSWER_SECONDS_MAX)
+                rows = await self.waiting.make_durable(rows, ANSWER_SECONDS_MAX)
             except (TimeoutError, StoreStopped, DiskFailing):
                 # With it may go the answer to a report, which is accepted and must not be repeated.
                 return []
@@ -150,6 +154,7 @@ class Consumers:
         wanted = Wanted(asked.application if asked.HasField("application") else None, tuple(asked.namespaces))
         self.store.asked(wanted.application, wanted.namespaces)
         self.store.require_disk()
+        await self.waiting.end(asked.request_id)
         rows = await self._claimed_before(asked.request_id)
         if not rows:
             rows = await self.waiting.wait(
@@ -157,6 +162,7 @@ class Consumers:
                 min(max(asked.max_tasks, 1), TASKS_MAX),
                 min(asked.wait_ms / 1000, WAIT_SECONDS_MAX),
                 asked.worker.worker_id,
+                asked.request_id,
             )
             rows = still_claimed(rows)
         response = raw_pb2.RawGetTasksResponse(lease_ms=self.store.limits.lease_ms)
@@ -186,8 +192,17 @@ class Consumers:
             return
         self._answered.pop(request_id, None)
         self._answered[request_id] = (self.store.clock.mono_ms(), [(row.seq, row.claim) for row in rows])
-        if len(self._answered) > TASKS_MAX:
-            del self._answered[next(iter(self._answered))]
+        if len(self._answered) > ANSWERS_MIN:
+            # Two for each that comes: those of which nothing is held any more do not gather.
+            for oldest in list(islice(self._answered, 2)):
+                answered = self._answered.pop(oldest)
+                if self._is_held(answered[1]):
+                    self._answered[oldest] = answered
+
+    def _is_held(self, claims: Iterable[tuple[int, int]]) -> bool:
+        """Whether any of these (seq, claim) is."""
+        resident = self.store.memory.resident
+        return any((row := resident.get(seq)) is not None and row.claim == claim for seq, claim in claims)
 
     def _forget_answers(self, mono: int) -> None:
         """Those whose claims have come back, should they have been lost."""

@@ -33,9 +33,7 @@ class Cluster:
         """Which topic of its name Kafka has, as far as it has told since it was last asked; waits up to
         ``seconds``."""
         if self._topic is None:
-            name = self._settings.kafka_topic
-            asked = self._admin().describe_topics(TopicCollection([name]), request_timeout=ASK_SECONDS_MAX)
-            self._topic = asked[name]
+            self._topic = describe_topic(self._admin(), self._settings.kafka_topic, ASK_SECONDS_MAX)
         topic = None
         try:
             topic = self._topic.result(seconds)
@@ -50,8 +48,7 @@ class Cluster:
         self._partitions = len(topic.partitions) if topic is not None else 0
         if topic is None:
             return None
-        id = str(topic.topic_id)
-        return None if id == NO_ID else id
+        return id_of(topic) or None
 
     def unread(self, seconds: float) -> list[int]:
         """The partitions that no member of the group has been given to read, if this broker is the one to
@@ -91,6 +88,16 @@ class Cluster:
         if self._client is None:
             self._client = AdminClient(admin_config(self._settings))
         return self._client
+
+
+def describe_topic(admin: AdminClient, name: str, seconds: float) -> Future[TopicDescription]:
+    return admin.describe_topics(TopicCollection([name]), request_timeout=seconds)[name]
+
+
+def id_of(topic: TopicDescription) -> str:
+    """Which topic of its name it is; "" when Kafka's topics have no ids."""
+    id = str(topic.topic_id)
+    return "" if id == NO_ID else id
 
 
 def describe_group(admin: AdminClient, name: str, seconds: float) -> Any:

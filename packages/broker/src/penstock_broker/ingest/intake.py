@@ -133,6 +133,8 @@ class Intake:
         self.commits_failed = 0
         self.committed_at_ms = store.clock.mono_ms()
         self._reset = reset
+        # Which topic of its name it is; "" while Kafka has not said.
+        self._topic_id = ""
         self._committing = False
         # Commits refused in a row.
         self._failed = 0
@@ -306,6 +308,8 @@ class Intake:
             )
         if not start.continues:
             self.store.begin_range(source, start.offset)
+        if self._topic_id:
+            self.store.identify(source, self._topic_id)
         owners = record_owner(found.owners, start.since, self.me, self.store.epoch)
         self.readings[found.partition] = Reading(source, owners, encode(owners), durable=start.offset)
         return Begun(found.partition, source.id, start.offset)
@@ -342,21 +346,29 @@ class Intake:
         all of its partitions are to be begun again, with ``begin_anew``."""
         key = f"topic_id/{self.topic}"
         before = self.store.database.meta(key)
-        if before == id:
-            return False
-        if before is not None:
+        # What was restored, or adopted, may be of another one than this broker has read.
+        old = [s for s in self._sources() if (s.topic_id or before or id) != id]
+        anew = bool(old) or before not in (None, id)
+        if anew:
             log.error(
                 "the topic was made anew: it is read from its beginning; what is here of the old one is kept",
                 topic=self.topic,
-                old=before,
+                old=before or old[0].topic_id,
                 new=id,
             )
-            for source in [s for s in self.store.sources() if s.topic == self.topic]:
-                self.store.retire(source, f"{self.topic}@{before}")
+            for source in old:
+                self.store.retire(source, f"{self.topic}@{source.topic_id or before}")
             self.readings.clear()
-        await self.store.set_meta(key, id)
+        self._topic_id = id
+        for source in self._sources():
+            self.store.identify(source, id)
+        if before != id:
+            await self.store.set_meta(key, id)
         self._find_unresolved()
-        return before is not None
+        return anew
+
+    def _sources(self) -> list[Source]:
+        return [source for source in self.store.sources() if source.topic == self.topic]
 
     async def begin_anew(self, found: Sequence[Found]) -> list[Begun]:
         """These are of a topic that was made anew: nothing that is known of their offsets holds any more."""

@@ -398,7 +398,7 @@ class Ledger:
         """What has changed, and from now on counts as written."""
         unfinished = self.store.memory.unfinished
         segments = {key: unfinished.segment(key) for key in unfinished.dirty}
-        ranges = {id: Taken(*unfinished.ranges[id][2:]) for id in unfinished.dirty_ranges}
+        ranges = {id: Taken(*unfinished.ranges[id][2:5]) for id in unfinished.dirty_ranges}
         unfinished.dirty, unfinished.dirty_ranges = set(), set()
         return segments, ranges
 
@@ -410,7 +410,8 @@ class Ledger:
         sources = self.store.memory.partitions
         for id, taken in ranges.items():
             source = sources[id]
-            records.append(range_record(group, broker_id, source.topic, source.partition, taken))
+            read = (source.topic, source.partition)
+            records.append(range_record(group, broker_id, *read, taken, source.topic_id))
         for key, segment in segments.items():
             id, number = segment_of(key)
             where = (sources[id].topic, sources[id].partition, number)

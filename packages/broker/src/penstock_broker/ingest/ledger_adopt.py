@@ -66,14 +66,19 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
         await ledger.call(theirs.fence)
         # Another one may have begun before it was fenced by this.
         account = await _may_adopt(ledger, broker_id, force)
-        await ledger.succeed(theirs, account.head, broker_id)
+        again = _on_a_new_disk(ledger, account)
+        if not again:
+            await ledger.succeed(theirs, account.head, broker_id)
         log.warning("adopting a broker", broker=broker_id)
         await _await_gone(ledger, broker_id)
         account = await ledger.read(broker_id)
         lost, adopted = ledger.unrestorable, 0
         lefts = await find_left(ledger, account, broker_id)
         for left in lefts:
+            # Nothing says what the store that has begun has started of it.
+            left = left._replace(unrecorded=left.unrecorded or again)
             if not left.gone:
+                _check_topic(ledger, left)
                 await _settle_own(ledger, intakes, left)
             adopted += await restore(ledger, left, "adopted", progress=_progress(broker_id, account, left))
             await ledger.record_with(_handed(ledger, broker_id, account, left))
@@ -111,14 +116,15 @@ async def _may_adopt(ledger: Ledger, broker_id: str, force: bool) -> Account:
     if successor is not None and head.handed:
         error = AdoptedHere if successor == ledger.me else AdoptError
         raise error(f"broker {broker_id!r} was adopted by {successor.broker_id!r} already")
-    if successor is not None and successor != ledger.me and await _goes_on(ledger, successor, broker_id):
+    mine = successor is not None and successor.broker_id == ledger.me.broker_id
+    if successor is not None and not mine and await _goes_on(ledger, successor, broker_id):
         raise AdoptError(
             f"broker {successor.broker_id!r} has begun to adopt {broker_id!r}: repeat the adoption there;"
             f" should {successor.broker_id!r} never return either, adopt that one first"
         )
     silent_ms = ledger.store.clock.wall_ms() - head.written_at
     # Its own new disk that restores writes as long as it does; what was begun here was allowed then.
-    if silent_ms < SILENT_MS_MIN and not force and successor != ledger.me:
+    if silent_ms < SILENT_MS_MIN and not force and not mine:
         raise AdoptError(
             f"broker {broker_id!r} wrote to the ledger {max(0, silent_ms) // 1000} s ago: it seems to live."
             f" Stop it and wait for {SILENT_MS_MIN // 1000} s, or force the adoption"
@@ -126,14 +132,25 @@ async def _may_adopt(ledger: Ledger, broker_id: str, force: bool) -> Account:
     return account
 
 
+def _on_a_new_disk(ledger: Ledger, account: Account) -> bool:
+    """Whether this broker had begun the adoption on a disk that it has lost since. As long as it is not
+    done, the ledger names that store."""
+    successor = account.head.successor if account.head is not None else None
+    return (
+        successor is not None
+        and successor.broker_id == ledger.me.broker_id
+        and successor.store_id != ledger.me.store_id
+    )
+
+
 async def _goes_on(ledger: Ledger, successor: Me, broker_id: str) -> bool:
-    """Whether the store that took over from a broker still counts: it may hold rows of it that the ledger
-    does not name."""
+    """Whether the broker that took over from another one still counts: it may hold rows of it that the
+    other's records name, too; on a new disk those that it had recorded itself."""
     if successor.broker_id == broker_id:
         # Its own new disk: it is adopted with it.
         return False
     head = (await ledger.read(successor.broker_id)).head
-    return head is None or (head.store_id == successor.store_id and not head.handed)
+    return head is None or not head.handed
 
 
 async def _await_gone(ledger: Ledger, broker_id: str) -> None:
@@ -146,6 +163,15 @@ async def _await_gone(ledger: Ledger, broker_id: str) -> None:
                 f" {ledger.settings.kafka_consumer_group!r}: stop it, and repeat the adoption"
             )
         await asyncio.sleep(LOOK_SECONDS)
+
+
+def _check_topic(ledger: Ledger, left: Left) -> None:
+    """What this broker has of a topic that was made anew must have its other name first."""
+    source = ledger.store.source(left.topic, left.partition)
+    if left.topic_id and source.topic_id not in ("", left.topic_id):
+        raise AdoptError(
+            f"the topic {left.topic} was made anew, and this broker has not noticed yet: repeat the adoption"
+        )
 
 
 async def _settle_own(ledger: Ledger, intakes: Sequence[Intake], left: Left) -> None:
@@ -177,7 +203,9 @@ def _handed(ledger: Ledger, broker_id: str, account: Account, left: Left) -> lis
     """The other's records of one partition, now that this broker's say all of it."""
     group = ledger.settings.kafka_consumer_group
     taken = Taken(left.start, left.end, left.end)
-    records = [range_record(group, broker_id, left.topic, left.partition, taken)]
+    where = (left.topic, left.partition)
+    # Of a log that is no more nothing is kept.
+    records = [range_record(group, broker_id, *where, None if left.gone else taken, left.topic_id)]
     records += [
         segment_record(group, broker_id, where, Segment(None, {}))
         for where in account.segments

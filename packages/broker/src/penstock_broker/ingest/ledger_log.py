@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient
 
 from penstock_broker.clock import Clock
 from penstock_broker.config import Settings
-from penstock_broker.ingest.cluster import describe_group
+from penstock_broker.ingest.cluster import describe_group, describe_topic, id_of
 from penstock_broker.ingest.intake import Found
 from penstock_broker.ingest.kafka import admin_config, ledger_producer_config, reader_config
 from penstock_broker.ingest.ledger_records import Record
@@ -48,6 +48,8 @@ class Message(NamedTuple):
     offset: int
     value: bytes | None
     sent_at: int
+    # It may have been sent twice.
+    keyed: bool = False
 
 
 class LedgerLog:
@@ -161,6 +163,16 @@ class LedgerLog:
         finally:
             consumer.close()
 
+    def topic_id(self, topic: str) -> str:
+        """Which topic of its name Kafka has; "" when it has none, or its topics have no ids."""
+        admin = AdminClient(admin_config(self._settings))
+        try:
+            return id_of(describe_topic(admin, topic, LOOKUP_SECONDS_MAX).result())
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return ""
+            raise
+
     def messages(self, topic: str, partition: int, offsets: Sequence[int]) -> Iterator[list[Message]]:
         """Those of ``offsets`` (ascending, inside the log) that are still there, in batches, in order."""
         wanted = set(offsets)
@@ -186,7 +198,8 @@ class LedgerLog:
                 # An end before the last one is told too early: Kafka has said that the log has more.
                 at = offset if error is not None else offset + 1
                 if error is None and offset in wanted and offset <= last:
-                    batch.append(Message(offset, message.value(), max(0, message.timestamp()[1])))
+                    sent_at, keyed = max(0, message.timestamp()[1]), message.key() is not None
+                    batch.append(Message(offset, message.value(), sent_at, keyed))
                 deadline = self._clock.mono_ms() + READ_MS_MAX
             if batch:
                 yield batch

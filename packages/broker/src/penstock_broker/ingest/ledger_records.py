@@ -1,8 +1,9 @@
 """The ledger's records: JSON keys and values, so that an operator can read them; offsets as a bitmap.
 
 A ``broker`` record says which store wrote last, and who has taken over from it; a ``range`` record what
-was taken of a partition; a ``segment`` record which of SEGMENT_OFFSETS offsets are unfinished. All
-records of a broker have its name in their keys and are written by nobody else, its adopter excepted.
+was taken of a partition, and which topic of its name that is of; a ``segment`` record which of
+SEGMENT_OFFSETS offsets are unfinished. All records of a broker have its name in their keys and are written
+by nobody else, its adopter excepted.
 """
 
 from __future__ import annotations
@@ -58,14 +59,19 @@ class Account:
     head: Head | None = None
     ranges: dict[tuple[str, int], Taken] = field(default_factory=dict)
     segments: dict[Where, Segment] = field(default_factory=dict)
+    # Of which topic of its name each range is; none: an older version wrote it, or Kafka had not said.
+    topic_ids: dict[tuple[str, int], str] = field(default_factory=dict)
 
 
 def head_record(group: str, broker_id: str, head: Head) -> Record:
     return _key("broker", group, broker_id), _value(head._asdict())
 
 
-def range_record(group: str, broker_id: str, topic: str, partition: int, taken: Taken) -> Record:
-    return _key("range", group, broker_id, topic, partition), _value(taken._asdict())
+def range_record(
+    group: str, broker_id: str, topic: str, partition: int, taken: Taken | None, topic_id: str = ""
+) -> Record:
+    key = _key("range", group, broker_id, topic, partition)
+    return key, _value({**taken._asdict(), "topic_id": topic_id}) if taken is not None else None
 
 
 def segment_record(group: str, broker_id: str, where: Where, segment: Segment) -> Record:
@@ -106,6 +112,8 @@ def _enter(account: Account, kind: str, where: Sequence[Any], data: dict[str, An
         successor = data.pop("successor")
         account.head = Head(**data, successor=Me(*successor) if successor else None)
     elif kind == "range":
+        if topic_id := data.pop("topic_id", ""):
+            account.topic_ids[where[0], where[1]] = topic_id
         account.ranges[where[0], where[1]] = Taken(**data)
     else:
         account.segments[where[0], where[1], where[2]] = _segment(data)

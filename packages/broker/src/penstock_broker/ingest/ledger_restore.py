@@ -51,7 +51,9 @@ class Left(NamedTuple):
     expired: int
     # There was no ledger when they were taken: nothing says which at-most-once tasks have started.
     unrecorded: bool = False
-    # Its log is not there any more, and all of it is expired. One that may be made anew is another one.
+    # Which topic of its name Kafka has now; "": not known.
+    topic_id: str = ""
+    # Its log is not there any more, and all of it is expired: one of its name, if there is one, is another.
     gone: bool = False
 
 
@@ -89,13 +91,20 @@ async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Le
     found = await _look_up(ledger, account)
     gone = account.ranges.keys() - found.keys()
     found |= {(topic, partition): Found(partition, None, (), 0, 0) for topic, partition in gone}
+    recorded = sorted({topic for topic, _ in account.topic_ids})
+    ids = {topic: await ledger.call(ledger.log.topic_id, topic) for topic in recorded}
     lefts = []
     for (topic, partition), one in sorted(found.items()):
+        taken, id = account.ranges.get((topic, partition)), ids.get(topic, "")
         segments = {n: s for (t, p, n), s in account.segments.items() if (t, p) == (topic, partition)}
+        if id and account.topic_ids.get((topic, partition), id) != id:
+            unfinished = sum(len(offsets_of(0, segment)) for segment in segments.values())
+            lefts.append(Left(topic, partition, -1, -1, (), {}, -1, unfinished, gone=True))
+            taken, segments = None, {}
         lost = _lost_store(account, one, broker_id, ledger.me)
-        left = left_of(topic, account.ranges.get((topic, partition)), segments, one, lost)
+        left = left_of(topic, taken, segments, one, lost)
         if left is not None:
-            lefts.append(left._replace(gone=(topic, partition) in gone))
+            lefts.append(left._replace(topic_id=id, gone=(topic, partition) in gone))
     return lefts
 
 
@@ -179,6 +188,8 @@ async def restore(
         return 0
     source = store.source(left.topic, left.partition)
     fresh = term == "restored"
+    if left.topic_id and not source.topic_id:
+        store.identify(source, left.topic_id)
     begin = source.next if fresh else int(store.database.meta(progress) or 0)  # type: ignore[call-overload]
     offsets = [offset for offset in left.offsets if offset >= begin]
     store.begin_restored(source, left.start if fresh else -1, left.end)
@@ -201,7 +212,9 @@ async def restore(
                 message.value, sent_at, source.id, message.offset, left.topic, left.partition
             )
             state = left.states.get(message.offset)
-            if left.unrecorded and row.at_most_once:
+            # Taken since the last record it may be a copy, which was absorbed, of one that has started.
+            absorbed = message.keyed and message.offset >= left.recorded_to
+            if (left.unrecorded or absorbed) and row.at_most_once:
                 state = State(row.attempts, row.lost, 0, None, True, None, row.max_attempts, 0)
             become(row, state, now, store.limits.lifecycle)
             rows.append(row)
@@ -255,7 +268,7 @@ def _tell(left: Left, term: str, rows: int, missing: int) -> None:
             topic=left.topic,
             partition=left.partition,
             tasks=missing,
-            hint="the partition is not there any more: was the topic deleted?"
+            hint="its log is not there any more: the topic was deleted, or made anew"
             if left.gone
             else "the topic's retention is shorter than its backlog was old: raise retention.ms",
         )

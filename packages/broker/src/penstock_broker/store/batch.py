@@ -192,8 +192,8 @@ class Batch:
     # For the ledger: places in the log whose rows leave, and those whose rows have another state.
     left: list[int] = field(default_factory=list)
     kept: list[tuple[int, State | None]] = field(default_factory=list)
-    # source id -> (topic, partition, start, next, covered)
-    sources: dict[int, tuple[str, int, int, int, int]] = field(default_factory=dict)
+    # source id -> (topic, partition, start, next, covered, topic id)
+    sources: dict[int, tuple[str, int, int, int, int, str]] = field(default_factory=dict)
     books: dict[tuple[int, str], int] = field(default_factory=dict)
     # Rare work on the database that belongs into the tick's order, after the writes above. A tick that
     # the disk did not take is written again: so may each of these be called again.

@@ -457,9 +457,9 @@ class Database:
             c.executemany("INSERT INTO pair (pair, application, namespace) VALUES (?, ?, ?)", batch.new_pairs)
         if batch.sources:
             c.executemany(
-                "INSERT INTO source (source, topic, partition, start, next, covered)"
-                " VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
-                " ON CONFLICT (source) DO UPDATE SET topic = ?2, start = ?4, next = ?5, covered = ?6",
+                "INSERT INTO source (source, topic, partition, start, next, covered, topic_id)"
+                " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT (source)"
+                " DO UPDATE SET topic = ?2, start = ?4, next = ?5, covered = ?6, topic_id = ?7",
                 [(source, *values) for source, values in batch.sources.items()],
             )
         self._claim(batch)
@@ -631,6 +631,10 @@ class Database:
             page.bytes,
         )
 
+    def ready(self, seqs: Sequence[int]) -> list[Activation]:
+        """Those of these rows that are pending; in a tick only."""
+        return self.load_sound("a.status = 1 AND a.seq IN carray(?1)", (apsw.carray(array("q", seqs)),))
+
     def load_sound(
         self, where: str, values: tuple[object, ...], bytes_max: int = sys.maxsize
     ) -> list[Activation]:
@@ -749,10 +753,9 @@ class Database:
         """Note since when a pair is paused; None: it is not."""
         self.connection.execute("UPDATE pair SET paused_at = ?2 WHERE pair = ?1", (pair, at))
 
-    def sources(self) -> list[tuple[int, str, int, int, int, int]]:
-        return list(
-            self.connection.execute("SELECT source, topic, partition, start, next, covered FROM source")
-        )
+    def sources(self) -> list[tuple[int, str, int, int, int, int, str]]:
+        sql = "SELECT source, topic, partition, start, next, covered, topic_id FROM source"
+        return list(self.connection.execute(sql))
 
     def counts(self) -> list[tuple[int, int, int, int]]:
         """(pair, status, rows, bytes)."""

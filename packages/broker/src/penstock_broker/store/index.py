@@ -7,11 +7,16 @@ What does not fit is spilled: it stays in the rows and is paged in when its turn
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from penstock_broker.domain.activation import Activation
 
 # Void places that a queue may hold beside twice its rows.
 VOID_ROWS = 64
+
+
+def _place(row: Activation) -> tuple[int, int]:
+    return row.ready_at, row.seq
 
 
 class PairQueue:
@@ -175,6 +180,29 @@ class ReadyIndex:
         """A row that was taken just now takes its place at the front again."""
         self.take_room(queue, row)
         queue.ready.appendleft(row)
+        self._call(queue)
+
+    def give_turn_back(self, queue: PairQueue, *, named: bool) -> None:
+        """It has the next turn of its application; ``named``: among those that name their namespaces."""
+        if named:
+            queue.turn = 0
+        elif queue.in_ring:
+            ring = self._applications[queue.application].ring
+            # It had its turn lately, so it is near the end.
+            behind = next(n for n, other in enumerate(reversed(ring)) if other is queue)
+            ring.rotate(behind)
+            ring.pop()
+            ring.rotate(-behind)
+            ring.appendleft(queue)
+
+    def take_places(self, queue: PairQueue, rows: Sequence[Activation]) -> None:
+        """Rows that were taken lately, their room counted, have the places again that they had."""
+        front = []
+        for row in sorted(rows, key=_place):
+            while queue.ready and _place(queue.ready[0]) < _place(row):
+                front.append(queue.ready.popleft())
+            front.append(row)
+        queue.ready.extendleft(reversed(front))
         self._call(queue)
 
     def page_in(self, queue: PairQueue, row: Activation) -> None:

@@ -415,8 +415,8 @@ class Inflight:
                 row.started = 0
                 memory.batch.claims.append(row.seq)
                 claimed.append(row)
-        for row in reversed(passed):
-            memory.index.put_back(memory.index.pairs[row.pair], row)
+        if passed:
+            self._pass_over(passed, claimed, application, namespaces)
         if claimed:
             self.start_leases(claimed)
             memory.work.set()
@@ -425,6 +425,23 @@ class Inflight:
     def asked(self, application: str | None, namespaces: tuple[str, ...]) -> None:
         """A worker has asked for tasks of these, whether there are any for it or not."""
         self.memory.index.ask(application, namespaces, self.clock.mono_ms())
+
+    def _pass_over(
+        self,
+        passed: Sequence[Activation],
+        claimed: Sequence[Activation],
+        application: str | None,
+        namespaces: tuple[str, ...],
+    ) -> None:
+        """Rows that are for others keep their places; and a pair that was handed out nothing of has its turn
+        still: those others may come by seldom."""
+        index, had_turn = self.memory.index, {row.pair for row in claimed}
+        for row in reversed(passed):
+            queue = index.pairs[row.pair]
+            index.put_back(queue, row)
+            if application is not None and row.pair not in had_turn:
+                index.give_turn_back(queue, named=bool(namespaces))
+                had_turn.add(row.pair)
 
     def start_leases(self, claimed: Sequence[Activation], wait_ms: int = 0) -> None:
         """A lease starts when the claim is handed out: now, or within ``wait_ms``.
@@ -441,10 +458,26 @@ class Inflight:
             self.memory.batch.calls.append(lambda database: database.set_meta(HEARTBEATS_OF, 0))
 
     def release(self, rows: Iterable[Activation]) -> None:
-        """Claims that were not handed out after all go back."""
+        """Claims that were not handed out after all go back, each to its place in the order."""
+        if claimed := [row for row in rows if row.status is PROCESSING]:
+            self.memory.unclaim(claimed, self.clock.wall_ms())
+
+    def startable(self, rows: Iterable[Activation]) -> list[Activation]:
+        """Those of claims that were kept for a while that may be handed out still: not what has expired, nor
+        what an operator has paused, or drains, meanwhile. What became of others is settled."""
+        now, pairs = self.clock.wall_ms(), self.memory.index.pairs
+        startable, back = [], []
         for row in rows:
-            if row.status is PROCESSING:
-                self.memory.change(row, Event.RELEASE, self.clock.wall_ms())
+            if row.status is not PROCESSING:
+                continue
+            if row.expires_at is not None and row.expires_at <= now:
+                self.memory.change(row, Event.EXPIRED_AT_START, now)
+            elif not self.claiming or pairs[row.pair].paused_at is not None:
+                back.append(row)
+            else:
+                startable.append(row)
+        self.release(back)
+        return startable
 
     async def claimed_again(self, claims: Sequence[tuple[int, int]]) -> list[Activation]:
         """Those of earlier (seq, claim) that are still held, with their bodies once more."""
@@ -719,11 +752,19 @@ class Inflight:
         self.memory.batch.calls.append(lambda database: database.forget_meta(keys))
         return self.committed()
 
+    def identify(self, source: Source, topic_id: str) -> None:
+        """Which topic of its name the source is of."""
+        if source.topic_id != topic_id:
+            source.topic_id = topic_id
+            self._write(source)
+
     def retire(self, source: Source, topic: str) -> None:
         """The log of a partition is gone, and another one has its name. What was taken of it is this
         broker's for good, under the name ``topic``."""
         name, partition = source.topic, source.partition
         self.memory.partitions.rename(source, topic)
+        # No other topic ever has that name.
+        source.topic_id = ""
         self.cover(source, max(source.next, *(offset + 1 for offset, _, _ in source.uncovered), 0))
         self.settle_dispute(source)
         self.memory.unfinished.rename(source.id, self.source(name, partition).id)

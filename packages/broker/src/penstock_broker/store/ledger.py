@@ -21,8 +21,8 @@ _IN_SEGMENT = SEGMENT_OFFSETS - 1
 # A segment with no more unfinished offsets than this is a dict, which is smaller.
 SPARSE_MAX = 128
 
-# (topic, partition, start, next, covered), as the store keeps it of a source.
-Range = tuple[str, int, int, int, int]
+# (topic, partition, start, next, covered, topic id), as the store keeps it of a source.
+Range = tuple[str, int, int, int, int, str]
 
 
 class State(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from penstock_broker.clock import Clock
@@ -194,10 +194,12 @@ class Memory:
         retry_delay_ms: int | None = None,
         error: str | None = None,
         outcome: int = 0,
+        in_place: bool = False,
     ) -> None:
         """One event on a row that memory holds. It leaves memory, whatever becomes of it.
 
-        ``outcome``: the number of what was reported; 0 for what time or the broker causes.
+        ``outcome``: the number of what was reported; 0 for what time or the broker causes. ``in_place``: one
+        that comes back keeps its place in the order.
         """
         change = decide(row, event, now, self.limits.lifecycle, retry_delay_ms)
         batch = self.batch
@@ -216,13 +218,42 @@ class Memory:
             self._left(row, last, now)
         else:
             back = change.status is PENDING
-            ready_at = self.stamp() + 1 if back else change.ready_at
+            ready_at = row.ready_at if in_place else self.stamp() + 1 if back else change.ready_at
             batch.moves.append(move(row, change, outcome, ready_at, error))
             if row.source != NO_SOURCE:
                 batch.kept.append((place(row.source, row.offset), state_after(row, change)))
             self._stayed(row, change)
         self.void(row)
         self.work.set()
+
+    def unclaim(self, rows: Sequence[Activation], now: int) -> None:
+        """Claims that nobody was told of are undone. When that is durable, the rows have their places again:
+        what memory holds behind them was ready after them."""
+        for row in rows:
+            self.change(row, Event.RELEASE, now, in_place=True)
+        seqs = [row.seq for row in rows]
+        back: list[Activation] = []
+
+        def load(database: Database) -> None:
+            back[:] = database.ready(seqs)
+
+        self.batch.calls.append(load)
+        self.batch.then.append(lambda: self._came_back(back))
+
+    def _came_back(self, rows: Iterable[Activation]) -> None:
+        places: dict[int, list[Activation]] = {}
+        for row in rows:
+            if row.seq in self.dropping:
+                continue
+            row.id_hash = hash_id(row.id)
+            self.index.page_in(self.index.pairs[row.pair], row)
+            self.resident[row.seq] = row
+            if self.partitions.may_start(row):
+                places.setdefault(row.pair, []).append(row)
+            else:
+                self.partitions.hold_start(row)
+        for pair, ready in places.items():
+            self.index.take_places(self.index.pairs[pair], ready)
 
     def claimed(self, row: Activation, now: int) -> None:
         """A row of the index is handed out: the one event after which memory keeps it."""

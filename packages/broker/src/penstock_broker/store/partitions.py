@@ -40,6 +40,8 @@ class Source:
     next: int = -1
     # Every offset below was passed by an acknowledged commit of this broker.
     covered: int = 0
+    # Which topic of its name it is of; "" while Kafka has not said.
+    topic_id: str = ""
     # (offset, seq, id hash) of stored rows at or above ``covered``, in the order of the log.
     uncovered: deque[tuple[int, int, int]] = field(default_factory=deque)
     # Rows numbered below were taken before the range began further back; those of them that were not
@@ -66,9 +68,9 @@ class Source:
         self.set_back_seq = next_seq
         self.set_back_uncovered = frozenset(seq for _, seq, _ in self.uncovered)
 
-    def record(self) -> tuple[str, int, int, int, int]:
+    def record(self) -> tuple[str, int, int, int, int, str]:
         """As it is stored."""
-        return self.topic, self.partition, self.start, self.next, self.covered
+        return self.topic, self.partition, self.start, self.next, self.covered, self.topic_id
 
 
 class Partitions:
