@@ -65,6 +65,7 @@ FEW_SEEDS = 10
         ("old copy put back", "Kafka down"),
         ("Kafka client lost", "broker stopped"),
         ("broker crash in a rebalance",),
+        ("broker stopped", "broker restart"),
     ],
     ids=lambda kinds: kinds[0].replace(" ", "-"),
 )

@@ -21,7 +21,7 @@ from penstock_broker.dispatch.waiting import Waiting, Wanted
 from penstock_broker.domain.activation import Activation, Route, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
-from penstock_broker.store.batch import Answer
+from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
 from penstock_broker.store.writer import StoreStopped
@@ -394,6 +394,20 @@ async def test_what_cancel_says_and_who_is_told(desk: Desk) -> None:
     assert list(consumer_pb2.ExtendClaimsResponse.FromString(answer).answers) == [
         consumer_pb2.CLAIM_ANSWER_CANCELLED
     ]
+
+
+async def test_a_cancel_that_meets_a_claim_of_this_moment_is_tried_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await desk.insert(activation("a", desk.clock))
+    cancel = desk.store.control.cancel
+
+    def claimed_meanwhile(id_hash: int) -> Answer | Report:
+        return Answer.STALE if desk.store.claim(None, (), 1, BYTES) else cancel(id_hash)
+
+    monkeypatch.setattr(desk.store.control, "cancel", claimed_meanwhile)
+    assert await desk.cancel("a") == [pb.CANCEL_RESULT_KILLED]
+    assert desk.store.memory.rows == 0
 
 
 async def test_a_cancelled_task_that_another_broker_runs_is_said_to_be(desk: Desk) -> None:

@@ -25,10 +25,11 @@ from store_helpers import (
 )
 
 from penstock_broker.config import Settings
-from penstock_broker.domain.activation import Route, Status, hash_id
+from penstock_broker.domain.activation import OnExceeded, Route, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError
 from penstock_broker.server import open_store as open_store_of
+from penstock_broker.store.database import checksum
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.soundness import Malformed
 
@@ -271,6 +272,19 @@ async def test_a_page_is_bounded_in_bytes_also_where_a_row_is_damaged(tmp_path: 
     store.database.close()
 
 
+async def test_behind_a_page_of_which_nothing_is_sound_the_next_one_comes(tmp_path: Path) -> None:
+    clock, limits = ManualClock(), dataclasses.replace(LIMITS, window_rows_max=2)
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    await insert(store, [activation(f"t{i}", clock) for i in range(6)])
+    store.database.close()
+    store = open_store(tmp_path / "store.sqlite", clock, limits)
+    store.database.connection.execute("UPDATE activation SET body = x'00' WHERE id IN ('t0', 't1')")
+    await settle_down(store)
+    assert store.memory.quarantined == 2
+    assert [id for id, *_ in await handed_out(store, clock)] == [f"t{i}" for i in range(2, 6)]
+    store.database.close()
+
+
 def settings_for(path: Path, ingest: Literal["kafka", "grpc"]) -> Settings:
     return Settings(db_path=path, ingest=ingest)
 
@@ -353,6 +367,17 @@ async def test_damage_found_while_running_stops_the_broker_and_the_next_start_lo
         open_store(path, clock, LIMITS)
 
 
+async def test_a_damage_that_a_sound_stop_has_followed_is_not_held_against_the_database(
+    tmp_path: Path,
+) -> None:
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    for _ in range(3):
+        database = open_store(path, clock).database
+        database.suspect("a page that is none")
+        database.close()
+        open_store(path, clock).database.close()
+
+
 @pytest.mark.parametrize("bit", [0, 1])
 async def test_a_changed_version_number_is_no_other_version(tmp_path: Path, bit: int) -> None:
     path, clock = tmp_path / "store.sqlite", ManualClock()
@@ -374,3 +399,30 @@ async def test_a_namespace_whose_name_changed_is_not_served_under_another(tmp_pa
         change_byte(path, at, 5)
         with pytest.raises(Malformed, match="sqlite_autoindex_pair"):
             open_store(path, clock)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", "another"),
+        ("taskname", "refund"),
+        ("body", b"another body"),
+        ("seq", 8),
+        ("pair", 3),
+        ("source", 2),
+        ("offset", 6),
+        ("received_at", 12),
+        ("expires_at", None),
+        ("deadline_ms", 10),
+        ("on_exceeded", OnExceeded.DISCARD),
+        ("at_most_once", True),
+        ("content", 5),
+    ],
+)
+def test_whatever_never_changes_of_a_row_is_in_its_checksum(field: str, value: object) -> None:
+    row = activation("t", ManualClock(), expires_ms=500, source=1, offset=5)
+    row.seq, row.pair = 7, 2
+    before = checksum(row)
+    assert getattr(row, field) != value
+    setattr(row, field, value)
+    assert checksum(row) != before

@@ -142,3 +142,15 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FatalError, match=r"cannot open the database.*TASKBROKER_DB_PATH"):
         open_database(tmp_path / "file" / "store.sqlite")
+
+
+def test_of_one_id_the_latest_dead_letter_is_told(tmp_path: Path) -> None:
+    database = open_database(tmp_path / "store.sqlite")
+    died = {1: 10, 2: 30, 3: 30, 4: 20}
+    database.rest_dead_letters(
+        [(seq, at, 1, "a", "charge", "failed", "{}", b"body") for seq, at in died.items()]
+    )
+    latest = database.dead_letter_of("a")
+    assert latest is not None
+    assert (latest.seq, latest.at) == (3, 30)
+    database.close()

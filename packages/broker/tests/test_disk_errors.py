@@ -7,6 +7,7 @@ CI takes a sample of the calls. All of them, with other seeds: PENSTOCK_CRASH_SE
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -17,7 +18,7 @@ from crash_workload import CHECKPOINT_BYTES, LIMITS, TOPIC, Promises, Workload
 from store_helpers import ManualClock, activation, open_store, settle_down
 
 from penstock_broker.errors import FatalError
-from penstock_broker.store import writer
+from penstock_broker.store import database, writer
 from penstock_broker.store.database import DiskFailing
 
 SEEDS = int(os.environ.get("PENSTOCK_CRASH_SEEDS", "0"))
@@ -161,6 +162,37 @@ async def test_while_the_disk_fails_calls_are_refused_and_then_it_recovers_by_it
     await stored
     assert store.intake_state() == ("OPEN", "")
     assert len(store.claim(None, (), 10, 1 << 20)) == 3
+    store.writer.stop()
+    await running
+    life.end()
+
+
+async def test_a_log_that_cannot_be_copied_back_has_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails is the database's own file, and nothing else."""
+    late = 8 * CHECKPOINT_BYTES
+    monkeypatch.setattr(database, "WAL_BYTES_LATE", late)
+    life = Life(tmp_path / "store.sqlite", 1)
+    store = life.store
+
+    def fails(call: Call) -> None:
+        if call.kind == "write" and call.path == str(life.path):
+            raise io_error(call)
+
+    life.disk.before = fails
+    running = asyncio.create_task(store.writer.run())
+    written = 0
+    while store.writer.trouble is None and written < 2 * late:
+        store.insert([activation(f"{written}", life.clock, body=os.urandom(4000))])
+        written += 4000
+        with contextlib.suppress(DiskFailing):
+            await store.answerable(store.committed())
+    assert store.writer.trouble is not None
+    assert late < life.disk.contents.size() < 2 * late
+    life.disk.before = lambda call: None
+    await store.committed()
+    assert store.memory.rows * 4000 == written
     store.writer.stop()
     await running
     life.end()

@@ -142,3 +142,17 @@ async def test_a_start_on_a_full_disk_uses_the_reserve_that_was_left(small_disk:
     second = open_store(path, clock)
     assert second.epoch == first.epoch + 1
     second.database.close()
+
+
+def test_while_the_reserve_is_not_held_space_is_low(tmp_path: Path) -> None:
+    """Who frees enough for what is needed now has not freed enough for the next time."""
+    space = Space(tmp_path / "store.sqlite")
+    space.reserve_bytes, free = 1000, 5000
+    space._free = lambda: free  # type: ignore[method-assign]
+    assert not space.watch()
+    assert space.give_up()
+    free = 1999
+    assert space.watch()
+    free = 2000
+    assert not space.watch()
+    space.close()

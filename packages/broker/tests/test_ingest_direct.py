@@ -7,13 +7,14 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import apsw
 import pytest
 from ingest_helpers import running_store, task_bytes
 
 from penstock_broker.domain.lifecycle import Limits
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.direct import Direct, IntakePaused, InvalidRequest
-from penstock_broker.store.database import Database
+from penstock_broker.store.database import Database, DiskFailing
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.limits import StoreLimits
 from penstock_protocol.v1 import producer_pb2
@@ -111,3 +112,12 @@ async def test_no_room_for_all_stores_nothing_and_names_the_limit(store: Infligh
 async def test_bytes_that_are_no_request(store: Inflight) -> None:
     with pytest.raises(InvalidRequest, match="no SendTasksRequest"):
         await Direct(store, Admission(AdmissionLimits())).send(b"\x0a\xff")
+
+
+async def test_while_the_disk_fails_a_send_is_told_so_and_leaves_nothing_behind(store: Inflight) -> None:
+    store.writer.trouble = DiskFailing(apsw.IOError())
+    with pytest.raises((DiskFailing, IntakePaused)) as refused:
+        await send(store, task_bytes("a"))
+    store.writer.trouble = None
+    assert refused.type is DiskFailing, "the limit that is reached is none"
+    assert [a.result for a in await send(store, task_bytes("a"))] == [ACCEPTED]

@@ -418,3 +418,26 @@ async def test_what_may_have_left_long_ago_is_not_sent_again_to_start_twice(
         store.outbox.give_back(Route.DEAD_LETTER, letters)
         await store.committed()
         check_store(store)
+
+
+async def test_the_alarm_of_a_full_store_lasts_whatever_else_leaves(store: Inflight) -> None:
+    class TooLarge:
+        async def publish(self, letters: list[Letter]) -> list[KafkaError | None]:
+            too_large = KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)
+            return [too_large if (letter.key or "").startswith("large") else None for letter in letters]
+
+    publisher: Any = TooLarge()
+    forwarder = Forwarder(
+        store,
+        Route.DEAD_LETTER,
+        publisher,
+        lambda row, trimmed: letter(row, None, "tasks-dlq", trimmed),
+        lambda topic, count: None,
+    )
+    await store.insert([*(dead(f"large-{n}") for n in range(6)), dead("small")])
+    *large, small = await store.outbox.take(Route.DEAD_LETTER, 9, MIB)
+    for rows in (large, [small]):
+        await forwarder._forward(rows, publisher)
+        assert "dead_letters_rest_max" in forwarder.alarm
+    assert (store.outbox.resting, forwarder.forwarded) == (5, 1)
+    forwarder._lines.stop()

@@ -643,3 +643,16 @@ async def test_a_commit_that_is_tried_again_waits_since_it_was_first_sent(
         clock.advance(500)
         member.intake.membership.turned()
     assert member.started() == []
+
+
+async def test_which_topic_it_is_and_where_it_begins_is_durable_before_it_is_read(store: Inflight) -> None:
+    """Or after a power cut its offsets would be taken for those of the old one."""
+    intake = Broker(store).intake
+    for id in ("old", "new"):
+        assert await intake.topic_is(id) == (id == "new")
+        assert store.database.meta("topic_id/tasks") == id
+        await intake.begin_anew([new(low=3, high=9)])
+        assert not store.writer.work_waits()
+        source = store.source("tasks", 0)
+        begun = [record[:5] for record in await store.read(Database.sources)]
+        assert (source.id, "tasks", 0, 3, 3) in begun

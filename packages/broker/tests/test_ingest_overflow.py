@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
-from ingest_helpers import MockKafka, kafka_settings, running_store, task_bytes, until
+from ingest_helpers import PARTITIONS, MockKafka, kafka_settings, running_store, task_bytes, until
+from store_helpers import ManualClock, activation
 
 from penstock_broker.config import Settings
-from penstock_broker.domain.activation import Status, hash_id
+from penstock_broker.domain.activation import Reason, Status, hash_id
 from penstock_broker.domain.lifecycle import Event
-from penstock_broker.ingest import overflow
+from penstock_broker.ingest import overflow, parts
+from penstock_broker.ingest.intake import Intake
+from penstock_broker.ingest.ledger import Ledger
+from penstock_broker.ingest.ownership import Me, Owner, encode
 from penstock_broker.ingest.parts import Ingest
 from penstock_broker.metrics import Metrics
 from penstock_broker.store.inflight import Inflight
@@ -108,3 +112,77 @@ async def test_who_has_room_gets_past_those_who_have_none(
         kafka.produce("tasks-overflow", [*behind, *tasks("quiet", 10)])
         await until(lambda: held(store, "quiet") == 10)
         assert held(store, "flood") == SHARE
+
+
+async def test_of_the_overflow_nothing_is_skipped_whatever_is_of_the_topic(
+    kafka: MockKafka, settings: Settings
+) -> None:
+    kafka.produce("tasks", tasks("before", 3))
+    kafka.produce("tasks-overflow", tasks("over", 3))
+    latest = settings.model_copy(update={"kafka_auto_offset_reset": "latest"})
+    async with ingesting(latest) as (store, ingest):
+        consumer = ingest.consumer
+        assert consumer is not None
+        await until(lambda: len(consumer.assignment) == PARTITIONS)
+        kafka.produce("tasks", tasks("after", 3))
+        await until(lambda: store.source("tasks", 0).next == 6)
+        assert (held(store, "before"), held(store, "after")) == (0, 3)
+        await until(lambda: store.source("tasks-overflow", 0).next == 3)
+        assert held(store, "over") == 3
+
+
+async def test_what_others_read_again_of_the_overflow_is_dropped_after_a_restart(
+    kafka: MockKafka, settings: Settings
+) -> None:
+    """The overflow is consumed, too: its rows are no orphans."""
+    clock = ManualClock()
+    async with running_store(settings.db_path) as store:
+        source = store.source("tasks-overflow", 0)
+        rows = [activation(f"over-{n}", clock, source=source.id, offset=n) for n in range(3)]
+        await store.insert(rows, {source.id: 3})
+    kafka.produce("tasks-overflow", tasks("over", 3))
+    other = encode([Owner(0, Me("another", "0" * 8), 1)])
+    kafka.commit(settings.group_of("tasks-overflow"), "tasks-overflow", 3, other)
+    async with ingesting(settings) as (store, ingest):
+        overflow = ingest.overflow
+        assert overflow is not None
+        await until(lambda: len(overflow.assignment) == PARTITIONS)
+        await store.committed()
+        assert (store.memory.tally.dropped, store.memory.rows) == (3, 0)
+
+
+async def test_what_is_read_of_the_overflow_takes_part_in_an_adoption(
+    kafka: MockKafka, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topics: list[str] = []
+
+    async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force: bool) -> None:
+        topics.extend(intake.topic for intake in intakes)
+
+    monkeypatch.setattr(parts, "adopt", adopt)
+    async with ingesting(settings) as (_, ingest):
+        await ingest.adopt("gone", False)
+    assert topics == ["tasks", "tasks-overflow"]
+
+
+async def test_the_overflow_is_read_on_as_soon_as_one_that_was_full_has_room(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overflow, "BACK_OFF_SECONDS_MIN", 60.0)
+    async with running_store(settings.db_path) as store:
+        reads = overflow.Overflow(store, settings)
+        rows = [activation("t", ManualClock(), namespace=name) for name in ("full", "free")]
+        for pair, row in enumerate(rows, 1):
+            row.seq, row.pair, row.reason = pair, pair, Reason.OVERFLOW
+        room: set[int] = set()
+        monkeypatch.setattr(store, "has_share_room", room.__contains__)
+        for queue in ("full", "free"):
+            store.pair("shop", queue)
+        reads._inserted(rows)
+        store.watch_disk()
+        await store.committed()
+        assert reads._room() == 0
+        room.add(2)
+        store.watch_disk()
+        await store.committed()
+        assert reads._room() > 0

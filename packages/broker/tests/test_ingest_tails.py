@@ -82,8 +82,8 @@ async def test_what_another_broker_took_is_not_run_again(
 class Message:
     """One that was read."""
 
-    def __init__(self, offset: int, id: str) -> None:
-        self._offset, self._id = offset, id
+    def __init__(self, offset: int, id: str, **fields: object) -> None:
+        self._offset, self._id, self._fields = offset, id, fields
 
     def error(self) -> None:
         return None
@@ -98,7 +98,7 @@ class Message:
         return self._id.encode()
 
     def value(self) -> bytes:
-        return task_bytes(self._id)
+        return task_bytes(self._id, **self._fields)
 
     def timestamp(self) -> tuple[int, int]:
         return 1, 1
@@ -132,6 +132,21 @@ def test_what_follows_a_tail_that_ends_in_no_message_is_new(settings: Settings) 
     tails.add(Tail(partition=0, source=1, first=0, end=2))
     assert tails.turn()
     assert set(told) == {hash_id("known")}
+
+
+def test_of_two_under_one_id_the_first_has_it(settings: Settings) -> None:
+    """What comes again is compared with what has run."""
+    first, second = Message(0, "a", parameters_bytes=b"1"), Message(1, "a", parameters_bytes=b"2")
+
+    def known(*messages: Message) -> dict[int, int]:
+        told: dict[int, int] = {}
+        tails = Tails(settings, SystemClock(), lambda source, ids, forwards: told.update(ids))
+        tails._consumer = Log(*messages, Message(2, "behind"))  # type: ignore[assignment]
+        tails.add(Tail(partition=0, source=1, first=0, end=2))
+        tails.turn()
+        return told
+
+    assert known(first, second) == known(first) != known(second)
 
 
 async def test_what_was_handed_over_goes_on_once(

@@ -43,6 +43,8 @@ class Creating:
 
     def __init__(self, kafka: MockKafka, *refusals: dict[str, int]) -> None:
         self._kafka, self._refusals = kafka, list(refusals)
+        # Of those that it was asked to create.
+        self.configs: dict[str, dict[str, str]] = {}
 
     def __call__(self, config: dict[str, str | int | float | bool]) -> Creating:
         self.list_topics = AdminClient(config).list_topics
@@ -54,6 +56,7 @@ class Creating:
         for topic in new:
             future: Future[None] = Future()
             futures[topic.topic] = future
+            self.configs[topic.topic] = topic.config or {}
             if topic.topic in refused:
                 future.set_exception(KafkaException(KafkaError(refused[topic.topic])))
             else:
@@ -97,6 +100,18 @@ def test_what_passes_is_to_be_tried_again_and_what_lasts_is_said(
         assert KafkaError(code).str() in error.message
     monkeypatch.setattr(topics, "AdminClient", Creating(kafka, {"new": CODES.TOPIC_ALREADY_EXISTS}))
     assert outcome(creating) is None
+
+
+def test_the_ledger_is_compacted_and_nothing_else_is(
+    kafka: MockKafka, creating: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By age it would forget what a broker that is lost has held for long."""
+    cluster = Creating(kafka)
+    monkeypatch.setattr(topics, "AdminClient", cluster)
+    assert outcome(creating) is None
+    policies = {topic: config.get("cleanup.policy") for topic, config in cluster.configs.items()}
+    assert policies.pop(creating.kafka_ledger_topic) == "compact"
+    assert policies == {"new": None, "new-dlq": None, creating.kafka_overflow_topic: None}
 
 
 @pytest.mark.parametrize(("again_seconds", "times"), [(60, 1), (0, 3)])

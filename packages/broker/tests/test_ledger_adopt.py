@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from penstock_broker.clock import SystemClock
+from penstock_broker.config import Settings
 from penstock_broker.departures import Departures
 from penstock_broker.dispatch.service import Refused
+from penstock_broker.ingest import ledger_log
 from penstock_broker.ingest.drain import DrainReport
 from penstock_broker.ingest.ledger_adopt import AdoptedHere, AdoptError, AdoptReport, adopt
+from penstock_broker.ingest.ledger_log import LedgerLog
 from penstock_broker.ingest.ledger_records import Account, Head
 from penstock_broker.ingest.ownership import Me
 from penstock_protocol.v1 import admin_pb2 as pb
@@ -205,3 +209,16 @@ async def test_a_broker_does_not_adopt_and_leave_at_the_same_time(monkeypatch: p
     assert pb.DrainResponse.FromString(await departures.drain(drain)).finished
     with pytest.raises(Refused, match="drained"):
         await asked(departures)
+
+
+@pytest.mark.parametrize("group", ["penstock-tasks", "penstock-tasks-overflow"])
+def test_who_still_reads_any_topic_of_the_pool_is_not_gone(
+    monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
+    settings = Settings(kafka_topic="tasks")
+    members = {group: SimpleNamespace(members=[SimpleNamespace(client_id="gone")])}
+    monkeypatch.setattr(ledger_log, "AdminClient", lambda config: None)
+    monkeypatch.setattr(ledger_log, "describe_group", lambda admin, group, seconds: members.get(group))
+    ledger = LedgerLog(settings, SystemClock(), "broker-1")
+    assert ledger.is_member("gone")
+    assert not ledger.is_member("another")

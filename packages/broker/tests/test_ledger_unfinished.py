@@ -257,14 +257,15 @@ async def test_a_dead_letter_died_when_it_did_also_when_it_is_restored(tmp_path:
     store.database.close()
 
 
-async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("term", ["restored", "adopted"])
+async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path, term: str) -> None:
     """Or its attempts would begin again when the next disk is lost."""
     clock = ManualClock()
     store = open_store(tmp_path / "s", clock)
     source = store.source("tasks", 0)
     row = activation("t0", clock, source=source.id, offset=0, max_attempts=3)
     row.attempts, row.lost, row.given_back_at = 2, 1, clock.wall_ms()
-    store.insert([row], {source.id: 1}, "restored")
+    store.insert([row], {source.id: 1}, term)
     await settle_down(store)
     for _ in range(2):
         (state,) = store.memory.unfinished.places().values()
@@ -274,4 +275,23 @@ async def test_what_a_restored_task_has_become_is_recorded_anew(tmp_path: Path) 
         store = open_store(tmp_path / "s", clock)
         await settle_down(store)
         check_store(store)
+    store.database.close()
+
+
+async def test_why_and_when_a_dead_letter_died_is_known_after_a_restart(tmp_path: Path) -> None:
+    clock = ManualClock()
+    store = open_store(tmp_path / "s", clock)
+    await taken(store, clock, 1)
+    (row,) = store.claim(None, (), 1, 1 << 20)
+    store.settle(token_of(store, row), Event.FAIL, clock.wall, error="why")
+    late = await taken(store, clock, 1, expires_ms=1_000)
+    clock.advance(2_000)
+    await settle_down(store)
+    for _ in range(2):
+        known = store.memory.unfinished.places()
+        states = [known[place(one.source, one.offset)] for one in (row, *late)]
+        assert [state and state.reason for state in states] == [Reason.FAILED, Reason.EXPIRED]
+        assert [state and state.due_at for state in states] == [clock.wall - 2_000, clock.wall]
+        store.database.close()
+        store = open_store(tmp_path / "s", clock)
     store.database.close()

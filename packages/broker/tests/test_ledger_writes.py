@@ -675,6 +675,26 @@ async def test_an_adopter_settles_its_own_rows_first_once_kafka_knows_their_part
         assert heir.store.memory.tally.dropped == 0
 
 
+async def test_what_an_adopter_had_read_and_the_other_has_finished_is_not_run_again(
+    path: Path, log: Log
+) -> None:
+    """It had read it first, and nothing of that was committed."""
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(4)}
+    async with broker(path, log, killed=True) as gone:
+        await gone.take(0, 5)
+        await gone.finish()
+        await gone.store.recorded()
+        log.owners = (Owner(0, gone.ledger.me, 1),)
+    async with broker(path.with_name("heir.sqlite"), log, broker_id="broker-2") as heir:
+        rows = [heir._admission.admit(task_bytes(f"{n}"), 1, heir.source.id, n) for n in range(2)]
+        await heir.store.insert(rows, {heir.source.id: 2})
+        heir.store.dispute(heir.source)
+        intake = Intake(heir.store, "tasks", "broker-2", 6000)
+        await adopt(heir.ledger, [intake], "broker-1", force=True)
+        assert heir.store.claim(None, (), 9, 1 << 20) == []
+        assert (heir.store.memory.rows, heir.store.memory.tally.dropped) == (0, 2)
+
+
 @pytest.mark.parametrize("answers", [1, ledger_restore.LOOKS - 1])
 async def test_a_broker_is_not_adopted_empty_because_a_node_of_kafka_does_not_know_its_topic(
     path: Path, log: Log, answers: int
@@ -819,3 +839,43 @@ def test_after_a_write_that_failed_nothing_is_written_before_it_is_opened_again(
     """The one after it may have been on its way already."""
     with pytest.raises(Fenced):
         LedgerLog(Settings(kafka_topic="tasks"), SystemClock(), "broker-1").write([])
+
+
+async def test_a_write_that_the_end_interrupts_is_made_once_more(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        await one.take(0, 10)
+        await one.store.recorded()
+        log.takes.clear()
+        begun = log.begun
+        # Copies were absorbed: nothing but the range has changed.
+        one.store.insert([], {one.source.id: 15})
+        await until(lambda: log.begun > begun)
+        log.refuses = 1
+    assert log.account().ranges["tasks", 0] == (0, 15, 10)
+
+
+async def test_who_was_adopted_during_an_outage_notices_before_it_writes(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        head = log.account().head
+        assert head is not None
+        begun, log.refuses = log.begun, 1
+        log.records.append(head_record(GROUP, "broker-1", head._replace(successor=Me("broker-2", "2"))))
+        asked = asyncio.ensure_future(one.store.recorded())
+        await until(lambda: asked.done() or one.ledger.fatal is not None)
+        assert isinstance(one.ledger.fatal, Replaced)
+        assert log.begun == begun + 1
+        asked.cancel()
+
+
+async def test_after_an_outage_all_is_written_again(path: Path, log: Log) -> None:
+    """The topic may have been made anew."""
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        log.records.clear()
+        log.refuses = 1
+        await one.store.recorded()
+        assert log.account().ranges == {("tasks", 0): (0, 4, 4)}
+        assert [offsets_of(0, segment) for segment in log.account().segments.values()] == [[0, 1, 2]]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ingest_helpers import running_store
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from penstock_broker.config import Settings
+from penstock_broker.dispatch.waiting import Waiting
 from penstock_broker.errors import FatalError
+from penstock_broker.ingest.parts import Ingest
 from penstock_broker.metrics import CHILDREN_MAX, LATENCY_BUCKETS, OTHER, Distribution, Metrics, expose, label
+from penstock_broker.observe import Observer
 
 UNITS = {
     "seconds",
@@ -195,3 +204,19 @@ def test_a_port_in_use_is_an_error_only_if_somebody_chose_it(metrics: Metrics, t
 def test_an_address_that_is_not_ours_is_an_error(metrics: Metrics) -> None:
     with pytest.raises(FatalError, match=r"cannot serve metrics on 192\.0\.2\.1:"):
         expose(metrics, "192.0.2.1", free_port(), must=True)
+
+
+async def test_what_was_lost_is_counted_once(metrics: Metrics, tmp_path: Path) -> None:
+    def told() -> list[float | None]:
+        names = ("penstock_deliveries_lost_total", "penstock_unrestorable_tasks_total")
+        return [value(metrics, name) for name in names]
+
+    async with running_store(tmp_path / "store.sqlite") as store:
+        Observer(metrics, store, Waiting(store, 1 << 20))
+        ingest = Ingest(Settings(db_path=tmp_path / "store.sqlite"), store, metrics)
+        ledger: Any = SimpleNamespace(is_open=True, age_seconds=lambda: 0.0, unrestorable=3)
+        ingest.ledger, store.memory.tally.lost = ledger, 2
+        for _ in range(2):
+            assert await asyncio.to_thread(told) == [2, 3]
+        ledger.unrestorable, store.memory.tally.lost = 4, 7
+        assert await asyncio.to_thread(told) == [7, 4]

@@ -637,6 +637,20 @@ async def test_an_at_most_once_task_waits_for_cover_before_it_starts(
     assert [row.id for row in store.claim(None, (), 9, BYTES)] == ["careful"]
 
 
+async def test_what_was_covered_stays_so_whatever_offset_is_told_later(
+    store: Inflight, clock: ManualClock
+) -> None:
+    """One that was asked for before the last commit, or none at all."""
+    source = store.source("tasks", 0)
+    rows = [activation(f"{n}", clock, at_most_once=True, source=source.id, offset=n) for n in range(3)]
+    await insert(store, *rows, taken={source.id: 3})
+    for offset in (3, 1, 0):
+        store.cover(source, offset)
+        await settle_down(store)
+        assert source.covered == 3
+    assert len(store.claim(None, (), 9, BYTES)) == 3
+
+
 @pytest.mark.parametrize("first", ["waits", "waits in its row", "is claimed", "is done"])
 @pytest.mark.parametrize("restarted", [False, True])
 async def test_an_id_taken_for_something_else_is_a_conflict(
@@ -1295,3 +1309,33 @@ async def test_what_is_taken_to_leave_is_bounded_in_bytes(store: Inflight, clock
         await settle_down(store)
         sizes.append(len(await taking))
     assert sizes == [2, 1, 1]
+
+
+async def test_what_is_passed_over_keeps_its_place(store: Inflight, clock: ManualClock) -> None:
+    rows = [activation(id, clock, at_most_once=id != "c") for id in ("a", "b", "c", "d")]
+    await insert(store, *rows)
+    assert [row.id for row in store.claim(None, (), 2, 1 << 20, at_most_once=False)] == ["c"]
+    assert [row.id for row in store.claim(None, (), 4, 1 << 20)] == ["a", "b", "d"]
+
+
+async def test_what_comes_back_within_a_millisecond_is_not_overtaken_by_what_comes_new(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Also where memory does not hold it: it would be read behind those that came after it, or not at all."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock), activation("b", clock))
+    forgotten = [token_of(store, row) for row in store.claim(None, (), 2, BYTES)]
+    store = reopen(store, clock, StoreLimits(window_rows_max=1))
+    await settle_down(store)
+    assert await settled(store, forgotten[1], Event.RELEASE) is Answer.APPLIED
+    await insert(store, *(activation(id, clock) for id in ("c", "d", "e")))
+    check_store(store)
+    ended = []
+    while rows := store.claim(None, (), 9, BYTES):
+        for row in rows:
+            ended.append(row.id)
+            store.settle(token_of(store, row), Event.COMPLETE, clock.wall)
+        await settle_down(store)
+        check_store(store)
+    assert ended == ["a", "b", "c", "d", "e"]
+    store.database.close()

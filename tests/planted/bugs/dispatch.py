@@ -712,4 +712,12 @@ BUGS = (
         new="if answers[i]",
         tests=(SERVICE + "test_a_report_by_id_that_is_repeated_waits_for_cover_as_the_first",),
     ),
+    Bug(
+        "a cancel that meets a claim of this moment is not tried again",
+        "what cancel says is true",
+        "broker/dispatch/admin.py",
+        old="            waiting = [id for id in told if answers[id] is Answer.STALE]\n",
+        new="            waiting = []\n",
+        tests=(BROKER + "test_admin.py::test_a_cancel_that_meets_a_claim_of_this_moment_is_tried_again",),
+    ),
 )

@@ -630,6 +630,22 @@ BUGS = (
         new='        "enable.idempotence": False,\n        "acks": 1,\n',
         tests=(KAFKA + "test_what_kafka_acknowledges_is_on_all_replicas_and_offsets_are_committed_here",),
     ),
+    Bug(
+        "which topic it is is read before it is durable",
+        "a topic that is made anew is read from its beginning",
+        "broker/ingest/intake.py",
+        old="        await self.store.set_meta(key, id)\n",
+        new="        self.store.set_meta(key, id)\n",
+        tests=(INTAKE + "test_which_topic_it_is_and_where_it_begins_is_durable_before_it_is_read",),
+    ),
+    Bug(
+        "a topic made anew is read before its range is durable",
+        "a topic that is made anew is read from its beginning",
+        "broker/ingest/intake.py",
+        old=("        await self.store.committed()\n        return begun\n\n    # -- partitions that go"),
+        new="        return begun\n\n    # -- partitions that go",
+        tests=(INTAKE + "test_which_topic_it_is_and_where_it_begins_is_durable_before_it_is_read",),
+    ),
     # -- what others have taken
     Bug(
         "the tail is not read",
@@ -672,6 +688,14 @@ BUGS = (
         new="        if first >= tail.end:\n",
         tests=(TAILS + "test_tasks_of_a_topic_that_was_made_anew_are_not_taken_for_old_ones",),
         hangs=True,
+    ),
+    Bug(
+        "of two under one id the last has it",
+        "the same message again is not run again",
+        "broker/ingest/tails.py",
+        old="        reading.ids.setdefault(hash_id(row.id), row.content)\n",
+        new="        reading.ids[hash_id(row.id)] = row.content\n",
+        tests=(TAILS + "test_of_two_under_one_id_the_first_has_it",),
     ),
     # -- membership
     Bug(
@@ -772,6 +796,17 @@ BUGS = (
         old="            self.offsets_skipped += start.skipped\n",
         new="",
         tests=(INTAKE + "test_an_offset_moved_ahead_is_an_alarm_with_a_count",),
+    ),
+    Bug(
+        "rows of the overflow are orphans after a restart",
+        "a row is run by the broker whose it is",
+        "broker/ingest/parts.py",
+        old="keep_orphans(store, settings.kafka_topic, settings.kafka_overflow_topic)",
+        new="keep_orphans(store, settings.kafka_topic)",
+        tests=(
+            BROKER
+            + "test_ingest_overflow.py::test_what_others_read_again_of_the_overflow_is_dropped_after_a_restart",
+        ),
     ),
     Bug(
         "what was restored is taken for what has the name of its topic now",
@@ -1177,6 +1212,68 @@ BUGS = (
             + "test_ledger_adopt.py::test_an_adoption_that_ended_unasked_is_not_the_answer_to_the_next_one",
         ),
     ),
+    Bug(
+        "a range that was not written is not written again",
+        "losing a broker loses nothing",
+        "broker/ingest/ledger.py",
+        old="            unfinished.dirty_ranges.update(ranges)\n            self._waiters",
+        new="            self._waiters",
+        tests=(WRITES + "test_a_write_that_the_end_interrupts_is_made_once_more",),
+    ),
+    Bug(
+        "after an outage it is not looked who has taken over",
+        "of a task one broker is in charge",
+        "broker/ingest/ledger.py",
+        old="                if not self.is_open:\n                    await self._reopen()\n",
+        new=(
+            "                if not self.is_open:\n"
+            "                    await self.call(self.log.fence)\n"
+            "                    self.is_open = True\n"
+        ),
+        tests=(WRITES + "test_who_was_adopted_during_an_outage_notices_before_it_writes",),
+    ),
+    Bug(
+        "after an outage only what has changed is written",
+        "losing a broker loses nothing",
+        "broker/ingest/ledger.py",
+        old="        self._begin(account)\n        self.off, self.is_open = False, True\n",
+        new="        self.off, self.is_open = False, True\n",
+        tests=(WRITES + "test_after_an_outage_all_is_written_again",),
+    ),
+    Bug(
+        "own rows of the overflow are not settled before an adoption",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/parts.py",
+        old="await adopt(self.ledger, [c.intake for c in self._consumers()], broker_id, force)",
+        new="await adopt(self.ledger, [self.consumer.intake], broker_id, force)",
+        tests=(
+            BROKER + "test_ingest_overflow.py::test_what_is_read_of_the_overflow_takes_part_in_an_adoption",
+        ),
+    ),
+    Bug(
+        "who still reads the overflow counts as gone",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger_log.py",
+        old="groups = [settings.kafka_consumer_group, settings.group_of(settings.kafka_overflow_topic)]",
+        new="groups = [settings.kafka_consumer_group]",
+        tests=(BROKER + "test_ledger_adopt.py::test_who_still_reads_any_topic_of_the_pool_is_not_gone",),
+    ),
+    Bug(
+        "an adopter's own rows are not settled first",
+        "a task that was adopted is run by one broker",
+        "broker/ingest/ledger_adopt.py",
+        old="                await _settle_own(ledger, intakes, left)\n",
+        new="                pass\n",
+        tests=(WRITES + "test_what_an_adopter_had_read_and_the_other_has_finished_is_not_run_again",),
+    ),
+    Bug(
+        "what Kafka no longer held is not in the metrics",
+        "what is lost is told",
+        "broker/ingest/parts.py",
+        old='            metrics.unrestorable.inc(self._since("unrestorable", ledger.unrestorable))\n',
+        new="",
+        tests=(BROKER + "test_metrics.py::test_what_was_lost_is_counted_once",),
+    ),
     # -- topics
     Bug(
         "a topic that cannot be created now ends the broker",
@@ -1201,6 +1298,36 @@ BUGS = (
         old="                if now >= warn_at_ms:\n",
         new="                if not warn_at_ms:\n",
         tests=(TOPICS + "test_creating_is_tried_again_and_said_now_and_then",),
+    ),
+    Bug(
+        "the ledger's topic forgets by age",
+        "losing a broker loses nothing",
+        "broker/ingest/topics.py",
+        old='"cleanup.policy": "compact"',
+        new='"cleanup.policy": "delete"',
+        tests=(TOPICS + "test_the_ledger_is_compacted_and_nothing_else_is",),
+    ),
+    Bug(
+        "what overflowed first is skipped as the topic's first is",
+        "an accepted task is run, or is a dead letter",
+        "broker/ingest/overflow.py",
+        old=', "kafka_auto_offset_reset": "earliest"}',
+        new="}",
+        tests=(
+            BROKER
+            + "test_ingest_overflow.py::test_of_the_overflow_nothing_is_skipped_whatever_is_of_the_topic",
+        ),
+    ),
+    Bug(
+        "kafka_auto_offset_reset does nothing",
+        "a setting does what it says",
+        "broker/ingest/consumer.py",
+        old="            settings.kafka_auto_offset_reset,\n            room,",
+        new='            "earliest",\n            room,',
+        tests=(
+            BROKER
+            + "test_ingest_overflow.py::test_of_the_overflow_nothing_is_skipped_whatever_is_of_the_topic",
+        ),
     ),
     # -- sent on
     Bug(
@@ -1335,6 +1462,17 @@ BUGS = (
         new="            return wanted\n",
         tests=(BROKER + "test_ingest_gate.py::test_no_more_is_taken_than_memory_has_room_for",),
     ),
+    Bug(
+        "the overflow waits until all that were full have room",
+        "a namespace that has room waits for no other",
+        "broker/ingest/overflow.py",
+        old="any(map(self._store.has_share_room, self._full)):",
+        new="all(map(self._store.has_share_room, self._full)):",
+        tests=(
+            BROKER
+            + "test_ingest_overflow.py::test_the_overflow_is_read_on_as_soon_as_one_that_was_full_has_room",
+        ),
+    ),
     # -- admission
     Bug(
         "delayed row early by its fraction of a second",
@@ -1433,6 +1571,14 @@ BUGS = (
         new="            first = None\n",
         tests=(DIRECT + "test_each_answer_is_its_own",),
     ),
+    Bug(
+        "a send while the disk fails is told of a limit",
+        "every answer is true",
+        "broker/ingest/direct.py",
+        old="        self._store.require_disk()\n",
+        new="",
+        tests=(DIRECT + "test_while_the_disk_fails_a_send_is_told_so_and_leaves_nothing_behind",),
+    ),
     # -- dead letters
     Bug(
         "dead letter sent without awaiting",
@@ -1508,6 +1654,14 @@ BUGS = (
         old='    return replay.forward_id(row.id, row.attempts, row.reason or "")\n',
         new='    return replay.forward_id(row.id, row.ready_at, row.reason or "")\n',
         tests=(FORWARDER + "test_a_forward_id_is_that_of_activation_attempt_and_reason",),
+    ),
+    Bug(
+        "a full store of dead letters clears its alarm with the next that leaves",
+        "an alarm lasts as long as its cause",
+        "broker/ingest/forwarder.py",
+        old="        elif not self._full:\n            self._clear_alarm()\n",
+        new="        elif not self._full or not too_large:\n            self._clear_alarm()\n",
+        tests=(FORWARDER + "test_the_alarm_of_a_full_store_lasts_whatever_else_leaves",),
     ),
     # -- upkeep
     Bug(

@@ -587,6 +587,14 @@ BUGS = (
         new="error",
         tests=(RULES + "test_a_dead_letter_of_what_expired_tells_how_it_failed_before",),
     ),
+    Bug(
+        "rows passed over come back in reverse order",
+        "a namespace's tasks are handed out in their order",
+        "broker/store/inflight.py",
+        old="        for row in reversed(passed):\n",
+        new="        for row in passed:\n",
+        tests=(STORE + "test_what_is_passed_over_keeps_its_place",),
+    ),
     # -- leases
     Bug(
         "lease counted as an attempt",
@@ -889,6 +897,14 @@ BUGS = (
         new="            not arrivals or size < TICK_BYTES_MAX\n",
         tests=(RULES + "test_a_flood_of_new_tasks_does_not_hold_up_an_outcome",),
     ),
+    Bug(
+        "what comes back by a late report shares its place with what comes new",
+        "nothing enters before what memory holds",
+        "broker/store/batch.py",
+        old="self.moves or self.reports or self.due_at is not None)",
+        new="self.moves or self.due_at is not None)",
+        tests=(STORE + "test_what_comes_back_within_a_millisecond_is_not_overtaken_by_what_comes_new",),
+    ),
     # -- what no worker asks for
     Bug(
         "a pair that a restart finds was never asked for",
@@ -1004,6 +1020,22 @@ BUGS = (
         new="                pass\n",
         tests=(STORE + "test_an_uncovered_outcome_is_refused_when_another_broker_reads_the_task_again",),
     ),
+    Bug(
+        "lost deliveries are not in the metrics",
+        "what is lost is told",
+        "broker/observe.py",
+        old='        metrics.deliveries_lost.inc(self._since("lost", store.memory.tally.lost))\n',
+        new="",
+        tests=(BROKER + "test_metrics.py::test_what_was_lost_is_counted_once",),
+    ),
+    Bug(
+        "the oldest dead letter of an id is told for the latest",
+        "a dead letter is told with its own reason",
+        "broker/store/database.py",
+        old="ORDER BY at DESC, seq DESC LIMIT 1",
+        new="ORDER BY at, seq LIMIT 1",
+        tests=(DATABASE + "test_of_one_id_the_latest_dead_letter_is_told",),
+    ),
     # -- limits
     Bug(
         "the intake's limit in bytes is not looked at",
@@ -1060,6 +1092,26 @@ BUGS = (
         old="        if queue is None and len(self.memory.counts) < PAIRS_MAX:\n",
         new="        if queue is None:\n",
         tests=(RULES + "test_namespaces_beyond_the_limit_are_dead_letters_that_say_so",),
+    ),
+    Bug(
+        "the intake opens while the reserve is given up",
+        "claims, outcomes and dead letters go on on a full disk",
+        "broker/store/space.py",
+        old="        self.low = not self._held or free < self.reserve_bytes + margin\n",
+        new="        self.low = free < self.reserve_bytes + margin\n",
+        tests=(BROKER + "test_disk_space.py::test_while_the_reserve_is_not_held_space_is_low",),
+    ),
+    Bug(
+        "the log grows without bound while it cannot be copied back",
+        "disk is bounded",
+        "broker/store/database.py",
+        old=(
+            "        if self._wal_bytes > WAL_BYTES_LATE:\n"
+            "            # It could not be copied back until now: no tick before it is.\n"
+            "            self._checkpoint()\n"
+        ),
+        new="",
+        tests=(BROKER + "test_disk_errors.py::test_a_log_that_cannot_be_copied_back_has_a_bound",),
     ),
     # -- cover
     Bug(
@@ -1226,6 +1278,14 @@ BUGS = (
         new="source.covered = covered",
         tests=(RULES + "test_what_is_covered_stays_so_when_older_rows_are_restored",),
     ),
+    Bug(
+        "an older offset uncovers what was covered",
+        "a row is covered when a commit has passed it",
+        "broker/store/partitions.py",
+        old="        source.covered = max(source.covered, offset)\n",
+        new="        source.covered = offset\n",
+        tests=(STORE + "test_what_was_covered_stays_so_whatever_offset_is_told_later",),
+    ),
     # -- damage
     Bug(
         "a wrong size is not noticed at the start",
@@ -1279,6 +1339,33 @@ BUGS = (
         new="return [_load(record) for record in records]",
         tests=(BROKER + "test_damage.py::test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged",),
     ),
+    Bug(
+        "a changed column of a row is handed out",
+        "nothing that changed on the disk is handed out",
+        "broker/store/database.py",
+        old="        row.at_most_once,\n        row.content,\n    )",
+        new="        False,\n        row.content,\n    )",
+        tests=(BROKER + "test_damage.py::test_whatever_never_changes_of_a_row_is_in_its_checksum",),
+    ),
+    Bug(
+        "a damage found long ago is held against a database that was sound since",
+        "no start fails for ever",
+        "broker/store/database.py",
+        old="                suspect_of(self.path).unlink(missing_ok=True)\n        except",
+        new="                pass\n        except",
+        tests=(
+            BROKER
+            + "test_damage.py::test_a_damage_that_a_sound_stop_has_followed_is_not_held_against_the_database",
+        ),
+    ),
+    Bug(
+        "behind a page of damaged rows nothing is read",
+        "what is damaged is set aside, and the others go on",
+        "broker/store/memory.py",
+        old="        if queue.spilled:\n            self.low.add(queue.pair)\n\n    def enter",
+        new=("        if queue.spilled and rows:\n            self.low.add(queue.pair)\n\n    def enter"),
+        tests=(BROKER + "test_damage.py::test_behind_a_page_of_which_nothing_is_sound_the_next_one_comes",),
+    ),
     # -- for the ledger
     Bug(
         "a retry is not recorded",
@@ -1311,6 +1398,22 @@ BUGS = (
         old="            if key in states:\n                self._keep(at, None)\n",
         new="",
         tests=(UNFINISHED + "test_what_is_read_again_has_nothing_of_what_was_dropped",),
+    ),
+    Bug(
+        "after a restart the ledger forgets that a dead letter died",
+        "losing a broker loses nothing",
+        "broker/store/database.py",
+        old='(a.status IN (2, 4)"',
+        new='(a.status = 2"',
+        tests=(UNFINISHED + "test_why_and_when_a_dead_letter_died_is_known_after_a_restart",),
+    ),
+    Bug(
+        "what an adopted task has become is not recorded",
+        "losing a broker loses nothing",
+        "broker/store/writer.py",
+        old='if arrival.term != "accepted":\n            # What',
+        new='if arrival.term == "restored":\n            # What',
+        tests=(UNFINISHED + "test_what_a_restored_task_has_become_is_recorded_anew",),
     ),
     # -- the outbox
     Bug(
