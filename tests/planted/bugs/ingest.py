@@ -805,7 +805,7 @@ BUGS = (
         new="keep_orphans(store, settings.kafka_topic)",
         tests=(
             BROKER
-            + "test_ingest_overflow.py::test_what_others_read_again_of_the_overflow_is_dropped_after_a_restart",
+            + "test_ingest_overflow.py::test_what_was_read_of_the_overflow_is_no_orphan_after_a_restart",
         ),
     ),
     Bug(
