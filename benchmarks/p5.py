@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
@@ -17,20 +18,45 @@ from benchmarks.systems import penstock
 from penstock_client.settings import ClientSettings
 
 TASKS_PER_SECOND = 20
+SLEEP_SECONDS = 0.005
 ALONE = "Kafka alone"
 
 
 def idle(bench: Bench, tasks: int) -> Figures:
     with penstock(bench) as system:
         meter = system.meter()
-        system.producer(tasks, "--rate", TASKS_PER_SECOND).go().result()
-        system.finish()
+        with sleeping() as late:
+            system.producer(tasks, "--rate", TASKS_PER_SECOND).go().result()
+            system.finish()
         latencies = [ms for ms in milliseconds(system.marks) if ms]
         cpu = meter.cpu_seconds()
         return {
             **_percentiles(latencies),
             **{f"{name}_cpu_ms": seconds / tasks * 1000 for name, seconds in cpu.items()},
+            "sleep_p99_ms": percentile(late, 0.99),
+            "sleep_max_ms": max(late),
         }
+
+
+@contextlib.contextmanager
+def sleeping() -> Iterator[list[float]]:
+    """How late somebody wakes up meanwhile who only sleeps, in ms: what the machine adds to every step."""
+    late: list[float] = []
+    stop = threading.Event()
+
+    def sleep() -> None:
+        while not stop.is_set():
+            until = time.monotonic() + SLEEP_SECONDS
+            time.sleep(SLEEP_SECONDS)
+            late.append((time.monotonic() - until) * 1000)
+
+    sleeper = threading.Thread(target=sleep)
+    sleeper.start()
+    try:
+        yield late
+    finally:
+        stop.set()
+        sleeper.join()
 
 
 def kafka_alone(bench: Bench, tasks: int) -> Figures:
@@ -95,6 +121,8 @@ CLAIM = Claim(
         Figure("p95_ms", "p95, ms"),
         Figure("p99_ms", "p99, ms", plotted=True),
         Figure("max_ms", "longest, ms"),
+        Figure("sleep_p99_ms", "a sleeper wakes up late, p99, ms"),
+        Figure("sleep_max_ms", "the same, longest, ms"),
         Figure("server_cpu_ms", "broker CPU, ms a task", digits=2),
         Figure("worker_cpu_ms", "worker's parent CPU, ms a task", digits=2),
         Figure("kafka_cpu_ms", "Kafka CPU, ms a task", digits=2),
