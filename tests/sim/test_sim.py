@@ -121,8 +121,8 @@ def offset_before_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def claim_not_durable(patch: pytest.MonkeyPatch) -> None:
-    async def at_once(self: Waiting, *arguments: Any) -> None:
-        pass
+    async def at_once(self: Waiting, rows: list[Activation], seconds_max: float) -> list[Activation]:
+        return self._store.startable(rows)
 
     patch.setattr(Waiting, "make_durable", at_once)
 
