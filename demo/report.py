@@ -147,7 +147,7 @@ def _show_next(console: Console) -> None:
         ("less .demo/worker.log", "each failed attempt, with its traceback"),
         ("less demo/shop.py", "the tasks that ran"),
         ("less README.md", "a task of your own in ten lines, and the same through Kafka"),
-        ("make test", "the proof: a real Kafka, brokers killed under load (8 minutes)"),
+        ("make test", "the proof: a real Kafka, brokers killed under load (20 minutes)"),
     ):
         table.add_row(f"  {what}", why)
     console.print(table)
