@@ -64,6 +64,14 @@ def reopen(store: Inflight, clock: ManualClock, limits: StoreLimits | None = Non
     return open_store(store.database.path, clock, limits)
 
 
+async def with_forgotten_claim(tmp_path: Path, clock: ManualClock) -> tuple[Inflight, ClaimToken]:
+    """A store whose restart has forgotten a claim, which never reached the row, and its token."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, activation("a", clock))
+    token = token_of(store, claim_one(store))
+    return reopen(store, clock), token
+
+
 async def test_a_report_under_an_earlier_boots_claim_is_applied_once(
     tmp_path: Path, clock: ManualClock
 ) -> None:
@@ -84,10 +92,7 @@ async def test_a_report_under_an_earlier_boots_claim_is_applied_once(
 async def test_a_forgotten_claim_is_stale_once_somebody_else_has_the_task(
     tmp_path: Path, clock: ManualClock
 ) -> None:
-    store = open_store(tmp_path / "store.sqlite", clock)
-    await insert(store, activation("a", clock))
-    forgotten = token_of(store, claim_one(store))
-    store = reopen(store, clock)
+    store, forgotten = await with_forgotten_claim(tmp_path, clock)
     await settle_down(store)
     current = token_of(store, claim_one(store))
     await settle_down(store)
@@ -101,10 +106,7 @@ async def test_a_forgotten_claim_is_stale_once_somebody_else_has_the_task(
 async def test_a_heartbeat_re_establishes_a_claim_that_a_restart_had_forgotten(
     tmp_path: Path, clock: ManualClock
 ) -> None:
-    store = open_store(tmp_path / "store.sqlite", clock)
-    await insert(store, activation("a", clock))
-    token = token_of(store, claim_one(store))
-    store = reopen(store, clock)
+    store, token = await with_forgotten_claim(tmp_path, clock)
     await settle_down(store)
     assert store.extend(token, started=True) is Answer.APPLIED
     await settle_down(store)
@@ -118,10 +120,7 @@ async def test_a_heartbeat_re_establishes_a_claim_that_a_restart_had_forgotten(
 async def test_a_claim_that_a_heartbeat_re_established_ends_when_its_worker_vanishes(
     tmp_path: Path, clock: ManualClock
 ) -> None:
-    store = open_store(tmp_path / "store.sqlite", clock)
-    await insert(store, activation("a", clock))
-    token = token_of(store, claim_one(store))
-    store = reopen(store, clock)
+    store, token = await with_forgotten_claim(tmp_path, clock)
     await settle_down(store)
     assert store.extend(token, started=False) is Answer.APPLIED
     clock.advance(store.limits.lease_ms + 1_000)
@@ -354,10 +353,7 @@ async def test_a_claim_that_memory_does_not_hold_yet_is_not_taken_from_its_worke
 async def test_a_heartbeat_that_overtakes_a_report_does_not_spoil_it(
     tmp_path: Path, clock: ManualClock
 ) -> None:
-    store = open_store(tmp_path / "store.sqlite", clock)
-    await insert(store, activation("a", clock))
-    token = token_of(store, claim_one(store))
-    store = reopen(store, clock)
+    store, token = await with_forgotten_claim(tmp_path, clock)
     report = store.settle(token, Event.COMPLETE, clock.wall_ms())
     assert isinstance(report, Report)
     # It came while the tick was written that pages the row in.
@@ -374,10 +370,7 @@ async def test_a_heartbeat_that_overtakes_a_report_does_not_spoil_it(
 async def test_a_report_that_comes_twice_for_one_tick_is_a_duplicate(
     tmp_path: Path, clock: ManualClock
 ) -> None:
-    store = open_store(tmp_path / "store.sqlite", clock)
-    await insert(store, activation("a", clock))
-    token = token_of(store, claim_one(store))
-    store = reopen(store, clock)
+    store, token = await with_forgotten_claim(tmp_path, clock)
     events = (Event.COMPLETE, Event.COMPLETE, Event.FAIL)
     told = [store.settle(token, event, clock.wall_ms()) for event in events]
     await settle_down(store)

@@ -98,9 +98,9 @@ BUGS = (
     Bug(
         "the age of what has left is told as that of what waits",
         "metrics tell what is",
-        "broker/observe.py",
-        old="islice((r for r in list(queue.ready) if r.reserved), 1)",
-        new="islice(list(queue.ready), 1)",
+        "broker/store/index.py",
+        old="next((row for row in list(self.ready) if row.reserved), None)",
+        new="next(iter(list(self.ready)), None)",
         tests=(BROKER + "test_hostile_input.py::test_what_has_left_is_not_the_oldest_that_waits",),
     ),
     # -- what a row goes on with

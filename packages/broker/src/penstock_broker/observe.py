@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from penstock_broker.dispatch.waiting import Waiting
@@ -93,7 +92,8 @@ class Observer:
                 pending[queue.application, queue.namespace] = counts[Status.PENDING]
                 if queue.paused_at is not None:
                     paused[queue.application, queue.namespace] = counts[Status.PENDING]
-            oldest += [row.ready_at for row in islice((r for r in list(queue.ready) if r.reserved), 1)]
+            if (head := queue.head()) is not None:
+                oldest.append(head.ready_at)
         for status, count in by_state.items():
             metrics.tasks.labels(status.name.lower()).set(count)
         metrics.pending.replace(pending)

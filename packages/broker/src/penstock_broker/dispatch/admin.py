@@ -111,7 +111,7 @@ class Admin:
 
     def _oldest(self, queue: PairQueue) -> float:
         """Seconds that the next of a pair has been pending."""
-        head = next((row for row in queue.ready if row.reserved), None)
+        head = queue.head()
         return max(0, self._store.clock.wall_ms() - head.ready_at) / 1000 if head else 0.0
 
     def _unasked_ms(self, queue: PairQueue) -> int:

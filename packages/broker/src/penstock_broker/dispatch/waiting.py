@@ -169,7 +169,6 @@ class Waiting:
     def _take_kept(self, wanted: Wanted, rows_max: int, worker: str) -> list[Activation]:
         taken: list[Activation] = []
         mono, size = self._store.clock.mono_ms(), 0
-        self._store.memory.index.ask(*wanted, mono)
         for pair in self._kept_for(wanted):
             if len(taken) >= rows_max:
                 break

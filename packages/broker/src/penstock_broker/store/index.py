@@ -65,6 +65,10 @@ class PairQueue:
         # Since when an operator has it not handed out (wall clock); None: it is.
         self.paused_at: int | None = None
 
+    def head(self) -> Activation | None:
+        """The next of those in memory; what has left keeps its place for a while. Any thread may call it."""
+        return next((row for row in list(self.ready) if row.reserved), None)
+
 
 class Application:
     """The pairs of one application, those with work in the order of their turns."""
