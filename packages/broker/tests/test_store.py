@@ -1089,10 +1089,12 @@ async def test_everything_is_as_it_was_after_any_restart(tmp_path: Path, clock: 
     store.database.close()
 
 
-def read_back(id: str, clock: ManualClock, source: Source, offset: int) -> Activation:
+def read_back(
+    id: str, clock: ManualClock, source: Source, offset: int, forward_id: str = "its forward id", **how: bool
+) -> Activation:
     """As a broker has sent it on."""
-    row = activation(id, clock, source=source.id, offset=offset)
-    row.sent_on = hash_id("its forward id")
+    row = activation(id, clock, source=source.id, offset=offset, **how)
+    row.sent_on = hash_id(forward_id)
     return row
 
 
@@ -1127,6 +1129,7 @@ async def test_what_was_sent_on_is_taken_once(
     store.cover(source, 1)
     await settle_down(store)
     check_store(store)
+    assert store.memory.rows == 1, "it goes on nowhere"
     token = token_of(store, claim_one(store))
     assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
     if restarted:
@@ -1136,6 +1139,56 @@ async def test_what_was_sent_on_is_taken_once(
     await settle_down(store)
     assert store.memory.rows == 0, "a copy ran again"
     assert store.memory.books[1, "done"] == 1
+    check_store(store)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("at_most_once", [False, True])
+async def test_what_was_sent_on_and_has_ended_is_not_read_again(
+    tmp_path: Path, clock: ManualClock, restarted: bool, at_most_once: bool
+) -> None:
+    """Where the offset of its partition is set back."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+
+    def the_same() -> Activation:
+        return read_back("a", clock, source, 0, at_most_once=at_most_once)
+
+    store.insert([the_same()], {source.id: 1})
+    store.cover(source, 1)
+    await settle_down(store)
+    token = token_of(store, claim_one(store))
+    assert await settled(store, token, Event.COMPLETE) is Answer.APPLIED
+    if restarted:
+        store = reopen(store, clock)
+        source = store.source("tasks", 0)
+    assert await settled(store, token, Event.COMPLETE) is Answer.DUPLICATE
+    store.begin_range(source, 0)
+    store.insert([the_same()], {source.id: 1})
+    await settle_down(store)
+    assert (store.memory.rows, store.memory.books[1, "done"]) == (0, 1)
+    check_store(store)
+
+
+async def test_what_was_sent_on_and_dropped_is_new_when_it_is_read_again(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Whether it had ended or not: nobody was told."""
+    store = open_store(tmp_path / "store.sqlite", clock)
+    source = store.source("tasks", 0)
+    store.insert([read_back(id, clock, source, at, f"of {id}") for at, id in enumerate("ab")], {source.id: 2})
+    await settle_down(store)
+    token = token_of(store, claim_one(store))
+    store.settle(token, Event.COMPLETE, clock.wall_ms())
+    await settle_down(store)
+    store.drop_uncovered(source, 0)
+    await settle_down(store)
+    assert store.memory.rows == 0
+    store = reopen(store, clock)
+    source = store.source("tasks", 0)
+    store.insert([read_back(id, clock, source, at, f"of {id}") for at, id in enumerate("ab")], {source.id: 2})
+    await settle_down(store)
+    assert store.memory.rows == 2
     check_store(store)
 
 

@@ -217,10 +217,10 @@ class StoreMachine(RuleBasedStateMachine):
         async def go():
             for token in tokens:
                 answer = self.store.settle(token, event, self.clock.wall, delay, '{"type":"x"}')
-                if event in (Event.UNKNOWN_TASK, Event.ARGUMENTS_MISMATCH):
-                    self.store.refusals.add(token.seq, "one", self.clock.mono)
                 await settle_down(self.store)
                 first = answer.answer if isinstance(answer, Report) else answer
+                if first is Answer.APPLIED and event in (Event.UNKNOWN_TASK, Event.ARGUMENTS_MISMATCH):
+                    self.store.refusals.add(token.seq, "one", self.clock.mono)
                 again = self.store.settle(token, event, self.clock.wall, delay)
                 await settle_down(self.store)
                 second = again.answer if isinstance(again, Report) else again

@@ -516,6 +516,22 @@ BUGS = (
         tests=(STORE + "test_a_client_without_tokens_reports_on_what_it_had_before_a_restart",),
     ),
     Bug(
+        "what was sent on and has ended is new where its log is read again",
+        "what has ended is not run again",
+        "broker/store/inflight.py",
+        old="        if first not in (None, here) or has_ended(memory.finished.get(row.id_hash)):\n",
+        new="        if first not in (None, here):\n",
+        tests=(STORE + "test_what_was_sent_on_and_has_ended_is_not_read_again",),
+    ),
+    Bug(
+        "what was sent on counts as ended",
+        "what a broker sent on is run by whoever reads it, the same broker too",
+        "broker/store/finished.py",
+        old="    return value if goes_on else value | _ENDED_BIT\n",
+        new="    return value | _ENDED_BIT\n",
+        tests=(STORE + "test_what_was_sent_on_is_taken_once",),
+    ),
+    Bug(
         "a restart forgets a copy that was absorbed",
         "a copy of what was sent on is absorbed",
         "broker/store/inflight.py",

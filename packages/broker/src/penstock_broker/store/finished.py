@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable
 
-from penstock_broker.domain.activation import CONTENT_BITS, Activation
+from penstock_broker.domain.activation import CONTENT_BITS, FORWARDING, Activation, Route, route_of
 
 BUCKETS = 8
 # A look-up goes through all of them: however short the window, there are few.
@@ -15,7 +15,9 @@ BUCKET_MS_MIN = 1000
 
 OFFSET_BITS = 40
 _OUTCOME_BITS = 4
-_CLAIM_MASK = (1 << 12) - 1
+_CLAIM_MASK = (1 << 11) - 1
+# The highest bit beside the claim: it has ended, and was not sent on.
+_ENDED_BIT = 1 << 11 + _OUTCOME_BITS + CONTENT_BITS
 _MADE_MASK = (1 << 20) - 1
 
 
@@ -53,7 +55,12 @@ def is_elsewhere(value: int) -> bool:
 def is_report(value: int, epoch: int, seq: int, claim: int, outcome: int) -> bool:
     """Whether a packed value remembers this outcome of the claim."""
     report = pack(epoch, seq, claim, outcome, 0)
-    return value >> CONTENT_BITS == report >> CONTENT_BITS
+    return (value & ~_ENDED_BIT) >> CONTENT_BITS == report >> CONTENT_BITS
+
+
+def has_ended(value: int | None) -> bool:
+    """Whether a packed value is of an activation that went no further: nothing of its id is to run again."""
+    return value is not None and bool(value & _ENDED_BIT)
 
 
 def place(source: int, offset: int) -> int:
@@ -78,13 +85,15 @@ def unpack_position(value: int) -> tuple[int, int]:
 
 
 def last_of(row: Activation, outcome: int) -> int:
-    """What is remembered of a row that leaves: its last reported claim and outcome, packed.
+    """What is remembered of a row that leaves: its last reported claim and outcome, packed, and whether it
+    has ended.
 
     Without an outcome (time, or the log, made it leave) those of the claim before.
     """
-    if outcome:
-        return pack(row.claim_epoch, row.seq, row.claim, outcome, row.content)
-    return pack(row.claim_epoch, row.seq, max(0, row.claim - 1), row.last_outcome, row.content)
+    goes_on = row.status is FORWARDING and route_of(row.reason) is not Route.DEAD_LETTER
+    claim = row.claim if outcome else max(0, row.claim - 1)
+    value = pack(row.claim_epoch, row.seq, claim, outcome or row.last_outcome, row.content)
+    return value if goes_on else value | _ENDED_BIT
 
 
 class Finished:

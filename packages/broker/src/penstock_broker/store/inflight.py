@@ -34,6 +34,7 @@ from penstock_broker.store.batch import Answer, Report, keep_said, repeated
 from penstock_broker.store.control import Control
 from penstock_broker.store.database import HEARTBEATS_OF, Database
 from penstock_broker.store.finished import (
+    has_ended,
     is_elsewhere,
     is_report,
     last_of,
@@ -271,11 +272,11 @@ class Inflight:
         """Whether what a broker sent on is here already.
 
         Its id may be in the window, of this very broker, and even in the row that has just left: what
-        came back from the log is what goes on. A copy of it is known by the forward id.
+        came back from the log is what goes on, unless it has ended. A copy of it is known by the forward id.
         """
         memory, here = self.memory, place(row.source, row.offset)
         first = memory.finished.get(row.sent_on)
-        if first is not None and first != here:
+        if first not in (None, here) or has_ended(memory.finished.get(row.id_hash)):
             return True
         memory.finished.add(now, row.sent_on, here)
         entry = memory.live.get(row.id_hash)
