@@ -25,7 +25,7 @@ from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError, OldDatabase, Replaced
 from penstock_broker.ingest import ledger as ledger_module
-from penstock_broker.ingest import ledger_adopt, ledger_restore
+from penstock_broker.ingest import ledger_restore
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.ingest.intake import Found, Intake
 from penstock_broker.ingest.ledger import Ledger
@@ -60,13 +60,16 @@ class Log:
         self.has_member = False
         # Of each write the brokers whose records it has.
         self.writers: list[set[str]] = []
-        # After a message of the partition.
+        # After a message of the partition: any, or this one, once.
         self.breaks = False
+        self.breaks_after = -1
         self.broken = 0
         # So many more answers are of a node that does not know the topic.
         self.unknown = 0
         # Of the partition: offset -> message.
         self.tasks: dict[int, Message] = {}
+        # What the group has committed; None: all.
+        self.committed: int | None = None
         # Of its topic, as Kafka says; "": it has none.
         self.id = ""
 
@@ -100,7 +103,8 @@ class Log:
             self.unknown -= 1
             return []
         end = len(self.tasks)
-        return [Found(0, end, self.owners, 0, end)] if topic == "tasks" and self.tasks else []
+        committed = end if self.committed is None else self.committed
+        return [Found(0, committed, self.owners, 0, end)] if topic == "tasks" and self.tasks else []
 
     def topic_id(self, topic: str) -> str:
         return self.id
@@ -109,8 +113,8 @@ class Log:
         for offset in offsets:
             if offset in self.tasks:
                 yield [self.tasks[offset]]
-                if self.breaks:
-                    self.broken += 1
+                if self.breaks or offset == self.breaks_after:
+                    self.broken, self.breaks_after = self.broken + 1, -1
                     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
 
@@ -143,7 +147,7 @@ class Broker:
     async def restore(self, *offsets: int, **more: Any) -> list[Activation]:
         """What becomes of these."""
         end = offsets[-1] + 1
-        left = Left("tasks", 0, 0, end, offsets, {}, end, 0)
+        left = Left("tasks", 0, 0, end, offsets, {}, end, ())
         before = set(self.store.memory.resident)
         await restore(self.ledger, left._replace(**more), "restored")
         rows = await self.store.read(
@@ -187,6 +191,7 @@ def path(tmp_path: Path) -> Path:
 def _waits_for_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(ledger_module, "HEARTBEAT_SECONDS", 3600)
+    monkeypatch.setattr(ledger_module, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(ledger_restore, "LOOK_SECONDS", 0.01)
 
 
@@ -304,10 +309,58 @@ async def test_what_may_be_a_copy_of_what_has_started_does_not_start(path: Path,
 async def test_what_is_missing_is_counted_and_not_looked_for_again(path: Path, log: Log) -> None:
     log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in (0, 2)}
     async with broker(path, log) as one:
-        rows = await one.restore(0, 2, 3, 6, end=9, recorded_to=6, expired=1)
+        rows = await one.restore(0, 2, 3, 6, end=9, recorded_to=6, expired=(1,))
         assert [row.offset for row in rows] == [0, 2]
         assert one.ledger.unrestorable == 2
         assert (one.source.start, one.source.next, one.source.covered) == (0, 9, 9)
+
+
+@pytest.mark.parametrize("breaks_after", [-1, 0, 2])
+async def test_what_is_missing_is_counted_once_though_the_restore_is_interrupted(
+    path: Path, log: Log, breaks_after: int
+) -> None:
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in (0, 2, 3, 4)}
+    expired = Left("tasks", 1, 0, 100, (), {}, 100, tuple(range(100)))
+    gone = Left("tasks", 2, -1, -1, (), {}, -1, (3, 4), gone=True)
+    lefts = [expired, gone, Left("tasks", 0, 0, 5, (0, 1, 2, 3, 4), {}, 5, ())]
+    async with broker(path, log) as one:
+        log.breaks_after = breaks_after
+        with contextlib.suppress(KafkaException):
+            await one.ledger._restore(Account(), lefts)
+        await one.ledger._restore(Account(), lefts)
+        assert one.store.memory.rows == 4
+        assert one.ledger.unrestorable == 103
+
+
+async def test_a_lost_disk_whose_broker_lives_on_is_restored_with_all_it_took(path: Path, log: Log) -> None:
+    """Cut off with its old disk, it reads on and commits until the group lets go of it."""
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(20)}
+    async with broker(path, log, killed=True) as cut_off:
+        await cut_off.take(0, 11)
+        await cut_off.store.recorded()
+        log.owners, log.committed = (Owner(0, cut_off.ledger.me, 1),), 11
+        log.has_member = True
+        async with running_store(path.with_name("new.sqlite")) as store:
+            new = Ledger(store, Settings(kafka_topic="tasks", broker_id="broker-1"))
+            new.log = log  # type: ignore[assignment]
+            new.start()
+            opens = asyncio.create_task(new.open(lambda: None))
+            await until(lambda: store.memory.rows == 10)
+            await cut_off.take(11, 17)
+            log.committed = 17
+            await asyncio.sleep(0.1)
+            assert not opens.done()
+            log.has_member = False
+            await opens
+            offsets = await store.read(lambda database: [key[5] for key in database.positions()])
+            # As the broker of this test reads, 10 is none of a task, and what it finds unrecorded may be.
+            assert sorted(offsets) == [*range(10), *range(11, 17)]
+            intake = Intake(store, "tasks", "broker-1", 6000)
+            (begun,) = await intake.begin([Found(0, log.committed, log.owners)])
+            assert begun.offset == 17
+            await new.stop()
+        with pytest.raises(OldDatabase):
+            cut_off.ledger._check(log.account())
 
 
 async def test_a_restore_goes_on_with_the_next(path: Path, log: Log) -> None:
@@ -503,10 +556,7 @@ async def test_a_broker_that_restores_says_that_it_lives_and_notices_its_heir(
     assert all(head is not None and head.successor == ledger.me and not head.handed for head in heads)
 
 
-async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(
-    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger_adopt, "LOOK_SECONDS", 0.01)
+async def test_a_broker_is_adopted_with_all_it_took_once_it_is_gone(path: Path, log: Log) -> None:
     async with broker(path, log, killed=True) as gone:
         await gone.take(0, 4)
         await gone.store.recorded()
@@ -590,7 +640,6 @@ async def test_of_a_topic_made_anew_is_restored_what_was_taken_since(path: Path,
 async def test_an_adoption_is_repeated_on_the_new_disk_of_who_has_begun_it(
     path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_adopt, "LOOK_SECONDS", 0.01)
     async with broker(path, log, killed=True) as gone:
         await gone.take(0, 5)
         await gone.store.recorded()
@@ -649,9 +698,8 @@ async def test_nothing_is_adopted_into_a_topic_that_is_no_more(path: Path, log: 
 
 
 async def test_an_adopter_settles_its_own_rows_first_once_kafka_knows_their_partition(
-    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+    path: Path, log: Log
 ) -> None:
-    monkeypatch.setattr(ledger_adopt, "LOOK_SECONDS", 0.01)
     async with broker(path, log, killed=True) as gone:
         await gone.take(0, 4)
         await gone.store.recorded()

@@ -51,6 +51,8 @@ PATIENCE_MS = 20_000
 LOOKS_FOR_THE_TOPIC = 3
 # An idle broker says that it lives.
 HEARTBEAT_SECONDS = 10.0
+# The group is asked this often whether it still has a broker.
+LOOK_SECONDS = 0.5
 STOP_SECONDS_MAX = 1.0
 
 # Of the store's meta: how far the restore of a new store is, and the sequence of the last record.
@@ -257,13 +259,40 @@ class Ledger:
     # -- restoring
 
     async def _restore(self, account: Account, left: Sequence[Left]) -> None:
-        if left or account.head is not None:
-            await self.succeed(self.log, account.head, self.me.broker_id)
+        head, had_another = account.head, bool(left) or account.head is not None
+        if had_another:
+            await self.succeed(self.log, head, self.me.broker_id)
         await self.store.set_meta(RESTORE, "begun")
         self._said_ms = self.store.clock.mono_ms()
         for part in left:
-            await restore(self, part, "restored", partial(self._say_it_lives, account.head))
+            await restore(self, part, "restored", partial(self._say_it_lives, head))
+        if had_another:
+            # Its process may live still, cut off from here: as long as the group has it, it takes more.
+            await self._outlive(head)
+            for part in await find_left(self, account, self.me.broker_id):
+                await restore(self, part, "restored", partial(self._say_it_lives, head))
         await self.store.set_meta(RESTORE, "done")
+
+    async def _outlive(self, head: Head | None) -> None:
+        """Until the group has let go of whoever had this broker's name."""
+        until = self.store.clock.mono_ms() + 1000 * self.settings.kafka_session_timeout_seconds + PATIENCE_MS
+        while not await self.is_gone(self.me.broker_id, HEARTBEAT_SECONDS):
+            await self._say_it_lives(head)
+            if self.store.clock.mono_ms() > until:
+                self._say_failed(
+                    f"broker {self.me.broker_id!r} is still in the consumer group"
+                    f" {self.settings.kafka_consumer_group!r}, with the database before this one: stop it"
+                )
+
+    async def is_gone(self, broker_id: str, seconds_max: float) -> bool:
+        """Whether a broker can commit no offsets any more, so that what it took is known for good; waits for
+        it so long. Raises KafkaException."""
+        until = self.store.clock.mono_ms() + 1000 * seconds_max
+        while await self.call(self.log.is_member, broker_id):
+            if self.store.clock.mono_ms() > until:
+                return False
+            await asyncio.sleep(LOOK_SECONDS)
+        return True
 
     async def _say_it_lives(self, head: Head | None) -> None:
         """Now and then while this store restores: to whoever would adopt this broker. Raises Fenced when

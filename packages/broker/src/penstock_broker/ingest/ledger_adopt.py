@@ -11,7 +11,7 @@ from confluent_kafka import KafkaException
 
 from penstock_broker.errors import FatalError
 from penstock_broker.ingest.intake import Intake
-from penstock_broker.ingest.ledger import Ledger
+from penstock_broker.ingest.ledger import LOOK_SECONDS, Ledger
 from penstock_broker.ingest.ledger_log import Fenced
 from penstock_broker.ingest.ledger_records import (
     Account,
@@ -31,7 +31,6 @@ log = structlog.get_logger("ledger")
 SILENT_MS_MIN = 60_000
 # A broker that lives and was fenced notices when it writes next, and leaves the group.
 GONE_SECONDS_MAX = 60.0
-LOOK_SECONDS = 0.5
 
 
 class AdoptError(Exception):
@@ -70,7 +69,11 @@ async def adopt(ledger: Ledger, intakes: Sequence[Intake], broker_id: str, force
         if not again:
             await ledger.succeed(theirs, account.head, broker_id)
         log.warning("adopting a broker", broker=broker_id)
-        await _await_gone(ledger, broker_id)
+        if not await ledger.is_gone(broker_id, GONE_SECONDS_MAX):
+            raise AdoptError(
+                f"broker {broker_id!r} is still in the consumer group"
+                f" {ledger.settings.kafka_consumer_group!r}: stop it, and repeat the adoption"
+            )
         account = await ledger.read(broker_id)
         lost, adopted = ledger.unrestorable, 0
         lefts = await find_left(ledger, account, broker_id)
@@ -153,18 +156,6 @@ async def _goes_on(ledger: Ledger, successor: Me, broker_id: str) -> bool:
     return head is None or not head.handed
 
 
-async def _await_gone(ledger: Ledger, broker_id: str) -> None:
-    """Until it can commit no offsets any more: what it took is then known for good."""
-    until = ledger.store.clock.mono_ms() + GONE_SECONDS_MAX * 1000
-    while await ledger.call(ledger.log.is_member, broker_id):
-        if ledger.store.clock.mono_ms() > until:
-            raise AdoptError(
-                f"broker {broker_id!r} is still in the consumer group"
-                f" {ledger.settings.kafka_consumer_group!r}: stop it, and repeat the adoption"
-            )
-        await asyncio.sleep(LOOK_SECONDS)
-
-
 def _check_topic(ledger: Ledger, left: Left) -> None:
     """What this broker has of a topic that was made anew must have its other name first."""
     source = ledger.store.source(left.topic, left.partition)
@@ -196,7 +187,8 @@ def _progress(broker_id: str, account: Account, left: Left) -> str:
     """Where the store keeps how far the adoption of a partition is: when it is repeated, what it has adopted
     may have ended so long ago that nothing is known of it."""
     store_id = account.head.store_id if account.head is not None else ""
-    return f"adopt/{broker_id}/{store_id}/{left.topic}/{left.partition}"
+    progress = f"adopt/{broker_id}/{store_id}/{left.topic}/{left.partition}"
+    return f"{progress}/gone" if left.gone else progress
 
 
 def _handed(ledger: Ledger, broker_id: str, account: Account, left: Left) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,8 +48,8 @@ class Left(NamedTuple):
     states: Mapping[int, State]
     # The ledger knows of those below; the others were taken since its last record, and some may be finished.
     recorded_to: int
-    # How many of them are no longer in the log.
-    expired: int
+    # Those that are no longer in the log, ascending.
+    expired: Sequence[int]
     # There was no ledger when they were taken: nothing says which at-most-once tasks have started.
     unrecorded: bool = False
     # Which topic of its name Kafka has now; "": not known.
@@ -82,7 +83,7 @@ def left_of(
         start, recorded_to = start if begin == taken.next else mine, begin
         offsets += range(begin, bound)
     there = [offset for offset in offsets if found.low <= offset < found.high]
-    expired = len(offsets) - len(there)
+    expired = [offset for offset in offsets if not found.low <= offset < found.high]
     return Left(topic, found.partition, start, end, there, states, recorded_to, expired, unrecorded)
 
 
@@ -98,7 +99,7 @@ async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Le
         taken, id = account.ranges.get((topic, partition)), ids.get(topic, "")
         segments = {n: s for (t, p, n), s in account.segments.items() if (t, p) == (topic, partition)}
         if id and account.topic_ids.get((topic, partition), id) != id:
-            unfinished = sum(len(offsets_of(0, segment)) for segment in segments.values())
+            unfinished = [at for n in sorted(segments) for at in offsets_of(n * SEGMENT_OFFSETS, segments[n])]
             lefts.append(Left(topic, partition, -1, -1, (), {}, -1, unfinished, gone=True))
             taken, segments = None, {}
         lost = _lost_store(account, one, broker_id, ledger.me)
@@ -179,12 +180,16 @@ async def restore(
     """Store what is left of one partition; how many rows. ``term``: "restored" or "adopted".
 
     One that was interrupted goes on where it was: that is where the source goes on, or what the meta has
-    under ``progress`` for an adoption. Raises KafkaException, StoreStopped, and what ``before_batch`` raises.
+    under ``progress`` for an adoption, and of a log that is gone. Raises KafkaException, StoreStopped, and
+    what ``before_batch`` raises.
     """
     store = ledger.store
     if left.gone:
-        ledger.unrestorable += left.expired
-        _tell(left, term, 0, left.expired)
+        progress = progress or f"restore/{left.topic}/{left.partition}/gone"
+        if store.database.meta(progress) is None:
+            await store.set_meta(progress, 1)
+            ledger.unrestorable += len(left.expired)
+            _tell(left, term, 0, len(left.expired))
         return 0
     source = store.source(left.topic, left.partition)
     fresh = term == "restored"
@@ -194,10 +199,17 @@ async def restore(
     offsets = [offset for offset in left.offsets if offset >= begin]
     store.begin_restored(source, left.start if fresh else -1, left.end)
     admission = Admission(AdmissionLimits.of(ledger.settings))
-    batches = ledger.log.messages(left.topic, left.partition, offsets)
+    batches = ledger.log.messages(left.topic, left.partition, offsets) if offsets else iter(())
     # An offset without a message above what was recorded is none of a task.
-    missing = sum(offset < left.recorded_to for offset in offsets)
-    restored, room = 0, _Room(store, term)
+    tasks = sorted((*left.expired, *(offset for offset in offsets if offset < left.recorded_to)))
+    restored, missing, room = 0, 0, _Room(store, term)
+
+    def count_missing(to: int, there: int) -> int:
+        """Of the tasks from ``begin`` to ``to`` the log has only so many."""
+        count = bisect_left(tasks, to) - bisect_left(tasks, begin) - there
+        ledger.unrestorable += count
+        return count
+
     while (batch := await ledger.call(next, batches, None)) is not None:
         await before_batch()
         while not room.is_there():
@@ -205,7 +217,6 @@ async def restore(
             await before_batch()
         now, rows = store.clock.wall_ms(), []
         for message in batch:
-            missing -= message.offset < left.recorded_to
             # Its age is judged as of when it was sent, or a long delay would begin anew.
             sent_at = message.sent_at if 0 < message.sent_at < now else now
             row = admission.admit(
@@ -222,10 +233,12 @@ async def restore(
         end = batch[-1].offset + 1
         taken, kept = ({source.id: end}, None) if fresh else ({}, (progress, end))
         await store.insert(rows, taken, term, kept)
-    if fresh:
-        await store.insert([], {source.id: left.end}, term)
-    ledger.unrestorable += missing + left.expired
-    _tell(left, term, restored, missing + left.expired)
+        missing += count_missing(end, sum(message.offset < left.recorded_to for message in batch))
+        begin = end
+    taken, kept = ({source.id: left.end}, None) if fresh else ({}, (progress, left.end))
+    await store.insert([], taken, term, kept)
+    missing += count_missing(left.end, 0)
+    _tell(left, term, restored, missing)
     return restored
 
 
