@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
@@ -1090,7 +1091,7 @@ async def test_everything_is_as_it_was_after_any_restart(tmp_path: Path, clock: 
 
 
 def read_back(
-    id: str, clock: ManualClock, source: Source, offset: int, forward_id: str = "its forward id", **how: bool
+    id: str, clock: ManualClock, source: Source, offset: int, forward_id: str = "its forward id", **how: Any
 ) -> Activation:
     """As a broker has sent it on."""
     row = activation(id, clock, source=source.id, offset=offset, **how)
