@@ -805,9 +805,15 @@ BUGS = (
         "broker/store/memory.py",
         old="            queue.came_back += 1\n            self.low.add(row.pair)\n",
         new="            queue.came_back += 1\n",
-        tests=(
-            BROKER + "test_waiting.py::test_a_poll_that_is_cancelled_after_its_match_gives_the_claims_back",
-        ),
+        tests=(RULES + "test_what_is_given_back_is_handed_out_again_though_nothing_else_comes",),
+    ),
+    Bug(
+        "what comes back and is dropped while that is written is missed in the page",
+        "a rebalance stops no broker",
+        "broker/store/memory.py",
+        old="                queue.came_back += 1\n                continue\n",
+        new="                continue\n",
+        tests=(RULES + "test_what_comes_back_may_be_dropped_while_that_is_written",),
     ),
     Bug(
         "resume forgets the backlog",

@@ -243,10 +243,13 @@ class Memory:
     def _came_back(self, rows: Iterable[Activation]) -> None:
         places: dict[int, list[Activation]] = {}
         for row in rows:
+            queue = self.index.pairs[row.pair]
             if row.seq in self.dropping:
+                # While it was written: it stays spilled until it is gone, and its place is in no page.
+                queue.came_back += 1
                 continue
             row.id_hash = hash_id(row.id)
-            self.index.page_in(self.index.pairs[row.pair], row)
+            self.index.page_in(queue, row)
             self.resident[row.seq] = row
             if self.partitions.may_start(row):
                 places.setdefault(row.pair, []).append(row)
