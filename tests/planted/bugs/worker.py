@@ -212,6 +212,14 @@ BUGS = (
         tests=(EXECUTION + "test_a_task_is_not_done_when_what_it_sent_has_failed_unseen",),
     ),
     Bug(
+        "a loop that a task has closed is used on",
+        "a task is nobody else's failure",
+        "worker/execution.py",
+        old="        if self._loop is None or self._loop.is_closed():\n",
+        new="        if self._loop is None:\n",
+        tests=(EXECUTION + "test_a_task_that_closes_the_loop_it_finds_ends_no_coroutine_of_others",),
+    ),
+    Bug(
         "a process that a task has forked goes on as a child of the worker",
         "no task stops the worker",
         "worker/child.py",
