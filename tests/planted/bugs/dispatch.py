@@ -27,6 +27,33 @@ BUGS = (
         tests=(SERVICE + "test_a_worker_that_is_given_nothing_has_asked",),
     ),
     Bug(
+        "a retry that leaves is said to be a dead letter",
+        "an operator is told what is",
+        "broker/dispatch/explain.py",
+        old="        if route is Route.DEAD_LETTER:\n",
+        new="        if route in (Route.DEAD_LETTER, Route.RETRY):\n",
+        tests=(BROKER + "test_admin.py::test_explain_says_where_a_task_leaves_to_and_what_it_waits_for",),
+    ),
+    Bug(
+        "what a task that is handed over waits for is not said",
+        "an operator is told what is",
+        "broker/dispatch/explain.py",
+        old='        self._say("forwarding", f"it is on its way to {where}")\n',
+        new='        self._say("forwarding", f"it is on its way to {where}")\n'
+        "        if route is Route.HAND_OVER:\n            return\n",
+        tests=(BROKER + "test_admin.py::test_explain_says_where_a_task_leaves_to_and_what_it_waits_for",),
+    ),
+    Bug(
+        "a task that no worker has is said to be killed",
+        "an operator is told what is",
+        "broker/dispatch/admin.py",
+        old="                unheard.add(id_hash)\n",
+        new="                pass\n",
+        tests=(
+            BROKER + "test_admin.py::test_what_is_recorded_and_no_worker_has_is_cancelled_and_kills_nothing",
+        ),
+    ),
+    Bug(
         "who names a namespace without its application asks for everything",
         "what no worker asks for is told, and nothing else",
         "broker/dispatch/service.py",
