@@ -191,6 +191,31 @@ async def test_a_damaged_row_is_set_aside_and_counted_and_the_others_go_on(tmp_p
     store.database.close()
 
 
+async def test_many_damaged_rows_are_looked_for_once_among_all(tmp_path: Path) -> None:
+    """A million others may be there, and nothing goes on meanwhile."""
+    looks = []
+
+    class Live(dict[int, int]):
+        def items(self) -> Any:
+            looks.append(len(self))
+            return super().items()
+
+    clock = ManualClock()
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, [activation(f"t{i}", clock) for i in range(9)])
+    store.database.close()
+    store = open_store(tmp_path / "store.sqlite", clock)
+    store.memory.live = Live(store.memory.live)
+    store.database.connection.execute("UPDATE activation SET body = zeroblob(length(body)) WHERE id < 't6'")
+    await settle_down(store)
+    assert store.memory.quarantined == 6
+    assert looks == [9]
+    assert len(await handed_out(store, clock)) == 3
+    assert looks == [9], "and only where there are any"
+    check_store(store)
+    store.database.close()
+
+
 async def test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged(tmp_path: Path) -> None:
     clock = ManualClock()
     store = open_store(tmp_path / "store.sqlite", clock)

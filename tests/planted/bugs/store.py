@@ -809,6 +809,19 @@ BUGS = (
         tests=(RULES + "test_what_is_given_back_is_handed_out_again_though_nothing_else_comes",),
     ),
     Bug(
+        "all rows are gone through for every damaged one",
+        "a damaged row stops nobody",
+        "broker/store/memory.py",
+        old="""        for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS in seqs]:
+            del self.live[id_hash]
+""",
+        new="""        for one in seqs:
+            for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS == one]:
+                del self.live[id_hash]
+""",
+        tests=(DAMAGE + "test_many_damaged_rows_are_looked_for_once_among_all",),
+    ),
+    Bug(
         "a database that is set aside is without its log for a moment",
         "a malformed database is never begun again with",
         "broker/store/quarantine.py",

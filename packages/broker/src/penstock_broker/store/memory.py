@@ -368,9 +368,15 @@ class Memory:
         row.status = GONE
         row.body = None
 
-    def set_aside(self, damaged: Iterable[Damaged]) -> None:
+    def set_aside(self, damaged: Sequence[Damaged]) -> None:
         """Rows were damaged on disk and are not there any more. In the ledger they stay unfinished: what
         is restored from there is whole."""
+        if not damaged:
+            return
+        # By what each was called when it was whole.
+        seqs = {seq for seq, *_ in damaged}
+        for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS in seqs]:
+            del self.live[id_hash]
         for seq, pair, status, size in damaged:
             self.counts[pair][status] -= 1
             self.rows -= 1
@@ -381,9 +387,6 @@ class Memory:
                 self.held_bytes[pair] -= size
             if status == PENDING:
                 self.index.pairs[pair].spilled -= 1
-            # By what it was called when it was whole.
-            for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS == seq]:
-                del self.live[id_hash]
             self.add_to_books({(pair, "quarantined"): 1})
             self.quarantined += 1
 
