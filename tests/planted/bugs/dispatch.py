@@ -54,6 +54,16 @@ BUGS = (
         ),
     ),
     Bug(
+        "a broker stores what no worker takes",
+        "what is stored can be handed out",
+        "broker/config/settings.py",
+        old="Field(ge=KIB, le=60 * MIB)",
+        new="Field(ge=KIB, le=64 * MIB)",
+        tests=(
+            "tests/repository/test_sizes.py::test_whatever_a_broker_may_store_fits_into_an_answer_that_its_workers_take",
+        ),
+    ),
+    Bug(
         "who names a namespace without its application asks for everything",
         "what no worker asks for is told, and nothing else",
         "broker/dispatch/service.py",
