@@ -19,7 +19,7 @@ from penstock_broker.dispatch.roster import WORKERS_MAX, Roster
 from penstock_broker.dispatch.service import Consumers, Refused
 from penstock_broker.dispatch.waiting import Waiting, Wanted
 from penstock_broker.domain.activation import Activation, Route, hash_id
-from penstock_broker.domain.lifecycle import Event
+from penstock_broker.domain.lifecycle import Event, Limits
 from penstock_broker.ingest.admission import Admission, AdmissionLimits
 from penstock_broker.store.batch import Answer, Report
 from penstock_broker.store.inflight import Inflight
@@ -306,6 +306,30 @@ async def test_explain_says_what_an_at_most_once_task_waits_for(desk: Desk) -> N
     desk.waiting.close()
 
 
+async def test_explain_says_where_a_task_leaves_to_and_what_it_waits_for(tmp_path: Path) -> None:
+    limits = StoreLimits(lifecycle=Limits(retry_topic=True))
+    async with opened(tmp_path / "store.sqlite", limits) as desk:
+        source = desk.store.source("tasks", 0)
+        names = ("retried", "failed", "handed over")
+        rows = (
+            activation(id, desk.clock, max_attempts=3, source=source.id, offset=offset)
+            for offset, id in enumerate(names)
+        )
+        await desk.insert(*rows, taken={source.id: 3})
+        retried, failed = await desk.claim(2)
+        await desk.settle(retried, Event.RETRY, 60_000)
+        await desk.settle(failed, Event.FAIL)
+        assert await desk.store.hand_over(9, running=False) == 1
+        for id, where in zip(names, ("the retry topic", "the dead letters", "another broker"), strict=True):
+            answer = await desk.explain(id)
+            assert [finding.code for finding in answer.findings] == ["forwarding", "cover"]
+            text = answer.findings[0].text
+            assert f"on its way to {where}" in text
+            assert ("it never works" in text) == (id != "handed over")
+        desk.store.cover(source, 3)
+        assert [await desk.codes(id) for id in names] == 3 * [["forwarding"]]
+
+
 async def test_what_became_of_a_task_that_left(desk: Desk) -> None:
     await desk.insert(*(activation(id, desk.clock, max_attempts=2) for id in ("done", "killed", "dead")))
     done, _, dead = await desk.claim(3)
@@ -394,6 +418,28 @@ async def test_what_cancel_says_and_who_is_told(desk: Desk) -> None:
     assert list(consumer_pb2.ExtendClaimsResponse.FromString(answer).answers) == [
         consumer_pb2.CLAIM_ANSWER_CANCELLED
     ]
+
+
+async def test_what_is_recorded_and_no_worker_has_is_cancelled_and_kills_nothing(desk: Desk) -> None:
+    recorded = asyncio.Event()
+    desk.store.recorded = recorded.wait  # type: ignore[assignment]
+    source = desk.store.source("tasks", 0)
+    desk.store.cover(source, 3)
+    rows = [
+        activation(id, desk.clock, at_most_once=True, source=source.id, offset=offset)
+        for offset, id in enumerate(("recorded", "kept", "had"))
+    ]
+    await desk.insert(*rows, taken={source.id: 3})
+    gone = asyncio.create_task(desk.waiting.wait(Wanted(None, ()), 3, 30, "w"))
+    await asyncio.sleep(0)
+    assert await desk.cancel("recorded") == [pb.CANCEL_RESULT_CANCELLED]
+    gone.cancel()
+    recorded.set()
+    await asyncio.sleep(0.001)
+    assert await desk.cancel("kept") == [pb.CANCEL_RESULT_CANCELLED]
+    assert [row.id for row in await desk.waiting.wait(Wanted(None, ()), 3, 0, "w")] == ["had"]
+    assert await desk.cancel("had") == [pb.CANCEL_RESULT_KILLED]
+    desk.waiting.close()
 
 
 async def test_a_cancel_that_meets_a_claim_of_this_moment_is_tried_again(

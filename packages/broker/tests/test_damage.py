@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,6 +34,7 @@ from penstock_broker.errors import FatalError
 from penstock_broker.server import open_store as open_store_of
 from penstock_broker.store.database import checksum
 from penstock_broker.store.inflight import Inflight
+from penstock_broker.store.quarantine import set_aside
 from penstock_broker.store.soundness import Malformed
 
 SEEDS = int(os.environ.get("PENSTOCK_CRASH_SEEDS", "0"))
@@ -187,6 +191,31 @@ async def test_a_damaged_row_is_set_aside_and_counted_and_the_others_go_on(tmp_p
     store.database.close()
 
 
+async def test_many_damaged_rows_are_looked_for_once_among_all(tmp_path: Path) -> None:
+    """A million others may be there, and nothing goes on meanwhile."""
+    looks = []
+
+    class Live(dict[int, int]):
+        def items(self) -> Any:
+            looks.append(len(self))
+            return super().items()
+
+    clock = ManualClock()
+    store = open_store(tmp_path / "store.sqlite", clock)
+    await insert(store, [activation(f"t{i}", clock) for i in range(9)])
+    store.database.close()
+    store = open_store(tmp_path / "store.sqlite", clock)
+    store.memory.live = Live(store.memory.live)
+    store.database.connection.execute("UPDATE activation SET body = zeroblob(length(body)) WHERE id < 't6'")
+    await settle_down(store)
+    assert store.memory.quarantined == 6
+    assert looks == [9]
+    assert len(await handed_out(store, clock)) == 3
+    assert looks == [9], "and only where there are any"
+    check_store(store)
+    store.database.close()
+
+
 async def test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged(tmp_path: Path) -> None:
     clock = ManualClock()
     store = open_store(tmp_path / "store.sqlite", clock)
@@ -317,6 +346,61 @@ async def test_without_a_log_to_restore_from_a_malformed_database_is_refused_and
             open_store_of(settings_for(path, "grpc"), clock, LIMITS, inline)
         assert path.read_bytes() == damaged
     assert not set_aside_in(tmp_path)
+
+
+async def killed_store(path: Path, clock: ManualClock) -> None:
+    """What a broker leaves that was killed: of its five rows, three are only in its log."""
+    running = path.with_name("running.sqlite")
+    for rows in ([f"t{i}" for i in range(2)], [f"t{i}" for i in range(2, 5)]):
+        store = open_store(running, clock)
+        await insert(store, [activation(id, clock) for id in rows])
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{running}{suffix}", f"{path}{suffix}")
+        store.database.close()
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("killed_at", range(7))
+async def test_a_broker_that_is_killed_while_it_sets_a_database_aside_loses_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, links: bool
+) -> None:
+    """A database without its log looks whole, and is older; and another's log is nobody's."""
+    path, clock = tmp_path / "store.sqlite", ManualClock()
+    await killed_store(path, clock)
+    done: list[str] = []
+
+    def killing(name: str, step: Callable[..., None]) -> Callable[..., None]:
+        def instead(*args: Path) -> None:
+            if name == "link" and not links:
+                raise PermissionError(f"no {name} here")
+            if len(done) == killed_at:
+                raise KeyboardInterrupt
+            step(*args)
+            done.append(name)
+
+        return instead
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        for name in ("link", "rename", "unlink", "fsync"):
+            patched.setattr(os, name, killing(name, getattr(os, name)))
+        set_aside(path, "a test", clock)
+    if path.exists():
+        store = open_store(path, clock)
+        assert store.memory.rows == 5, "it is begun again with"
+        store.database.close()
+        set_aside(path, "a test", clock)
+    else:
+        store = open_store(path, clock)
+        assert store.memory.rows == 0, "it is a new one"
+        store.database.close()
+    assert len(set_aside_in(tmp_path)) == 1
+    if killed_at == 6:
+        # And a power cut leaves nothing else.
+        first = "link" if links else "fsync"
+        assert done == [first, "fsync", "rename", "fsync", "unlink", "fsync"]
+    kept = open_store(set_aside_in(tmp_path)[0], clock)
+    assert kept.memory.rows == 5
+    kept.database.close()
 
 
 def set_aside_in(folder: Path) -> list[Path]:

@@ -612,6 +612,23 @@ async def test_a_worker_that_is_given_nothing_has_asked(broker: Broker, why: str
         assert broker.store.unclaimable.pending() == []
 
 
+async def test_a_namespace_without_its_application_is_asked_for_by_nobody(broker: Broker) -> None:
+    """Who names it so is given nothing, ever: what waits for others is told."""
+    await broker.put("a")
+    broker.clock.advance(UNASKED_MS + 1)
+    alone = pb.GetTaskRequest(namespace="pay").SerializeToString()
+    with pytest.raises(Refused, match="no pending task") as refused:
+        await broker.consumers.get_task(alone)
+    assert code_of(refused) is grpc.StatusCode.NOT_FOUND
+    next_task = pb.FetchNextTask(namespace="pay")
+    report = pb.SetTaskStatusRequest(
+        id="nobody's", status=TASK_ACTIVATION_STATUS_COMPLETE, fetch_next_task=next_task
+    )
+    answer = await broker.answered(broker.consumers.set_task_status(report.SerializeToString()))
+    assert not pb.SetTaskStatusResponse.FromString(answer).HasField("task")
+    assert [(queue.namespace, rows) for queue, rows in broker.store.unclaimable.pending()] == [("pay", 1)]
+
+
 async def test_what_is_remembered_of_refusals_is_bounded(broker: Broker) -> None:
     """A caller who gives back under ever new names, or what it does not hold."""
     await broker.put("a")

@@ -883,6 +883,42 @@ async def test_what_comes_back_while_a_page_is_read_need_not_be_in_it(
     store.database.close()
 
 
+async def test_what_is_given_back_is_handed_out_again_though_nothing_else_comes(
+    store: Inflight, clock: ManualClock
+) -> None:
+    await insert(store, activation("a", clock))
+    claimed = claim(store)
+    await settle_down(store)
+    assert await settled(store, token_of(store, claimed[0]), Event.RELEASE) is Answer.APPLIED
+    assert ids(claim(store)) == ["a"]
+
+
+async def test_what_comes_back_may_be_dropped_while_that_is_written(
+    store: Inflight, clock: ManualClock
+) -> None:
+    """A worker gives up its call, and the partition is lost in the same moment: no page lacks anything."""
+    source = store.source("tasks", 0)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    claimed = claim(store)
+    await settle_down(store)
+    write, drops = store.writer._handoff, []
+
+    async def meanwhile(tick: Callable[[Batch], Written], batch: Batch) -> Written:
+        written: Written = await write(tick, batch)
+        drops.append(store.drop_uncovered(source, 0))
+        return written
+
+    store.writer._handoff = meanwhile
+    store.release(claimed)
+    await store.writer.tick()
+    store.writer._handoff = write
+    await settle_down(store)
+    assert await drops[0] == 1
+    check_store(store)
+    await insert(store, activation("a", clock, source=source.id, offset=0), taken={source.id: 1})
+    assert ids(claim(store)) == ["a"]
+
+
 async def test_what_becomes_due_when_new_tasks_come_is_handed_out(
     store: Inflight, clock: ManualClock
 ) -> None:

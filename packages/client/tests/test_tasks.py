@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
@@ -99,6 +100,46 @@ def test_an_activation_says_all_that_a_broker_must_know(app: App, sent: MemoryTr
     assert timedelta(0) <= age < timedelta(seconds=5)
     # Sent once under an id of its own: no key, so that partitions fill evenly.
     assert sent.messages[0].key is None
+
+
+@pytest.mark.parametrize("passed", [0.0, 0.25, 1.5, 3.0])
+def test_a_moment_given_once_holds_for_each_call(
+    app: App, sent: MemoryTransport, monkeypatch: pytest.MonkeyPatch, passed: float
+) -> None:
+    """Whenever it is: brokers count in whole seconds from when it is sent."""
+
+    @app.namespace("main").task(name="t", retry=None)
+    def task() -> None: ...
+
+    began = time.time_ns()
+    moment = datetime.fromtimestamp(began // 1_000_000 / 1000, UTC) + timedelta(seconds=2.1)
+    later, until = task.options(eta=moment), task.options(expires=moment)
+    monkeypatch.setattr(time, "time_ns", lambda: began + int(passed * 1e9))
+    later.delay()
+    until.delay()
+    early, late = sent.activations()
+    received_at = early.received_at.ToDatetime(UTC)
+    second = timedelta(seconds=1)
+    if received_at < moment:
+        assert moment <= received_at + early.delay * second < moment + second, "never early"
+        assert moment - second < received_at + late.expires * second <= moment, "never after expiry"
+    else:
+        assert not early.HasField("delay")
+        assert (late.expires, late.HasField("expires")) == (0, True), "over at once, not never"
+
+
+def test_an_expiry_is_rounded_down_to_what_brokers_count_in(app: App, sent: MemoryTransport) -> None:
+    namespace = app.namespace("main", retry=None)
+    declared = namespace.task(name="declared", expires="1500ms")(lambda: None)
+    declared.delay()
+    assert last(sent).expires == 1
+    declared.options(expires=2.9).delay()
+    assert last(sent).expires == 2
+    # That would be over at once.
+    with pytest.raises(ValueError, match="whole seconds"):
+        declared.options(expires=0.5)
+    with pytest.raises(ValueError, match="whole seconds"):
+        namespace.task(name="never", expires="500ms")(lambda: None)
 
 
 def test_options_of_a_call(app: App, sent: MemoryTransport) -> None:

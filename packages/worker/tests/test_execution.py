@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -60,6 +61,28 @@ def test_coroutines_share_one_loop(tmp_path: Path) -> None:
         assert execution.run(assignment, monotonic()).outcome.status == pb.TASK_OUTCOME_STATUS_COMPLETE
         loops.add(file.read_text())
     assert len(loops) == 1
+
+
+def test_a_task_that_closes_the_loop_it_finds_ends_no_coroutine_of_others() -> None:
+    app = App("worker-tests", strict_kwargs="off")
+    tests = app.namespace("tests", retry=None)
+
+    @tests.task(name="coroutine")
+    async def coroutine() -> None:
+        await asyncio.sleep(0)
+
+    @tests.task(name="closing")
+    def closing() -> None:
+        loop = asyncio.get_event_loop()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+    execution, statuses = Execution(app), []
+    for name in ("coroutine", "closing", "coroutine", "closing"):
+        activation = TaskActivation(id="i", taskname=name).SerializeToString()
+        outcome = execution.run(Assignment(1, activation, b"t", 1, None), monotonic()).outcome
+        statuses.append(outcome.status)
+    assert statuses == 4 * [pb.TASK_OUTCOME_STATUS_COMPLETE]
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,54 @@ BUGS = (
         "who asks a broker that drains counts as nobody",
         "what no worker asks for is told, and nothing else",
         "broker/dispatch/service.py",
-        old="        wanted = _wanted(asked)\n        self.store.asked(wanted.application, wanted.namespaces)\n",
-        new="",
+        old="            self.store.asked(wanted.application, wanted.namespaces)\n",
+        new="            pass\n",
         tests=(SERVICE + "test_a_worker_that_is_given_nothing_has_asked",),
+    ),
+    Bug(
+        "a retry that leaves is said to be a dead letter",
+        "an operator is told what is",
+        "broker/dispatch/explain.py",
+        old="        if route is Route.DEAD_LETTER:\n",
+        new="        if route in (Route.DEAD_LETTER, Route.RETRY):\n",
+        tests=(BROKER + "test_admin.py::test_explain_says_where_a_task_leaves_to_and_what_it_waits_for",),
+    ),
+    Bug(
+        "what a task that is handed over waits for is not said",
+        "an operator is told what is",
+        "broker/dispatch/explain.py",
+        old='        self._say("forwarding", f"it is on its way to {where}")\n',
+        new='        self._say("forwarding", f"it is on its way to {where}")\n'
+        "        if route is Route.HAND_OVER:\n            return\n",
+        tests=(BROKER + "test_admin.py::test_explain_says_where_a_task_leaves_to_and_what_it_waits_for",),
+    ),
+    Bug(
+        "a task that no worker has is said to be killed",
+        "an operator is told what is",
+        "broker/dispatch/admin.py",
+        old="                unheard.add(id_hash)\n",
+        new="                pass\n",
+        tests=(
+            BROKER + "test_admin.py::test_what_is_recorded_and_no_worker_has_is_cancelled_and_kills_nothing",
+        ),
+    ),
+    Bug(
+        "a broker stores what no worker takes",
+        "what is stored can be handed out",
+        "broker/config/settings.py",
+        old="Field(ge=KIB, le=60 * MIB)",
+        new="Field(ge=KIB, le=64 * MIB)",
+        tests=(
+            "tests/repository/test_sizes.py::test_whatever_a_broker_may_store_fits_into_an_answer_that_its_workers_take",
+        ),
+    ),
+    Bug(
+        "who names a namespace without its application asks for everything",
+        "what no worker asks for is told, and nothing else",
+        "broker/dispatch/service.py",
+        old="        if wanted is not None:\n            self.store.asked(wanted.application, wanted.namespaces)\n",
+        new="        self.store.asked(*(wanted or Wanted(None, (asked.namespace,))))\n",
+        tests=(SERVICE + "test_a_namespace_without_its_application_is_asked_for_by_nobody",),
     ),
     Bug(
         "who gives back what it does not hold is remembered",
@@ -107,9 +152,11 @@ BUGS = (
         old="        await self._finish([self._settle_by_id(report)], [hash_id(report.id)], by_id=True)\n"
         "        response = raw_pb2.RawSetTaskStatusResponse()\n"
         "        # Not before: what is claimed is handed out at once.\n"
-        '        if report.HasField("fetch_next_task") and (rows := await self._claim_one(report.fetch_next_task)):\n',
+        '        wanted = _wanted(report.fetch_next_task) if report.HasField("fetch_next_task") else None\n'
+        "        if rows := await self._claim_one(wanted):\n",
         new="        settled = self._settle_by_id(report)\n"
-        '        rows = await self._claim_one(report.fetch_next_task) if report.HasField("fetch_next_task") else []\n'
+        '        wanted = _wanted(report.fetch_next_task) if report.HasField("fetch_next_task") else None\n'
+        "        rows = await self._claim_one(wanted)\n"
         "        await self._finish([settled], [hash_id(report.id)], by_id=True)\n"
         "        response = raw_pb2.RawSetTaskStatusResponse()\n"
         "        if rows:\n",
@@ -387,7 +434,7 @@ BUGS = (
         "a namespace without its application is anybody's",
         "a client is given what it asks for",
         "broker/dispatch/service.py",
-        old='        if asked.HasField("namespace") and not asked.HasField("application"):\n            return []\n',
+        old='    if asked.HasField("namespace") and not asked.HasField("application"):\n        return None\n',
         new="",
         tests=(SERVICE + "test_a_client_without_tokens_names_a_namespace_with_its_application",),
     ),

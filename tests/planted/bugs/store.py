@@ -7,6 +7,7 @@ RULES = BROKER + "test_store_rules.py::"
 MODEL = BROKER + "test_store_model.py"
 LIFECYCLE = BROKER + "test_lifecycle.py::"
 DATABASE = BROKER + "test_database.py::"
+DAMAGE = BROKER + "test_damage.py::"
 UNFINISHED = BROKER + "test_ledger_unfinished.py::"
 
 BUGS = (
@@ -821,9 +822,44 @@ BUGS = (
         "broker/store/memory.py",
         old="            queue.came_back += 1\n            self.low.add(row.pair)\n",
         new="            queue.came_back += 1\n",
-        tests=(
-            BROKER + "test_waiting.py::test_a_poll_that_is_cancelled_after_its_match_gives_the_claims_back",
-        ),
+        tests=(RULES + "test_what_is_given_back_is_handed_out_again_though_nothing_else_comes",),
+    ),
+    Bug(
+        "all rows are gone through for every damaged one",
+        "a damaged row stops nobody",
+        "broker/store/memory.py",
+        old="""        for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS in seqs]:
+            del self.live[id_hash]
+""",
+        new="""        for one in seqs:
+            for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS == one]:
+                del self.live[id_hash]
+""",
+        tests=(DAMAGE + "test_many_damaged_rows_are_looked_for_once_among_all",),
+    ),
+    Bug(
+        "a database that is set aside is without its log for a moment",
+        "a malformed database is never begun again with",
+        "broker/store/quarantine.py",
+        old="        _link(wal, _wal_of(to))\n",
+        new="        wal.rename(_wal_of(to))\n",
+        tests=(DAMAGE + "test_a_broker_that_is_killed_while_it_sets_a_database_aside_loses_no_log",),
+    ),
+    Bug(
+        "a power cut may undo the first steps of setting aside and keep the last",
+        "a malformed database is never begun again with",
+        "broker/store/quarantine.py",
+        old="    path.rename(to)\n    _sync(path.parent)\n",
+        new="    path.rename(to)\n",
+        tests=(DAMAGE + "test_a_broker_that_is_killed_while_it_sets_a_database_aside_loses_no_log",),
+    ),
+    Bug(
+        "what comes back and is dropped while that is written is missed in the page",
+        "a rebalance stops no broker",
+        "broker/store/memory.py",
+        old="                queue.came_back += 1\n                continue\n",
+        new="                continue\n",
+        tests=(RULES + "test_what_comes_back_may_be_dropped_while_that_is_written",),
     ),
     Bug(
         "resume forgets the backlog",
@@ -1309,7 +1345,7 @@ BUGS = (
         "broker/store/soundness.py",
         old="size = coalesce(length(body), {LARGE_SIZE if thorough else 'size'})",
         new="TRUE",
-        tests=(BROKER + "test_damage.py::test_a_row_with_an_impossible_column_does_not_stop_the_start",),
+        tests=(DAMAGE + "test_a_row_with_an_impossible_column_does_not_stop_the_start",),
     ),
     Bug(
         "what a row says of its size is believed",
@@ -1317,9 +1353,7 @@ BUGS = (
         "broker/store/database.py",
         old="size=size if body is None else len(body),",
         new="size=size,",
-        tests=(
-            BROKER + "test_damage.py::test_what_a_row_says_of_its_size_while_a_broker_runs_is_not_believed",
-        ),
+        tests=(DAMAGE + "test_what_a_row_says_of_its_size_while_a_broker_runs_is_not_believed",),
     ),
     Bug(
         "what a damaged row says of its size is believed",
@@ -1327,9 +1361,7 @@ BUGS = (
         "broker/store/database.py",
         old="coalesce(length(body), {LARGE_SIZE}, size) FROM activation",
         new="size FROM activation",
-        tests=(
-            BROKER + "test_damage.py::test_what_a_row_says_of_its_size_while_a_broker_runs_is_not_believed",
-        ),
+        tests=(DAMAGE + "test_what_a_row_says_of_its_size_while_a_broker_runs_is_not_believed",),
     ),
     Bug(
         "a damaged row lifts the bound of its page",
@@ -1337,7 +1369,7 @@ BUGS = (
         "broker/store/database.py",
         old="            if size >= bytes_max:\n                break\n            try:\n",
         new="            try:\n",
-        tests=(BROKER + "test_damage.py::test_a_page_is_bounded_in_bytes_also_where_a_row_is_damaged",),
+        tests=(DAMAGE + "test_a_page_is_bounded_in_bytes_also_where_a_row_is_damaged",),
     ),
     Bug(
         "what is dropped is read with all its bodies",
@@ -1353,7 +1385,7 @@ BUGS = (
         "broker/store/database.py",
         old="return [row for record in records if checksum(row := _load(record)) == record[_CHECKSUM_AT]]",
         new="return [_load(record) for record in records]",
-        tests=(BROKER + "test_damage.py::test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged",),
+        tests=(DAMAGE + "test_a_claim_is_not_handed_out_once_more_when_its_row_was_damaged",),
     ),
     Bug(
         "a changed column of a row is handed out",
@@ -1361,7 +1393,7 @@ BUGS = (
         "broker/store/database.py",
         old="        row.at_most_once,\n        row.content,\n    )",
         new="        False,\n        row.content,\n    )",
-        tests=(BROKER + "test_damage.py::test_whatever_never_changes_of_a_row_is_in_its_checksum",),
+        tests=(DAMAGE + "test_whatever_never_changes_of_a_row_is_in_its_checksum",),
     ),
     Bug(
         "a damage found long ago is held against a database that was sound since",
@@ -1380,7 +1412,7 @@ BUGS = (
         "broker/store/memory.py",
         old="        if queue.spilled:\n            self.low.add(queue.pair)\n\n    def enter",
         new=("        if queue.spilled and rows:\n            self.low.add(queue.pair)\n\n    def enter"),
-        tests=(BROKER + "test_damage.py::test_behind_a_page_of_which_nothing_is_sound_the_next_one_comes",),
+        tests=(DAMAGE + "test_behind_a_page_of_which_nothing_is_sound_the_next_one_comes",),
     ),
     # -- for the ledger
     Bug(

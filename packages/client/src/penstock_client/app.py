@@ -15,7 +15,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, over
 
 from penstock_client import forks
 from penstock_client.context import TaskContext
-from penstock_client.durations import Duration, seconds
+from penstock_client.durations import Duration, expiry, seconds
 from penstock_client.errors import AppError, SendError, nearest
 from penstock_client.retry import Backoff, Exponential, Fixed, Retry, exception_types
 from penstock_client.settings import ClientSettings, load_settings, setting_origins
@@ -370,7 +370,7 @@ class Namespace:
                     " (retry=Retry(...) retries, retry=None says that this is meant)",
                     name,
                 )
-        expiry = namespace.expires if expires is None else expires
+        expires = namespace.expires if expires is None else expires
         task: Task[..., Any] = Task(
             self.app,
             fn,
@@ -379,7 +379,7 @@ class Namespace:
             bind=bind,
             retry=policy,
             deadline_seconds=_deadline(namespace.deadline if deadline is None else deadline),
-            expires_seconds=None if expiry is None else seconds("expires", expiry),
+            expires_seconds=None if expires is None else expiry(expires),
             at_most_once=once,
         )
         if once and policy is not None and policy.max_attempts > 1:
@@ -399,7 +399,7 @@ class Namespace:
             bind=False,
             retry=None if isinstance(policy, _Unset) else policy,
             deadline_seconds=_deadline(self.deadline if deadline is None else deadline),
-            expires_seconds=None if self.expires is None else seconds("expires", self.expires),
+            expires_seconds=None if self.expires is None else expiry(self.expires),
             at_most_once=self.at_most_once,
         )
 

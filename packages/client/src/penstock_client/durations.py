@@ -36,3 +36,17 @@ def seconds(name: str, value: Duration) -> float:
     if not 0 <= number < SECONDS_MAX:
         raise ValueError(f"{name}={value!r}: a duration cannot be negative or without end")
     return number
+
+
+def expiry(value: Duration) -> int:
+    """``expires=`` in whole seconds, as brokers count it: rounded down, for nothing starts after it.
+
+    Raises ValueError or TypeError naming the argument.
+    """
+    number = seconds("expires", value)
+    if 0 < number < 1:
+        raise ValueError(
+            f"expires={value!r}: brokers count it in whole seconds, so it would be over at once: give at"
+            " least 1"
+        )
+    return int(number)

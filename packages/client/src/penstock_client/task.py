@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from penstock_client.context import TaskContext
-from penstock_client.durations import Duration, seconds
+from penstock_client.durations import Duration, expiry, seconds
 from penstock_client.errors import ArgumentsMismatch, SendError
 from penstock_client.retry import Retry
 from penstock_client.transports import Outgoing
@@ -38,6 +38,7 @@ R = TypeVar("R")
 
 TRACEPARENT = "traceparent"
 UINT64_MAX = 2**64 - 1
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class TaskRef:
@@ -83,10 +84,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How one call is sent."""
+    """How calls are sent. A moment stays one until then: a duration begins with each call."""
 
-    countdown: float | None = None
-    expires: float | None = None
+    countdown: float | datetime | None = None
+    expires: int | datetime | None = None
     headers: Mapping[str, str] | None = None
     task_id: str | None = None
     wait: bool = False
@@ -105,7 +106,7 @@ class Task(Generic[P, R]):
         bind: bool,
         retry: Retry | None,
         deadline_seconds: int,
-        expires_seconds: float | None,
+        expires_seconds: int | None,
         at_most_once: bool,
     ) -> None:  # fmt: skip
         self.app = app
@@ -162,17 +163,15 @@ class Task(Generic[P, R]):
     ) -> Bound[P]:
         """The task with options for the calls that follow: ``task.options(countdown=60).delay(7)``.
 
-        ``countdown`` (seconds) or ``eta``: not before then. ``expires``: not after then, counted from
-        now. ``task_id``: an id of your own; a second call with it is absorbed within the window.
-        ``wait``: do not return before it is acknowledged.
+        ``countdown`` (seconds) or ``eta``: not before then. ``expires``: not after then. Seconds count
+        from each call. ``task_id``: an id of your own; a second call with it is absorbed within the
+        window. ``wait``: do not return before it is acknowledged.
         """
         _refuse(unsupported)
         if countdown is not None and eta is not None:
             raise TypeError("countdown= and eta= say the same in two ways: give one")
-        if eta is not None:
-            countdown = max(0.0, _until("eta", eta))
         options = Options(
-            None if countdown is None else seconds("countdown", countdown),
+            _aware("eta", eta) if countdown is None else seconds("countdown", countdown),
             _expiry(expires),
             _texts(headers),
             _id(task_id),
@@ -196,16 +195,16 @@ class Task(Generic[P, R]):
     def _send(self, args: Sequence[object], kwargs: Mapping[str, object], options: Options) -> TaskRef:
         id = options.task_id or os.urandom(16).hex()
         message = activation_pb2.TaskActivation(id=id)
-        received_at = message.received_at
-        received_at.seconds, received_at.nanos = divmod(time.time_ns(), 1_000_000_000)
+        received_at, now = message.received_at, time.time_ns()
+        received_at.seconds, received_at.nanos = divmod(now, 1_000_000_000)
         headers = options.headers
         if headers:
             message.headers.update(headers)
         message.parameters_bytes = self._parameters(args, kwargs, message)
-        if options.countdown:
-            message.delay = math.ceil(options.countdown)
+        if options.countdown and (delay := math.ceil(_seconds_to(options.countdown, now))):
+            message.delay = delay
         if options.expires is not None:
-            message.expires = math.ceil(options.expires)
+            message.expires = math.floor(_seconds_to(options.expires, now))
         outgoing = Outgoing(
             id,
             self.name,
@@ -286,7 +285,7 @@ class Task(Generic[P, R]):
             retry_state=state,
         )
         if self.expires_seconds is not None:
-            template.expires = math.ceil(self.expires_seconds)
+            template.expires = self.expires_seconds
         return template.SerializeToString()
 
     # -- receiving
@@ -353,18 +352,23 @@ def _refuse(unsupported: Mapping[str, object]) -> None:
         raise TypeError(f"unknown option {word}=")
 
 
-def _until(name: str, moment: datetime) -> float:
-    if moment.tzinfo is None:
+def _aware(name: str, moment: datetime | None) -> datetime | None:
+    if moment is not None and moment.tzinfo is None:
         raise ValueError(f"{name}={moment} has no time zone: use datetime.now(UTC) or another aware one")
-    return (moment - datetime.now(UTC)).total_seconds()
+    return moment
 
 
-def _expiry(expires: Duration | datetime | None) -> float | None:
-    if expires is None:
-        return None
-    if isinstance(expires, datetime):
-        return max(0.0, _until("expires", expires))
-    return seconds("expires", expires)
+def _expiry(expires: Duration | datetime | None) -> int | datetime | None:
+    if expires is None or isinstance(expires, datetime):
+        return _aware("expires", expires)
+    return expiry(expires)
+
+
+def _seconds_to(when: float | datetime, now: int) -> float:
+    """From ``now`` (epoch ns) to a moment, but not into the past; a duration is what it is."""
+    if isinstance(when, datetime):
+        return max(0, (when - _EPOCH) // timedelta(microseconds=1) * 1000 - now) / 1_000_000_000
+    return when
 
 
 def _texts(headers: Mapping[str, str] | None) -> dict[str, str] | None:

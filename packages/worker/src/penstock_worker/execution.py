@@ -119,7 +119,7 @@ class Execution:
                 raise error
 
     def _await(self, awaitable: Awaitable[object]) -> None:
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
 

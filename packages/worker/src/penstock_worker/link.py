@@ -16,6 +16,7 @@ from penstock_protocol import signature
 from penstock_worker.claim import Claim
 
 LEASE_SECONDS_DEFAULT = 15.0
+# Whatever a broker's message_bytes_max allows fits.
 RESPONSE_BYTES_MAX = 64 * 1024 * 1024
 BACKOFF_FIRST_SECONDS = 0.1
 # A report that fails only after this long was held by a living broker, for a reason: an outcome, for

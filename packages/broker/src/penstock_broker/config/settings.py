@@ -287,7 +287,8 @@ class Settings(BaseSettings):
     batch_rows_max: Annotated[int, Field(ge=1, le=100_000)] = Field(
         default=4096, description="New activations written in one transaction, in rows."
     )
-    message_bytes_max: Annotated[int, Field(ge=KIB, le=256 * MIB), BeforeValidator(_size)] = Field(
+    # An answer with the largest one is what workers take: 64 MiB.
+    message_bytes_max: Annotated[int, Field(ge=KIB, le=60 * MIB), BeforeValidator(_size)] = Field(
         default=8 * MIB, description="Largest activation, and largest RPC message, in bytes."
     )
     dead_letters_rest_max: Rows = Field(

@@ -249,13 +249,22 @@ class Admin:
 
     async def cancel_tasks(self, request: bytes) -> bytes:
         asked = parse(pb.CancelTasksRequest, request)
-        before, answers = await self._apply(asked.ids, self._store.control.cancel, _CANCELLABLE)
+        unheard: set[int] = set()
+
+        def cancel(id_hash: int) -> Answer | Report:
+            row = self._memory.resident.get(self._memory.seq_of(id_hash) or 0)
+            if row is not None and self._waiting.holds(row):
+                unheard.add(id_hash)
+            return self._store.control.cancel(id_hash)
+
+        before, answers = await self._apply(asked.ids, cancel, _CANCELLABLE)
         _record("tasks were cancelled", asked.by, before, answers)
         results = []
         for id in asked.ids:
             row = before.get(id)
             if answers.get(id) is Answer.APPLIED:
-                running = row is not None and row.status is Status.PROCESSING
+                claimed = row is not None and row.status is Status.PROCESSING
+                running = claimed and hash_id(id) not in unheard
                 results.append(pb.CANCEL_RESULT_KILLED if running else pb.CANCEL_RESULT_CANCELLED)
             elif row is not None and row.status is Status.FORWARDING:
                 results.append(pb.CANCEL_RESULT_FORWARDING)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
-from penstock_broker.domain.activation import NO_SOURCE, Activation, Reason, Status
+from penstock_broker.domain.activation import NO_SOURCE, Activation, Route, Status, route_of
 from penstock_broker.domain.lifecycle import OUTCOMES, Event
 from penstock_broker.store.finished import outcome_of
 from penstock_broker.store.inflight import Inflight
@@ -161,10 +161,14 @@ class Explanation:
             )
 
     def _forwarding(self, row: Activation) -> None:
-        if row.reason in (Reason.HANDED_OVER, Reason.OVERFLOW):
-            self._say("forwarding", f"it is on its way to another broker: {row.reason}")
-            return
-        self._say("forwarding", f"it is on its way to the dead letters: {row.reason} ({_error(row)})")
+        route = route_of(row.reason)
+        if route is Route.DEAD_LETTER:
+            where = f"the dead letters: {row.reason} ({_error(row)})"
+        elif route is Route.RETRY:
+            where = f"the retry topic (kafka_retry_topic): its last start failed ({_error(row)})"
+        else:
+            where = f"another broker: {row.reason}"
+        self._say("forwarding", f"it is on its way to {where}")
         partitions = self._store.memory.partitions
         if row.source != NO_SOURCE and not partitions[row.source].is_covered(row.offset, row.seq):
             self._say("cover", "it leaves once Kafka has acknowledged the offset commit that passes it")

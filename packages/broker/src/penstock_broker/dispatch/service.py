@@ -83,22 +83,18 @@ class Consumers:
     async def get_task(self, request: bytes) -> bytes:
         asked = parse(consumer_pb2.GetTaskRequest, request)
         wanted = _wanted(asked)
-        self.store.asked(wanted.application, wanted.namespaces)
+        if wanted is not None:
+            self.store.asked(wanted.application, wanted.namespaces)
         self.store.require_disk()
-        rows = await self._claim_one(asked)
+        rows = await self._claim_one(wanted)
         if not rows:
             raise Refused(grpc.StatusCode.NOT_FOUND, "no pending task")
         response = raw_pb2.RawGetTaskResponse(task=_body(rows[0]))
         rows[0].body = None
         return response.SerializeToString()
 
-    async def _claim_one(
-        self, asked: consumer_pb2.GetTaskRequest | consumer_pb2.FetchNextTask
-    ) -> list[Activation]:
-        # A namespace without its application matches nothing.
-        if asked.HasField("namespace") and not asked.HasField("application"):
-            return []
-        rows = self.waiting.claim(_wanted(asked), 1, tokenless=True)
+    async def _claim_one(self, wanted: Wanted | None) -> list[Activation]:
+        rows = self.waiting.claim(wanted, 1, tokenless=True) if wanted is not None else []
         if rows and rows[0].at_most_once:
             try:
                 rows = await self.waiting.make_durable(rows, ANSWER_SECONDS_MAX)
@@ -112,7 +108,8 @@ class Consumers:
         await self._finish([self._settle_by_id(report)], [hash_id(report.id)], by_id=True)
         response = raw_pb2.RawSetTaskStatusResponse()
         # Not before: what is claimed is handed out at once.
-        if report.HasField("fetch_next_task") and (rows := await self._claim_one(report.fetch_next_task)):
+        wanted = _wanted(report.fetch_next_task) if report.HasField("fetch_next_task") else None
+        if rows := await self._claim_one(wanted):
             response.task = _body(rows[0])
             rows[0].body = None
         return response.SerializeToString()
@@ -357,7 +354,10 @@ def _body(row: Activation) -> bytes:
     return body + activation_pb2.TaskActivation(retry_state=state).SerializeToString()
 
 
-def _wanted(asked: consumer_pb2.GetTaskRequest | consumer_pb2.FetchNextTask) -> Wanted:
+def _wanted(asked: consumer_pb2.GetTaskRequest | consumer_pb2.FetchNextTask) -> Wanted | None:
+    """None: nothing. A namespace without its application matches no task."""
+    if asked.HasField("namespace") and not asked.HasField("application"):
+        return None
     return Wanted(
         asked.application if asked.HasField("application") else None,
         (asked.namespace,) if asked.HasField("namespace") else (),

@@ -243,10 +243,13 @@ class Memory:
     def _came_back(self, rows: Iterable[Activation]) -> None:
         places: dict[int, list[Activation]] = {}
         for row in rows:
+            queue = self.index.pairs[row.pair]
             if row.seq in self.dropping:
+                # While it was written: it stays spilled until it is gone, and its place is in no page.
+                queue.came_back += 1
                 continue
             row.id_hash = hash_id(row.id)
-            self.index.page_in(self.index.pairs[row.pair], row)
+            self.index.page_in(queue, row)
             self.resident[row.seq] = row
             if self.partitions.may_start(row):
                 places.setdefault(row.pair, []).append(row)
@@ -365,9 +368,15 @@ class Memory:
         row.status = GONE
         row.body = None
 
-    def set_aside(self, damaged: Iterable[Damaged]) -> None:
+    def set_aside(self, damaged: Sequence[Damaged]) -> None:
         """Rows were damaged on disk and are not there any more. In the ledger they stay unfinished: what
         is restored from there is whole."""
+        if not damaged:
+            return
+        # By what each was called when it was whole.
+        seqs = {seq for seq, *_ in damaged}
+        for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS in seqs]:
+            del self.live[id_hash]
         for seq, pair, status, size in damaged:
             self.counts[pair][status] -= 1
             self.rows -= 1
@@ -378,9 +387,6 @@ class Memory:
                 self.held_bytes[pair] -= size
             if status == PENDING:
                 self.index.pairs[pair].spilled -= 1
-            # By what it was called when it was whole.
-            for id_hash in [h for h, entry in self.live.items() if entry >> CONTENT_BITS == seq]:
-                del self.live[id_hash]
             self.add_to_books({(pair, "quarantined"): 1})
             self.quarantined += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,21 +19,47 @@ def set_aside(path: Path, why: str, clock: Clock, label: str = "quarantined") ->
 
     ``why``: one clause for the log. Where it is now; raises OSError when it cannot be moved.
     """
+    wal = _wal_of(path)
     stamp = datetime.fromtimestamp(clock.wall_ms() / 1000, UTC).strftime("%Y%m%dT%H%M%S")
     to = path.with_name(f"{path.name}.{label}-{stamp}")
     number = 1
-    while to.exists():
+    while to.exists() or _wal_of(to).exists():
         number += 1
         to = path.with_name(f"{path.name}.{label}-{stamp}.{number}")
-    # The log first: without its database it means nothing, while a database without its log looks whole.
-    for suffix in ("-shm", "-wal", ""):
-        part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.rename(to.with_name(to.name + suffix))
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # An index of the log, made from it.
+    path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    # A database without its log looks whole, so the log has both names until its database has the new one.
+    # Killed in between, one that is found beside no database is deleted by SQLite as the new one begins.
+    if wal.exists():
+        _link(wal, _wal_of(to))
+        _sync(path.parent)
+    path.rename(to)
+    _sync(path.parent)
+    wal.unlink(missing_ok=True)
+    _sync(path.parent)
     log.error("the database was set aside", why=why, database=str(path), now=str(to))
     return to
+
+
+def _wal_of(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file another name, or what has it where a file system has no such links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        with file.open("rb") as source, name.open("xb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """What is renamed after it comes after it, whatever a power cut leaves."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
