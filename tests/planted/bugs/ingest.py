@@ -19,6 +19,41 @@ WRITES = BROKER + "test_ledger_writes.py::"
 
 BUGS = (
     Bug(
+        "a partition without a leader keeps all others from beginning",
+        "nobody blocks anybody",
+        "broker/ingest/poller.py",
+        old="                    failure = error\n",
+        new="                    raise\n",
+        tests=(ANEW + "test_partitions_without_a_leader_keep_no_others_from_beginning",),
+    ),
+    Bug(
+        "a partition without a leader is asked first each time",
+        "nobody blocks anybody",
+        "broker/ingest/poller.py",
+        old="sorted(partitions, key=lambda p: (self._in_vain.get(p, -1), p))",
+        new="sorted(partitions)",
+        tests=(
+            ANEW + "test_partitions_without_a_leader_keep_no_others_from_beginning",
+            ANEW + "test_partitions_without_a_leader_keep_no_others_outside_their_logs",
+        ),
+    ),
+    Bug(
+        "a partition outside its log that has no leader is asked first each time",
+        "nobody blocks anybody",
+        "broker/ingest/poller.py",
+        old="                self._in_vain[partition] = self._clock.mono_ms()\n                raise\n",
+        new="                raise\n",
+        tests=(ANEW + "test_partitions_without_a_leader_keep_no_others_outside_their_logs",),
+    ),
+    Bug(
+        "all partitions without a leader are waited for in one round",
+        "nobody blocks anybody",
+        "broker/ingest/poller.py",
+        old="            elif failure is None:\n",
+        new="            else:\n",
+        tests=(ANEW + "test_partitions_without_a_leader_keep_no_others_from_beginning",),
+    ),
+    Bug(
         "a pool without a ledger does not begin when somebody gave up waiting",
         "nothing but a broken promise ends the broker",
         "broker/ingest/ledger.py",
@@ -659,8 +694,8 @@ BUGS = (
         "a partition begins before its tail is known",
         "the same message again is not run again",
         "broker/ingest/poller.py",
-        old="        if ready := [one for one in found if one.partition not in waiting]:\n",
-        new="        if ready := found:\n",
+        old="[one for one in found if one.partition not in tails]",
+        new="found",
         tests=(TAILS + "test_nothing_is_taken_before_the_tail_is_known_and_others_go_on",),
         hangs=True,
     ),
