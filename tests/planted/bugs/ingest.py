@@ -54,6 +54,14 @@ BUGS = (
         tests=(ANEW + "test_partitions_without_a_leader_keep_no_others_from_beginning",),
     ),
     Bug(
+        "the alarm of a full store lasts when all has left",
+        "an alarm ends with its cause",
+        "broker/ingest/forwarder.py",
+        old="        self._full = self._full and self._store.outbox.waits(self.route)\n",
+        new="",
+        tests=(FORWARDER + "test_the_alarm_of_a_full_store_ends_when_what_found_no_room_has_left",),
+    ),
+    Bug(
         "a pool without a ledger does not begin when somebody gave up waiting",
         "nothing but a broken promise ends the broker",
         "broker/ingest/ledger.py",
