@@ -879,3 +879,43 @@ async def test_after_an_outage_all_is_written_again(path: Path, log: Log) -> Non
         await one.store.recorded()
         assert log.account().ranges == {("tasks", 0): (0, 4, 4)}
         assert [offsets_of(0, segment) for segment in log.account().segments.values()] == [[0, 1, 2]]
+
+
+async def test_until_it_is_written_the_ledger_is_not_up_and_a_change_grows_older(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka lets it be opened and read, and takes no record."""
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        assert (one.ledger.is_open, one.ledger.age_seconds()) == (True, 0)
+        seen: list[tuple[bool, float]] = []
+        write = log.write
+
+        def look(records: Sequence[Record]) -> None:
+            seen.append((one.ledger.is_open, one.ledger.age_seconds()))
+            write(records)
+
+        monkeypatch.setattr(log, "write", look)
+        log.refuses = 3
+        await one.finish()
+        await one.store.recorded()
+        assert [is_open for is_open, _ in seen[1:4]] == [False] * 3
+        assert [age >= 0.01 * n for n, (_, age) in enumerate(seen[:4])] == [True] * 4
+        assert (one.ledger.is_open, one.ledger.age_seconds()) == (True, 0)
+
+
+async def test_what_changes_while_it_is_written_is_as_old_as_it_is(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        log.takes.clear()
+        begun = log.begun
+        await one.take(0, 4)
+        await until(lambda: log.begun > begun)
+        await asyncio.sleep(0.2)
+        await one.take(4, 6)
+        assert one.ledger.age_seconds() >= 0.2
+        log.takes.set()
+        await until(lambda: log.account().ranges)
+        assert 0 < one.ledger.age_seconds() < 0.2
+        await one.store.recorded()
+        assert one.ledger.age_seconds() == 0

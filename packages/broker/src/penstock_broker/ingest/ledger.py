@@ -87,7 +87,9 @@ class Ledger:
         # Why the broker must not go on.
         self.fatal: FatalError | None = None
         self._sequence = int(store.database.meta(SEQUENCE) or 0)  # type: ignore[call-overload]
+        # When the first change came that is not recorded, and the first that came after the last snapshot.
         self._dirty_at: int | None = None
+        self._changed_at: int | None = None
         self._opened = asyncio.Event()
         # Every topic's consumer waits for it.
         self._opening = asyncio.Lock()
@@ -319,7 +321,9 @@ class Ledger:
                 await asyncio.sleep(LOOK_AGAIN_SECONDS)
                 with contextlib.suppress(KafkaException):
                     if await self.call(self.log.is_there):
-                        await self._reopen()
+                        # And it takes transactions.
+                        await self.call(self.log.fence)
+                        self.off = False
                 continue
             begun = loop.time()
             try:
@@ -360,14 +364,14 @@ class Ledger:
         account = await self.read(self.me.broker_id)
         self._check(account)
         self._begin(account)
-        self.off, self.is_open = False, True
 
     def _look(self) -> None:
         """A tick was committed."""
         unfinished = self.store.memory.unfinished
         if unfinished.dirty or unfinished.dirty_ranges:
-            if self._dirty_at is None:
-                self._dirty_at = self.store.clock.mono_ms()
+            now = self.store.clock.mono_ms()
+            self._changed_at = now if self._changed_at is None else self._changed_at
+            self._dirty_at = now if self._dirty_at is None else self._dirty_at
             self._wake.set()
 
     async def _write_once(self) -> None:
@@ -379,7 +383,7 @@ class Ledger:
         waiters, more = self._taken_waiters(), self._more
         self._more = []
         segments, ranges = self._take()
-        self._dirty_at = None
+        self._changed_at = None
         try:
             await self.call(self._write, segments, ranges, more)
         except BaseException:
@@ -387,8 +391,8 @@ class Ledger:
             unfinished.dirty_ranges.update(ranges)
             self._waiters = waiters + self._waiters
             self._more = more + self._more
-            self._look()
             raise
+        self._dirty_at = self._changed_at
         self._say_written()
         for waiter in waiters:
             if not waiter.done():
