@@ -919,3 +919,20 @@ async def test_what_changes_while_it_is_written_is_as_old_as_it_is(path: Path, l
         assert 0 < one.ledger.age_seconds() < 0.2
         await one.store.recorded()
         assert one.ledger.age_seconds() == 0
+
+
+async def test_what_has_ended_under_a_name_has_ended_there(path: Path, log: Log) -> None:
+    """Its topic is found to be made anew just before the record is written."""
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        assert [where[0] for where in log.account().segments] == ["tasks"]
+        goes_on = threading.Event()
+        one.ledger.thread.submit(goes_on.wait, 30)
+        await one.finish()
+        asked = asyncio.ensure_future(one.store.recorded())
+        await until(lambda: not one.store.memory.unfinished.dirty)
+        one.store.retire(one.source, "tasks@old")
+        goes_on.set()
+        await asked
+        assert log.account().segments == {}

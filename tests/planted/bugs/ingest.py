@@ -65,8 +65,8 @@ BUGS = (
         "a change counts as recorded while it is written",
         "its metrics say whether the loss of its disk would lose tasks",
         "broker/ingest/ledger.py",
-        old="        self._changed_at = None\n",
-        new="        self._changed_at = self._dirty_at = None\n",
+        old="        taken, self._changed_at = self._take(), None\n",
+        new="        taken, self._changed_at, self._dirty_at = self._take(), None, None\n",
         tests=(
             WRITES + "test_until_it_is_written_the_ledger_is_not_up_and_a_change_grows_older",
             WRITES + "test_what_changes_while_it_is_written_is_as_old_as_it_is",
@@ -79,6 +79,17 @@ BUGS = (
         old="        self._dirty_at = self._changed_at\n",
         new="        self._dirty_at = None\n",
         tests=(WRITES + "test_what_changes_while_it_is_written_is_as_old_as_it_is",),
+    ),
+    Bug(
+        "what has ended is recorded under the name that its topic has when it is written",
+        "a broker that starts with an empty disk restores exactly what was unfinished",
+        "broker/ingest/ledger.py",
+        old="            topic, partition, _ = taken.names[id]\n",
+        new=(
+            "            source = self.store.memory.partitions[id]\n"
+            "            topic, partition = source.topic, source.partition\n"
+        ),
+        tests=(WRITES + "test_what_has_ended_under_a_name_has_ended_there",),
     ),
     Bug(
         "the alarm of a full store lasts when all has left",
@@ -910,8 +921,8 @@ BUGS = (
         "the ledger does not say which topic it speaks of",
         "new tasks are never taken for old ones",
         "broker/ingest/ledger.py",
-        old="            records.append(range_record(group, broker_id, *read, taken, source.topic_id))\n",
-        new="            records.append(range_record(group, broker_id, *read, taken))\n",
+        old="range_record(group, broker_id, topic, partition, part, topic_id)",
+        new="range_record(group, broker_id, topic, partition, part)",
         tests=(WRITES + "test_a_topic_that_was_made_anew_is_not_taken_for_the_one_of_the_ledger[anew-True]",),
     ),
     Bug(
@@ -1286,7 +1297,7 @@ BUGS = (
         "a range that was not written is not written again",
         "losing a broker loses nothing",
         "broker/ingest/ledger.py",
-        old="            unfinished.dirty_ranges.update(ranges)\n            self._waiters",
+        old="            unfinished.dirty_ranges.update(taken.ranges)\n            self._waiters",
         new="            self._waiters",
         tests=(WRITES + "test_a_write_that_the_end_interrupts_is_made_once_more",),
     ),
