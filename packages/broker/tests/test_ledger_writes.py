@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 from ingest_helpers import running_store, task_bytes, until
@@ -21,6 +22,8 @@ from structlog.testing import capture_logs
 
 from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
+from penstock_broker.departures import Departures
+from penstock_broker.dispatch.service import Refused
 from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError, OldDatabase, Replaced
@@ -34,12 +37,15 @@ from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
 from penstock_broker.ingest.ledger_records import Account, Head, Record, head_record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
 from penstock_broker.ingest.ownership import Me, Owner
+from penstock_broker.ingest.parts import Ingest
+from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.finished import Finished
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import offsets_of
 from penstock_broker.store.limits import StoreLimits
 from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
+from penstock_protocol.v1.admin_pb2 import DrainRequest, DrainResponse
 
 GROUP = "penstock-tasks"
 DAY_MS = 86_400_000
@@ -936,3 +942,32 @@ async def test_what_has_ended_under_a_name_has_ended_there(path: Path, log: Log)
         goes_on.set()
         await asked
         assert log.account().segments == {}
+
+
+async def test_a_broker_is_not_drained_while_it_restores(path: Path, log: Log, tmp_path: Path) -> None:
+    """It would stop restoring, and say that nothing is left."""
+    async with broker(path, log, killed=True) as lost:
+        await lost.take(0, 4)
+        await lost.store.recorded()
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(3)}
+    settings = Settings(kafka_topic="tasks", broker_id="broker-1", db_path=tmp_path / "new.sqlite")
+    async with running_store(settings.db_path) as store:
+        ingest = Ingest(settings, store, Metrics())
+        ingest.ledger = ledger = Ledger(store, settings)
+        ledger.log = log  # type: ignore[assignment]
+        drain = partial(Departures(ingest).drain, DrainRequest().SerializeToString())
+        ledger.start()
+        # Nobody knows yet what it may have lost.
+        with pytest.raises(Refused, match="what a lost disk may have held: drain it when it has"):
+            await drain()
+        log.breaks = True
+        opening = asyncio.create_task(ledger.open(lambda: None))
+        await until(lambda: log.broken)
+        with pytest.raises(Refused) as refused:
+            await drain()
+        assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert ingest.drain_report() is None
+        log.breaks = False
+        await opening
+        assert [of.tasks for of in DrainResponse.FromString(await drain()).left] == [3]
+        await ledger.stop()

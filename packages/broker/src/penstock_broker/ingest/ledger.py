@@ -264,6 +264,11 @@ class Ledger:
 
     # -- restoring
 
+    @property
+    def restores(self) -> bool:
+        """Whether a lost disk may have held what is not here yet."""
+        return self._is_new()
+
     async def _restore(self, account: Account, left: Sequence[Left]) -> None:
         if left or account.head is not None:
             await self.succeed(self.log, account.head, self.me.broker_id)
