@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from ingest_helpers import running_store, task_bytes
 from penstock_broker.config import Settings
 from penstock_broker.ingest.consumer import KafkaConsumer
 from penstock_broker.ingest.event_loop import EventLoop
+from penstock_broker.ingest.ownership import Me, Owner, encode
 from penstock_broker.ingest.poller import Poller
 
 
@@ -22,14 +24,24 @@ class Client:
 
     def __init__(self) -> None:
         self.without_leader: set[int] = set()
+        # How often such a one was asked.
+        self.in_vain = 0
+        # By partition: what the group has.
+        self.metadata: dict[int, str] = {}
         self.read: dict[int, int] = {}
         self.sent: list[tuple[int, int]] = []
 
     def committed(self, asked: list[TopicPartition], timeout: float) -> list[TopicPartition]:
-        return [TopicPartition(p.topic, p.partition, -1001) for p in asked]
+        return [
+            TopicPartition(p.topic, p.partition, 9, self.metadata[p.partition])
+            if p.partition in self.metadata
+            else TopicPartition(p.topic, p.partition, -1001)
+            for p in asked
+        ]
 
     def get_watermark_offsets(self, asked: TopicPartition, timeout: float) -> tuple[int, int]:
         if asked.partition in self.without_leader:
+            self.in_vain += 1
             raise KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
         return 0, 9
 
@@ -47,9 +59,14 @@ class Client:
     def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> None:
         self.sent += [(p.partition, p.offset) for p in offsets]
 
+    def consume(self, count: int, seconds: float) -> list[object]:
+        return []
+
+    def close(self) -> None: ...
+
 
 class Anew:
-    """A poller that reads two partitions, of which three messages each were taken, and a topic made anew."""
+    """A poller, and the topic it reads."""
 
     def __init__(self, poller: Poller, client: Client) -> None:
         self.poller, self.client = poller, client
@@ -91,10 +108,12 @@ class Anew:
     async def look(self) -> None:
         self.poller._look_which_at = 0
         await self.call(self.poller._chores, self.client)
+        await self.call(concurrent.futures.wait, self.poller._beginning.values())
+        await self.call(self.poller._read_anew, self.client, self.poller._have_begun())
 
 
 @pytest.fixture
-async def anew(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Anew]:
+async def unread(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Anew]:
     topics = iter(["old"])
     monkeypatch.setattr(
         "penstock_broker.ingest.poller.Cluster",
@@ -105,10 +124,17 @@ async def anew(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
         poller._loop, poller._stopping = EventLoop(), threading.Event()
         made = Anew(poller, client)
         await made.look()
-        await made.call(poller._on_assign, client, [TopicPartition("tasks", p) for p in (0, 1)])
-        for partition in (0, 1):
-            await made.take(partition, 0, 1, 2)
         yield made
+
+
+@pytest.fixture
+async def anew(unread: Anew) -> Anew:
+    """It reads two partitions, of which three messages each were taken, and a topic made anew."""
+    assigned = [TopicPartition("tasks", p) for p in (0, 1)]
+    await unread.call(unread.poller._on_assign, unread.client, assigned)
+    for partition in (0, 1):
+        await unread.take(partition, 0, 1, 2)
+    return unread
 
 
 async def test_a_partition_without_a_leader_begins_when_it_has_one(anew: Anew) -> None:
@@ -157,3 +183,46 @@ async def test_whose_rows_are_is_found_out_while_another_partition_has_no_leader
         await anew.look()
     assert anew.poller._outside == {0}
     assert anew.poller._intake.unresolved == frozenset()
+
+
+async def test_partitions_without_a_leader_keep_no_others_from_beginning(
+    unread: Anew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more than one of them is asked in a round: who asks waits for seconds."""
+    poller, client, looking = unread.poller, unread.client, Client()
+
+    def connect() -> Client:
+        poller.tails._consumer = looking  # type: ignore[assignment]
+        return looking
+
+    monkeypatch.setattr(poller.tails, "_connect", connect)
+    poller._topic_id = "new"
+    # Of 2, 3 and 4 something is to be looked through; 5 needs no leader to begin.
+    theirs = encode([Owner(0, Me("another", "0" * 8), 1)])
+    client.metadata = dict.fromkeys((2, 3, 4), theirs) | {5: encode([Owner(9, poller._intake.me, 1)])}
+    client.without_leader = looking.without_leader = {0, 2, 3}
+    assigned = [TopicPartition("tasks", p) for p in range(6)]
+    await unread.call(poller._on_assign, client, assigned)
+    assert set(poller.tracks) == {5}
+    for rounds in range(1, 7):
+        await unread.look()
+        assert client.in_vain + looking.in_vain <= 1 + rounds
+    assert set(poller.tracks) == {1, 5}
+    assert [p for p in range(6) if p in poller.tails] == [4]
+    client.without_leader = looking.without_leader = set()
+    await unread.look()
+    assert set(poller.tracks) == {0, 1, 5}
+    assert [p for p in range(6) if p in poller.tails] == [2, 3, 4]
+    poller.tails._consumer = None
+
+
+async def test_partitions_without_a_leader_keep_no_others_outside_their_logs(anew: Anew) -> None:
+    anew.poller._topic_id = "new"
+    for partition in (0, 1):
+        await anew.read_outside(partition)
+    anew.client.without_leader = {0}
+    for rounds in range(1, 4):
+        await anew.look()
+        assert anew.client.in_vain <= rounds
+    assert anew.poller._outside == {0}
+    assert anew.client.read[1] == 3

@@ -420,12 +420,20 @@ async def test_what_may_have_left_long_ago_is_not_sent_again_to_start_twice(
         check_store(store)
 
 
-async def test_the_alarm_of_a_full_store_lasts_whatever_else_leaves(store: Inflight) -> None:
-    class TooLarge:
-        async def publish(self, letters: list[Letter]) -> list[KafkaError | None]:
-            too_large = KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)
-            return [too_large if (letter.key or "").startswith("large") else None for letter in letters]
+class TooLarge:
+    """A publisher of what is not large."""
 
+    def __init__(self) -> None:
+        self.takes_large = False
+
+    async def publish(self, letters: list[Letter]) -> list[KafkaError | None]:
+        too_large = KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)
+        return [too_large if not self.takes_large and letter.key[0] == "l" else None for letter in letters]
+
+
+@contextlib.asynccontextmanager
+async def full(store: Inflight) -> AsyncIterator[tuple[Forwarder, Any]]:
+    """Of "large-0" to "large-7" three found no room in the store."""
     publisher: Any = TooLarge()
     forwarder = Forwarder(
         store,
@@ -434,10 +442,26 @@ async def test_the_alarm_of_a_full_store_lasts_whatever_else_leaves(store: Infli
         lambda row, trimmed: letter(row, None, "tasks-dlq", trimmed),
         lambda topic, count: None,
     )
-    await store.insert([*(dead(f"large-{n}") for n in range(6)), dead("small")])
-    *large, small = await store.outbox.take(Route.DEAD_LETTER, 9, MIB)
-    for rows in (large, [small]):
-        await forwarder._forward(rows, publisher)
-        assert "dead_letters_rest_max" in forwarder.alarm
-    assert (store.outbox.resting, forwarder.forwarded) == (5, 1)
+    await store.insert([dead(f"large-{n}") for n in range(8)])
+    await forwarder._forward(await store.outbox.take(Route.DEAD_LETTER, 9, MIB), publisher)
+    assert (store.outbox.resting, store.outbox.size()) == (5, 3)
+    assert "dead_letters_rest_max" in forwarder.alarm
+    yield forwarder, publisher
     forwarder._lines.stop()
+
+
+async def test_the_alarm_of_a_full_store_lasts_whatever_else_leaves(store: Inflight) -> None:
+    async with full(store) as (forwarder, publisher):
+        await forwarder._forward([dead("small")], publisher)
+        assert "dead_letters_rest_max" in forwarder.alarm
+
+
+async def test_the_alarm_of_a_full_store_ends_when_what_found_no_room_has_left(store: Inflight) -> None:
+    """Kafka takes larger ones now; the store's own stay."""
+    async with full(store) as (forwarder, publisher):
+        publisher.takes_large = True
+        for waiting in (2, 1, 0):
+            assert "dead_letters_rest_max" in forwarder.alarm
+            await forwarder._forward(await store.outbox.take(Route.DEAD_LETTER, 1, MIB), publisher)
+            assert store.outbox.size() == waiting
+        assert (store.outbox.resting, forwarder.alarm) == (5, "")

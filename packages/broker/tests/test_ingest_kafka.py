@@ -225,7 +225,7 @@ async def test_an_offset_that_kafka_does_not_tell_is_not_none(settings: Settings
         unknown = Answered(0, -1001, KafkaError(KafkaError.NOT_COORDINATOR))
         asked.committed = lambda partitions, timeout: [unknown]  # type: ignore[attr-defined]
         with pytest.raises(KafkaException):
-            poller._look_up(asked, [0], with_log=False)  # type: ignore[arg-type]
+            poller._look_up(asked, [0])  # type: ignore[arg-type]
 
 
 async def test_what_the_event_loop_has_no_time_to_give_up_is_lost(settings: Settings) -> None:

@@ -137,6 +137,9 @@ class Adopts:
         await self.goes_on.wait()
         return DrainReport(True, "", {}, 0, 0)
 
+    def restores(self) -> bool:
+        return False
+
     def drain_report(self) -> DrainReport | None:
         return DrainReport(False, "", {}, 0, 0) if self.drains else None
 

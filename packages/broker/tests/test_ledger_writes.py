@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 from ingest_helpers import running_store, task_bytes, until
@@ -21,6 +22,8 @@ from structlog.testing import capture_logs
 
 from penstock_broker.clock import SystemClock
 from penstock_broker.config import Settings
+from penstock_broker.departures import Departures
+from penstock_broker.dispatch.service import Refused
 from penstock_broker.domain.activation import Activation, Reason, Status
 from penstock_broker.domain.lifecycle import Event
 from penstock_broker.errors import FatalError, OldDatabase, Replaced
@@ -34,12 +37,15 @@ from penstock_broker.ingest.ledger_log import Fenced, LedgerLog, Message
 from penstock_broker.ingest.ledger_records import Account, Head, Record, head_record, read_account
 from penstock_broker.ingest.ledger_restore import Left, restore
 from penstock_broker.ingest.ownership import Me, Owner
+from penstock_broker.ingest.parts import Ingest
+from penstock_broker.metrics import Metrics
 from penstock_broker.store.batch import Batch, Written
 from penstock_broker.store.finished import Finished
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.ledger import offsets_of
 from penstock_broker.store.limits import StoreLimits
 from penstock_protocol.v1.activation_pb2 import RetryState, TaskActivation
+from penstock_protocol.v1.admin_pb2 import DrainRequest, DrainResponse
 
 GROUP = "penstock-tasks"
 DAY_MS = 86_400_000
@@ -927,3 +933,89 @@ async def test_after_an_outage_all_is_written_again(path: Path, log: Log) -> Non
         await one.store.recorded()
         assert log.account().ranges == {("tasks", 0): (0, 4, 4)}
         assert [offsets_of(0, segment) for segment in log.account().segments.values()] == [[0, 1, 2]]
+
+
+async def test_until_it_is_written_the_ledger_is_not_up_and_a_change_grows_older(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka lets it be opened and read, and takes no record."""
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        assert (one.ledger.is_open, one.ledger.age_seconds()) == (True, 0)
+        seen: list[tuple[bool, float]] = []
+        write = log.write
+
+        def look(records: Sequence[Record]) -> None:
+            seen.append((one.ledger.is_open, one.ledger.age_seconds()))
+            write(records)
+
+        monkeypatch.setattr(log, "write", look)
+        log.refuses = 3
+        await one.finish()
+        await one.store.recorded()
+        assert [is_open for is_open, _ in seen[1:4]] == [False] * 3
+        assert [age >= 0.01 * n for n, (_, age) in enumerate(seen[:4])] == [True] * 4
+        assert (one.ledger.is_open, one.ledger.age_seconds()) == (True, 0)
+
+
+async def test_what_changes_while_it_is_written_is_as_old_as_it_is(path: Path, log: Log) -> None:
+    async with broker(path, log) as one:
+        log.takes.clear()
+        begun = log.begun
+        await one.take(0, 4)
+        await until(lambda: log.begun > begun)
+        await asyncio.sleep(0.2)
+        await one.take(4, 6)
+        assert one.ledger.age_seconds() >= 0.2
+        log.takes.set()
+        await until(lambda: log.account().ranges)
+        assert 0 < one.ledger.age_seconds() < 0.2
+        await one.store.recorded()
+        assert one.ledger.age_seconds() == 0
+
+
+async def test_what_has_ended_under_a_name_has_ended_there(path: Path, log: Log) -> None:
+    """Its topic is found to be made anew just before the record is written."""
+    async with broker(path, log) as one:
+        await one.take(0, 4)
+        await one.store.recorded()
+        assert [where[0] for where in log.account().segments] == ["tasks"]
+        goes_on = threading.Event()
+        one.ledger.thread.submit(goes_on.wait, 30)
+        await one.finish()
+        asked = asyncio.ensure_future(one.store.recorded())
+        await until(lambda: not one.store.memory.unfinished.dirty)
+        one.store.retire(one.source, "tasks@old")
+        goes_on.set()
+        await asked
+        assert log.account().segments == {}
+
+
+async def test_a_broker_is_not_drained_while_it_restores(path: Path, log: Log, tmp_path: Path) -> None:
+    """It would stop restoring, and say that nothing is left."""
+    async with broker(path, log, killed=True) as lost:
+        await lost.take(0, 4)
+        await lost.store.recorded()
+    log.tasks |= {n: Message(n, task_bytes(f"{n}"), 0) for n in range(3)}
+    settings = Settings(kafka_topic="tasks", broker_id="broker-1", db_path=tmp_path / "new.sqlite")
+    async with running_store(settings.db_path) as store:
+        ingest = Ingest(settings, store, Metrics())
+        ingest.ledger = ledger = Ledger(store, settings)
+        ledger.log = log  # type: ignore[assignment]
+        drain = partial(Departures(ingest).drain, DrainRequest().SerializeToString())
+        ledger.start()
+        # Nobody knows yet what it may have lost.
+        with pytest.raises(Refused, match="what a lost disk may have held: drain it when it has"):
+            await drain()
+        log.breaks = True
+        opening = asyncio.create_task(ledger.open(lambda: None))
+        await until(lambda: log.broken)
+        with pytest.raises(Refused) as refused:
+            await drain()
+        assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert ingest.drain_report() is None
+        log.breaks = False
+        await opening
+        assert [of.tasks for of in DrainResponse.FromString(await drain()).left] == [3]
+        await ledger.stop()

@@ -52,6 +52,12 @@ class Departures:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this broker is adopting {self._adopted!r} now: drain it when it has finished",
             )
+        if self._ingest.restores():
+            # Stopped in the middle, it would say "drained" with tasks that only the ledger has.
+            raise Refused(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "this broker has not restored yet what a lost disk may have held: drain it when it has",
+            )
         if self._draining is None:
             log.warning("draining", grace_seconds=asked.grace_seconds, by=asked.by[:NAME_CHARS_MAX])
             self._draining = _start(self._ingest.drain(asked.grace_seconds), "drain")

@@ -136,6 +136,8 @@ class Forwarder:
                 count=len(too_large),
             )
             await self._rest(rows)
+        # What no place takes waits behind all others: when nothing waits, it has left.
+        self._full = self._full and self._store.outbox.waits(self.route)
         if failed:
             self._store.outbox.give_back(self.route, [failure.row for failure in failed])
             for topic, count in Counter(failure.topic for failure in failed).items():

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import structlog
 from confluent_kafka import KafkaException
@@ -63,8 +63,14 @@ _WAYS_OUT = (
     " which sets this one aside and restores from the ledger what is unfinished"
 )
 
-# A change of segments and ranges, as it was when it was looked at.
-Snapshot = tuple[dict[int, Segment], dict[int, Taken]]
+
+class Snapshot(NamedTuple):
+    """A change of segments and ranges, and the names of their sources, as they were when it was taken."""
+
+    segments: dict[int, Segment]
+    ranges: dict[int, Taken]
+    # source id -> (topic, partition, topic id)
+    names: dict[int, tuple[str, int, str]]
 
 
 class Ledger:
@@ -89,7 +95,9 @@ class Ledger:
         # Why the broker must not go on.
         self.fatal: FatalError | None = None
         self._sequence = int(store.database.meta(SEQUENCE) or 0)  # type: ignore[call-overload]
+        # When the first change came that is not recorded, and the first that came after the last snapshot.
         self._dirty_at: int | None = None
+        self._changed_at: int | None = None
         self._opened = asyncio.Event()
         # Every topic's consumer waits for it.
         self._opening = asyncio.Lock()
@@ -258,6 +266,11 @@ class Ledger:
 
     # -- restoring
 
+    @property
+    def restores(self) -> bool:
+        """Whether a lost disk may have held what is not here yet."""
+        return self._is_new()
+
     async def _restore(self, account: Account, left: Sequence[Left]) -> None:
         head, had_another = account.head, bool(left) or account.head is not None
         if had_another:
@@ -348,7 +361,9 @@ class Ledger:
                 await asyncio.sleep(LOOK_AGAIN_SECONDS)
                 with contextlib.suppress(KafkaException):
                     if await self.call(self.log.is_there):
-                        await self._reopen()
+                        # And it takes transactions.
+                        await self.call(self.log.fence)
+                        self.off = False
                 continue
             begun = loop.time()
             try:
@@ -389,14 +404,14 @@ class Ledger:
         account = await self.read(self.me.broker_id)
         self._check(account)
         self._begin(account)
-        self.off, self.is_open = False, True
 
     def _look(self) -> None:
         """A tick was committed."""
         unfinished = self.store.memory.unfinished
         if unfinished.dirty or unfinished.dirty_ranges:
-            if self._dirty_at is None:
-                self._dirty_at = self.store.clock.mono_ms()
+            now = self.store.clock.mono_ms()
+            self._changed_at = now if self._changed_at is None else self._changed_at
+            self._dirty_at = now if self._dirty_at is None else self._dirty_at
             self._wake.set()
 
     async def _write_once(self) -> None:
@@ -407,17 +422,16 @@ class Ledger:
             await self.store.set_meta(SEQUENCE, self._sequence)
         waiters, more = self._taken_waiters(), self._more
         self._more = []
-        segments, ranges = self._take()
-        self._dirty_at = None
+        taken, self._changed_at = self._take(), None
         try:
-            await self.call(self._write, segments, ranges, more)
+            await self.call(self._write, taken, more)
         except BaseException:
-            unfinished.dirty.update(segments)
-            unfinished.dirty_ranges.update(ranges)
+            unfinished.dirty.update(taken.segments)
+            unfinished.dirty_ranges.update(taken.ranges)
             self._waiters = waiters + self._waiters
             self._more = more + self._more
-            self._look()
             raise
+        self._dirty_at = self._changed_at
         self._say_written()
         for waiter in waiters:
             if not waiter.done():
@@ -429,22 +443,25 @@ class Ledger:
         segments = {key: unfinished.segment(key) for key in unfinished.dirty}
         ranges = {id: Taken(*unfinished.ranges[id][2:5]) for id in unfinished.dirty_ranges}
         unfinished.dirty, unfinished.dirty_ranges = set(), set()
-        return segments, ranges
+        # Here, since a source may have another name by the time it is written: what has ended under the old
+        # one must not stay there.
+        sources = self.store.memory.partitions
+        of = (sources[id] for id in {*ranges, *(segment_of(key)[0] for key in segments)})
+        names = {source.id: (source.topic, source.partition, source.topic_id) for source in of}
+        return Snapshot(segments, ranges, names)
 
-    def _write(self, segments: dict[int, Segment], ranges: dict[int, Taken], more: Sequence[Record]) -> None:
+    def _write(self, taken: Snapshot, more: Sequence[Record]) -> None:
         """On the ledger's thread."""
         group, broker_id = self.settings.kafka_consumer_group, self.me.broker_id
         head = Head(self.me.store_id, self.store.epoch, self._sequence, self.store.clock.wall_ms())
         records = [head_record(group, broker_id, head), *more]
-        sources = self.store.memory.partitions
-        for id, taken in ranges.items():
-            source = sources[id]
-            read = (source.topic, source.partition)
-            records.append(range_record(group, broker_id, *read, taken, source.topic_id))
-        for key, segment in segments.items():
+        for id, part in taken.ranges.items():
+            topic, partition, topic_id = taken.names[id]
+            records.append(range_record(group, broker_id, topic, partition, part, topic_id))
+        for key, segment in taken.segments.items():
             id, number = segment_of(key)
-            where = (sources[id].topic, sources[id].partition, number)
-            records.append(segment_record(group, broker_id, where, segment))
+            topic, partition, _ = taken.names[id]
+            records.append(segment_record(group, broker_id, (topic, partition, number), segment))
         self.log.write(records)
 
     def _say_written(self) -> None:

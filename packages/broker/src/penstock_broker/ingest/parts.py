@@ -164,6 +164,10 @@ class Ingest:
                 self._drain = Drain(self._store, self.forwarders, can_hand_over=self.consumer is not None)
             return await self._drain.run(grace_seconds)
 
+    def restores(self) -> bool:
+        """Whether a lost disk may have held tasks that are not here yet: a drain would not know of them."""
+        return self.ledger is not None and self.ledger.restores
+
     def drain_report(self) -> DrainReport | None:
         """How far a drain is; None when there is none, or it is still leaving its consumer group."""
         return self._drain.report() if self._drain is not None else None

@@ -91,6 +91,8 @@ class Poller:
         self._outside: set[int] = set()
         # Of a topic that was made anew: not read until they have begun again.
         self._anew: set[int] = set()
+        # When their leaders were last asked in vain, monotonic ms.
+        self._in_vain: dict[int, int] = {}
         # Written by the event loop, taken here.
         self._to_commit: Sequence[Position] | None = None
         # A commit is on its way.
@@ -272,17 +274,21 @@ class Poller:
 
     def _begin_waiting(self, consumer: Consumer) -> None:
         unbegun = self._unbegun - self._anew - self._beginning.keys()
-        if waiting := sorted(p for p in unbegun if p not in self.tails):
+        if waiting := self._in_turn(p for p in unbegun if p not in self.tails):
             self._begin_later(consumer, waiting)
 
     def _begin_outside(self, consumer: Consumer) -> None:
-        if outside := sorted(self._outside - self._anew):
+        if outside := self._in_turn(self._outside - self._anew):
             self._begin_inside(consumer, outside)
+
+    def _in_turn(self, partitions: Iterable[int]) -> list[int]:
+        """A leader that is away is waited for, so only one such is asked in a round: it comes last then."""
+        return sorted(partitions, key=lambda p: (self._in_vain.get(p, -1), p))
 
     def _resolve(self, consumer: Consumer) -> None:
         settled = self._assigned_once or self._clock.mono_ms() >= self._settle_at
         if settled and self._intake.unresolved and not self._intake.committing:
-            found = self._look_up(consumer, sorted(self._intake.unresolved), with_log=False)
+            found = self._look_up(consumer, sorted(self._intake.unresolved))
             self._loop.ask(self._intake.resolve(found))
 
     def _look_which(self, consumer: Consumer, seconds: float = 0) -> bool:
@@ -341,12 +347,15 @@ class Poller:
         if not numbers:
             return
         try:
-            tails = self._begin(consumer, numbers)
+            found = self._look_up(consumer, numbers)
+            tails = self._tails(found)
             log.info("partitions assigned", topic=self.topic, partitions=numbers)
             if tails:
                 self._chores_at = 0
+            self._begin(consumer, [one for one in found if one.partition not in tails])
         except (KafkaException, TimeoutError) as error:
-            log.warning("an assignment cannot be started yet", partitions=numbers, error=str(error))
+            waiting = [n for n in numbers if n not in self._beginning]
+            log.warning("an assignment cannot be started yet", partitions=waiting, error=str(error))
         beginning = [self._beginning[n] for n in numbers if n in self._beginning]
         concurrent.futures.wait(beginning, BEGIN_SECONDS_MAX)
         begun = [b for b in self._have_begun() if b.partition in numbers]
@@ -358,15 +367,40 @@ class Poller:
         if begun:
             self._read(consumer, begun)
 
-    def _begin(self, consumer: Consumer, partitions: list[int]) -> list[Tail]:
-        """Have these begin, but for those of which something is to be looked through first: what."""
-        found = self._look_up(consumer, partitions)
-        tails = [t for t in self._loop.ask(self._intake.tails(found)) if not self.tails.is_done(t)]
-        waiting = {tail.partition for tail in tails}
-        if ready := [one for one in found if one.partition not in waiting]:
+    def _tails(self, found: Sequence[Found]) -> dict[int, Tail]:
+        """Of which of these something is to be looked through before they begin: what."""
+        tails = self._loop.ask(self._intake.tails(found))
+        return {tail.partition: tail for tail in tails if not self.tails.is_done(tail)}
+
+    def _begin(self, consumer: Consumer, found: Sequence[Found], tails: Mapping[int, Tail] = {}) -> None:
+        """Have these begin, but for those with a tail that is to be looked through from now on.
+
+        Raises KafkaException when a leader that has to be asked is away. No other one is asked after it; all
+        others of these have begun then.
+        """
+        ready: list[Found] = []
+        failure: KafkaException | None = None
+        for one in found:
+            tail = tails.get(one.partition)
+            if tail is None and one.committed is not None:
+                ready.append(one)
+            elif failure is None:
+                try:
+                    if tail is None:
+                        low, high = self._watermarks(consumer, one.partition)
+                        ready.append(one._replace(low=low, high=high))
+                    else:
+                        self.tails.add(tail)
+                        if self.tails.is_done(tail):
+                            ready.append(one)
+                except KafkaException as error:
+                    self._in_vain[one.partition] = self._clock.mono_ms()
+                    failure = error
+        if ready:
             beginning = self._loop.start(self._intake.begin(ready))
             self._beginning.update((one.partition, beginning) for one in ready)
-        return tails
+        if failure is not None:
+            raise failure
 
     def _have_begun(self) -> list[Begun]:
         """Those of ``_beginning`` that may be read now."""
@@ -376,13 +410,11 @@ class Poller:
 
     def _begin_later(self, consumer: Consumer, partitions: list[int]) -> None:
         """These were assigned, and have not begun."""
-        tails = self._begin(consumer, partitions)
+        found = self._look_up(consumer, partitions)
+        tails = self._tails(found)
         # Nothing of a topic that was made anew has been taken by anybody.
-        if tails and not self._look_which(consumer, ASK_SECONDS_MAX):
-            for tail in tails:
-                self.tails.add(tail)
-            if ready := [tail.partition for tail in tails if self.tails.is_done(tail)]:
-                self._begin_later(consumer, ready)
+        if not (tails and self._look_which(consumer, ASK_SECONDS_MAX)):
+            self._begin(consumer, found, tails)
 
     def _remember(self, source: int, ids: Mapping[int, int], forwards: Mapping[int, int]) -> None:
         self._loop.tell(self._intake.store.remember, source, ids, forwards)
@@ -406,19 +438,15 @@ class Poller:
         consumer.incremental_unassign([TopicPartition(self.topic, b.partition) for b in begun])
         self._read(consumer, begun)
 
-    def _look_up(self, consumer: Consumer, partitions: list[int], with_log: bool = True) -> list[Found]:
-        """Committed offsets and owners; for what has none, also where the log begins and ends."""
+    def _look_up(self, consumer: Consumer, partitions: list[int]) -> list[Found]:
+        """Committed offsets and owners, in the order of ``partitions``."""
         asked = [TopicPartition(self.topic, p) for p in partitions]
         found = []
         for answer in consumer.committed(asked, timeout=LOOKUP_SECONDS_MAX):
             if answer.error is not None:
                 raise KafkaException(answer.error)
             committed = answer.offset if answer.offset >= 0 else None
-            low = high = -1
-            if committed is None and with_log:
-                low, high = self._watermarks(consumer, answer.partition)
-            owners = decode(answer.metadata)
-            found.append(Found(answer.partition, committed, owners, low, high))
+            found.append(Found(answer.partition, committed, decode(answer.metadata)))
         return found
 
     def _watermarks(self, consumer: Consumer, partition: int) -> tuple[int, int]:
@@ -472,6 +500,7 @@ class Poller:
         """It has begun, or is gone."""
         self.tails.remove(partition)
         self._beginning.pop(partition, None)
+        self._in_vain.pop(partition, None)
         for waiting in (self._unbegun, self._outside, self._anew):
             waiting.discard(partition)
 
@@ -494,12 +523,15 @@ class Poller:
         """These were to be read from an offset that their log does not have (any more)."""
         if self._look_which(consumer, ASK_SECONDS_MAX):
             return
-        found = []
         for partition in partitions:
-            low, high = self._watermarks(consumer, partition)
-            (known,) = self._look_up(consumer, [partition], with_log=False)
-            found.append(known._replace(low=low, high=high))
-        self._read_anew(consumer, self._loop.ask(self._intake.begin_inside(found)))
+            try:
+                low, high = self._watermarks(consumer, partition)
+            except KafkaException:
+                self._in_vain[partition] = self._clock.mono_ms()
+                raise
+            (known,) = self._look_up(consumer, [partition])
+            inside = self._intake.begin_inside([known._replace(low=low, high=high)])
+            self._read_anew(consumer, self._loop.ask(inside))
 
     def _on_error(self, error: KafkaError) -> None:
         if self._given_up:
