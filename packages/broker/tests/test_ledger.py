@@ -228,7 +228,8 @@ def test_what_a_node_of_kafka_does_not_know_is_no_answer(
     log = LedgerLog(settings, SystemClock(), "broker-1")
     unknown["tasks"] = 1
     assert log.look_up("tasks", [0, PARTITIONS]) == []
-    assert log.look_up("tasks", [0, PARTITIONS]) == [Found(0, None, (), 0, 1)]
+    assert log.look_up("tasks", [0, PARTITIONS]) == [Found(0, None, ())]
+    assert log.ends("tasks", 0) == (0, 1)
     unknown["penstock-ledger"] = 1
     with pytest.raises(KafkaException):
         log.read()

@@ -74,6 +74,7 @@ class Log:
         self.unknown = 0
         # Of the partition: offset -> message.
         self.tasks: dict[int, Message] = {}
+        self.has_no_leader = False
         # What the group has committed; None: all.
         self.committed: int | None = None
         # Of its topic, as Kafka says; "": it has none.
@@ -110,7 +111,12 @@ class Log:
             return []
         end = len(self.tasks)
         committed = end if self.committed is None else self.committed
-        return [Found(0, committed, self.owners, 0, end)] if topic == "tasks" and self.tasks else []
+        return [Found(0, committed, self.owners)] if topic == "tasks" and self.tasks else []
+
+    def ends(self, topic: str, partition: int) -> tuple[int, int]:
+        if self.has_no_leader:
+            raise KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
+        return 0, len(self.tasks)
 
     def topic_id(self, topic: str) -> str:
         return self.id
@@ -336,6 +342,17 @@ async def test_what_is_missing_is_counted_once_though_the_restore_is_interrupted
         await one.ledger._restore(Account(), lefts)
         assert one.store.memory.rows == 4
         assert one.ledger.unrestorable == 103
+
+
+async def test_a_partition_without_a_leader_keeps_no_new_broker_from_beginning(path: Path, log: Log) -> None:
+    """Of which it can have nothing: whoever reads it is another one."""
+    async with broker(path, log) as another:
+        log.owners, log.tasks[0] = (Owner(0, another.ledger.me, 1),), Message(0, task_bytes("0"), 0)
+        log.has_no_leader = True
+        begins = asyncio.create_task(_begin(path.with_name("new.sqlite"), log, "broker-2"))
+        done, _ = await asyncio.wait([begins], timeout=3)
+        begins.cancel()
+        assert done
 
 
 async def test_a_lost_disk_whose_broker_lives_on_is_restored_with_all_it_took(path: Path, log: Log) -> None:
@@ -797,8 +814,8 @@ async def test_an_adopted_broker_does_not_begin_without_the_ledger(path: Path, l
         await _begin(path, log)
 
 
-async def _begin(path: Path, log: Log) -> None:
-    async with broker(path, log):
+async def _begin(path: Path, log: Log, broker_id: str = "broker-1") -> None:
+    async with broker(path, log, broker_id=broker_id):
         pass
 
 

@@ -1229,6 +1229,15 @@ BUGS = (
         tests=(WRITES + "test_a_lost_disk_whose_broker_lives_on_is_restored_with_all_it_took",),
     ),
     Bug(
+        "a new broker waits for partitions of which it can have nothing",
+        "a partition without a leader keeps no other from being read",
+        "broker/ingest/ledger_restore.py",
+        old="        left = left_of(topic, taken, segments, one, lost)\n",
+        new="        left = left_of(topic, taken, segments, one, lost)\n"
+        "        await ledger.call(ledger.log.ends, topic, partition)\n",
+        tests=(WRITES + "test_a_partition_without_a_leader_keeps_no_new_broker_from_beginning",),
+    ),
+    Bug(
         "what is missing is counted again with each attempt",
         "what is lost is counted, once",
         "broker/ingest/ledger_restore.py",

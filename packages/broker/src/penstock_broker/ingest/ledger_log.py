@@ -144,8 +144,8 @@ class LedgerLog:
         return records
 
     def look_up(self, topic: str, partitions: Sequence[int] | None) -> list[Found]:
-        """What the group has committed, and what the log has, of ``partitions``; None: of all. Nothing of
-        those that this node of Kafka does not know: only several answers say that they are not there."""
+        """What the group has committed of ``partitions``; None: of all. Nothing of those that this node of
+        Kafka does not know: only several answers say that they are not there."""
         consumer = Consumer(reader_config(self._settings, "error", topic))
         try:
             present, found = _partitions(consumer, topic), []
@@ -154,12 +154,19 @@ class LedgerLog:
             for answer in consumer.committed(asked, timeout=LOOKUP_SECONDS_MAX) if asked else ():
                 if answer.error is not None:
                     raise KafkaException(answer.error)
-                low, high = consumer.get_watermark_offsets(
-                    TopicPartition(topic, answer.partition), timeout=LOOKUP_SECONDS_MAX
-                )
                 committed = answer.offset if answer.offset >= 0 else None
-                found.append(Found(answer.partition, committed, decode(answer.metadata), low, high))
+                found.append(Found(answer.partition, committed, decode(answer.metadata)))
             return found
+        finally:
+            consumer.close()
+
+    def ends(self, topic: str, partition: int) -> tuple[int, int]:
+        """Where the log of a partition begins and ends. Raises KafkaException, without a leader too."""
+        consumer = Consumer(reader_config(self._settings, "error", topic))
+        try:
+            asked = TopicPartition(topic, partition)
+            low, high = consumer.get_watermark_offsets(asked, timeout=LOOKUP_SECONDS_MAX)
+            return low, high
         finally:
             consumer.close()
 

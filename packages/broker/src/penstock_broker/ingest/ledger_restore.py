@@ -43,19 +43,25 @@ class Left(NamedTuple):
     # What was taken begins here; from ``end`` on other brokers read.
     start: int
     end: int
-    # Unfinished offsets, ascending, as far as the log still has them.
+    # Unfinished offsets, ascending; with ``within`` those that the log still has.
     offsets: Sequence[int]
     states: Mapping[int, State]
     # The ledger knows of those below; the others were taken since its last record, and some may be finished.
     recorded_to: int
     # Those that are no longer in the log, ascending.
-    expired: Sequence[int]
+    expired: Sequence[int] = ()
     # There was no ledger when they were taken: nothing says which at-most-once tasks have started.
     unrecorded: bool = False
     # Which topic of its name Kafka has now; "": not known.
     topic_id: str = ""
     # Its log is not there any more, and all of it is expired: one of its name, if there is one, is another.
     gone: bool = False
+
+    def within(self, low: int, high: int) -> Left:
+        """The same, with a log that begins at ``low`` and ends before ``high``."""
+        there = [offset for offset in self.offsets if low <= offset < high]
+        expired = [offset for offset in self.offsets if not low <= offset < high]
+        return self._replace(offsets=there, expired=expired)
 
 
 def left_of(
@@ -82,16 +88,14 @@ def left_of(
     if mine is not None and (begin := max(taken.next, mine)) < bound:
         start, recorded_to = start if begin == taken.next else mine, begin
         offsets += range(begin, bound)
-    there = [offset for offset in offsets if found.low <= offset < found.high]
-    expired = [offset for offset in offsets if not found.low <= offset < found.high]
-    return Left(topic, found.partition, start, end, there, states, recorded_to, expired, unrecorded)
+    return Left(topic, found.partition, start, end, offsets, states, recorded_to, unrecorded=unrecorded)
 
 
 async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Left]:
     """What a broker has left, over all partitions. Raises KafkaException."""
     found = await _look_up(ledger, account)
     gone = account.ranges.keys() - found.keys()
-    found |= {(topic, partition): Found(partition, None, (), 0, 0) for topic, partition in gone}
+    found |= {(topic, partition): Found(partition, None, ()) for topic, partition in gone}
     recorded = sorted({topic for topic, _ in account.topic_ids})
     ids = {topic: await ledger.call(ledger.log.topic_id, topic) for topic in recorded}
     lefts = []
@@ -104,8 +108,15 @@ async def find_left(ledger: Ledger, account: Account, broker_id: str) -> list[Le
             taken, segments = None, {}
         lost = _lost_store(account, one, broker_id, ledger.me)
         left = left_of(topic, taken, segments, one, lost)
-        if left is not None:
-            lefts.append(left._replace(topic_id=id, gone=(topic, partition) in gone))
+        if left is None:
+            continue
+        left = left._replace(topic_id=id, gone=(topic, partition) in gone)
+        if left.gone:
+            left = left.within(0, 0)
+        elif left.offsets:
+            # Only then: a partition without a leader, of which nothing is left, is in nobody's way.
+            left = left.within(*await ledger.call(ledger.log.ends, topic, partition))
+        lefts.append(left)
     return lefts
 
 
