@@ -230,8 +230,9 @@ class Oracle:
             delay = outcome.retry_delay_ms if outcome.HasField("retry_delay_ms") else task.retry_delay_ms
             due = machine.clock.wall_ms() + delay
             before = task.retry_at.get(claim.token)
-            # A token of a lost disk is UNKNOWN: nothing is retried because of it.
-            if not claim.forgotten and (before is None or due < before[2]):
+            # A token of a lost disk is UNKNOWN, and one that an old copy has not made may be STALE: nothing
+            # is retried because of it.
+            if not (claim.forgotten or machine.astray) and (before is None or due < before[2]):
                 task.retry_at[claim.token] = (machine.name, claim.attempt + 1, due)
         elif outcome.status != consumer_pb2.TASK_OUTCOME_STATUS_WORKER_DIED:
             task.ended = True

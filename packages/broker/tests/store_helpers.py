@@ -147,7 +147,9 @@ def check_store(store: Inflight) -> None:
     """Memory equals the rows: the index is a prefix of them, everything else agrees to the row."""
     assert not store.writer.work_waits()
     rows = {row.seq: row for row in store.database.load([key[0] for key in store.database.positions()])}
-    held = {r.seq for source in store.sources() for r in source.held_starts if r.status is Status.PENDING}
+    held_starts = [row for source in store.sources() for row in source.held_starts]
+    held_starts += store.memory.partitions.held_direct
+    held = {row.seq for row in held_starts if row.status is Status.PENDING}
     in_memory = set()
     for queue in store.memory.index.pairs.values():
         order = sorted(
@@ -160,11 +162,12 @@ def check_store(store: Inflight) -> None:
         assert queue.spilled == len(order) - len(memory), "the spilled rows are miscounted"
         assert memory or not order, "a pair with work has nothing in memory"
         # A row that was held back enters the order when it may start, which is after its neighbours.
-        in_line = [(r.ready_at, r.seq) for r in queue.ready if r.status is Status.PENDING and not r.source]
+        never_held = [r for r in queue.ready if not (r.source or r.at_most_once)]
+        in_line = [(r.ready_at, r.seq) for r in never_held if r.status is Status.PENDING]
         assert in_line == sorted(in_line), "the index is out of order"
         in_memory |= {seq for _, seq in memory}
-        held_starts = [r for source in store.sources() for r in source.held_starts if r.pair == queue.pair]
-        reserved = [row for row in [*queue.ready, *held_starts] if row.reserved]
+        held_here = [row for row in held_starts if row.pair == queue.pair]
+        reserved = [row for row in [*queue.ready, *held_here] if row.reserved]
         assert queue.bytes == sum(row.size for row in reserved), "room in memory is miscounted"
         assert queue.rows == len(reserved)
         in_turn = queue in store.memory.index._applications[queue.application].ring

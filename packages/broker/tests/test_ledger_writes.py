@@ -344,6 +344,27 @@ async def test_what_is_missing_is_counted_once_though_the_restore_is_interrupted
         assert one.ledger.unrestorable == 103
 
 
+async def test_what_came_over_grpc_starts_once_also_from_an_old_copy(path: Path, log: Log) -> None:
+    """Nothing but the ledger tells that it is one, and Kafka may be away when it starts."""
+    async with broker(path, log) as one:
+        row = Admission(AdmissionLimits()).admit(
+            task_bytes("once", retry_state=RetryState(at_most_once=True)), one.store.clock.wall_ms(), 0, -1
+        )
+        await one.store.insert([row])
+    async with running_store(path) as store:
+        ledger = Ledger(store, Settings(kafka_topic="tasks", broker_id="broker-1", db_path=path))
+        ledger.log = log  # type: ignore[assignment]
+        log.refuses = 1000
+        ledger.start()
+        opens = asyncio.create_task(ledger.open(lambda: None))
+        await until(lambda: log.refuses < 1000)
+        assert store.claim(None, (), 1, 1 << 20) == []
+        log.refuses = 0
+        await opens
+        assert [row.id for row in store.claim(None, (), 1, 1 << 20)] == ["once"]
+        await ledger.stop()
+
+
 async def test_a_partition_without_a_leader_keeps_no_new_broker_from_beginning(path: Path, log: Log) -> None:
     """Of which it can have nothing: whoever reads it is another one."""
     async with broker(path, log) as another:

@@ -1229,6 +1229,22 @@ BUGS = (
         tests=(WRITES + "test_a_lost_disk_whose_broker_lives_on_is_restored_with_all_it_took",),
     ),
     Bug(
+        "what came over gRPC starts before it is known that this is no old copy",
+        "at most once",
+        "broker/store/partitions.py",
+        old="            return not (row.at_most_once and self.maybe_old)\n",
+        new="            return True\n",
+        tests=(WRITES + "test_what_came_over_grpc_starts_once_also_from_an_old_copy",),
+    ),
+    Bug(
+        "what waited for the age of the database to be known waits on",
+        "nothing waits for ever",
+        "broker/ingest/ledger.py",
+        old="        self.store.known_new()\n",
+        new="",
+        tests=(WRITES + "test_what_came_over_grpc_starts_once_also_from_an_old_copy",),
+    ),
+    Bug(
         "a new broker waits for partitions of which it can have nothing",
         "a partition without a leader keeps no other from being read",
         "broker/ingest/ledger_restore.py",

@@ -118,7 +118,7 @@ class Explanation:
     def _pending(self, row: Activation) -> None:
         store = self._store
         queue = store.memory.index.pairs[row.pair]
-        if row.source != NO_SOURCE and not store.memory.partitions.may_start(row):
+        if not store.memory.partitions.may_start(row):
             self._may_not_start(row)
         if not store.claiming:
             self._say("draining", "this broker is drained: it starts nothing more, and hands over what waits")
@@ -140,6 +140,14 @@ class Explanation:
             self._say("failed_before", f"it has failed before ({_error(row)})")
 
     def _may_not_start(self, row: Activation) -> None:
+        if row.source == NO_SOURCE:
+            self._say(
+                "unrecorded",
+                "it starts at most once, so it waits until the ledger (kafka_ledger_topic) has been read:"
+                " before that, nothing tells this database from an old copy, which may not know that it has"
+                " started",
+            )
+            return
         source = self._store.memory.partitions[row.source]
         where = f"{source.topic}/{source.partition} at {row.offset}"
         if row.offset < source.covered:

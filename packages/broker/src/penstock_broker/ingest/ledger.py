@@ -109,6 +109,7 @@ class Ledger:
         # Records in the topic that are nobody's.
         self._strange = 0
         store.hold_at_most_once(True)
+        store.doubt_age()
         store.recorded = self.recorded
         store.writer.on_committed.append(self._look)
 
@@ -169,8 +170,12 @@ class Ledger:
             await self._restore(account, left)
         self._begin(account)
         await self._write_once()
-        self._opened.set()
+        self._set_opened()
         return True
+
+    def _set_opened(self) -> None:
+        self._opened.set()
+        self.store.known_new()
 
     async def _is_there(self) -> bool:
         for look in range(LOOKS_FOR_THE_TOPIC):
@@ -256,7 +261,7 @@ class Ledger:
                 hint="create it (compacted), or set create_missing_topics; it is looked for again",
             )
         self.off = True
-        self._opened.set()
+        self._set_opened()
         self.store.hold_at_most_once(False)
         if self._is_new():
             await self.store.set_meta(RESTORE, "done")

@@ -743,6 +743,16 @@ class Inflight:
             self.memory.start_released(partitions.released(source))
         self.memory.work.set()
 
+    def doubt_age(self) -> None:
+        """Whether this database is an old copy is not known: what came over gRPC and starts at most once
+        waits for ``known_new``. What came from the log waits for the ledger in any case."""
+        self.memory.partitions.maybe_old = True
+
+    def known_new(self) -> None:
+        """It is no old copy, as far as can be known."""
+        self.memory.start_released(self.memory.partitions.known_new())
+        self.memory.work.set()
+
     def set_meta(self, key: str, value: str | int) -> Awaitable[None]:
         """Keep a value of the store as a whole; resolves when durable."""
         self.memory.batch.calls.append(lambda database: database.set_meta(key, value))

@@ -87,6 +87,10 @@ class Partitions:
         self._tie = 0
         # The ledger cannot be written: no at-most-once row starts, for nobody would know if the disk is lost.
         self.unrecorded = False
+        # The ledger has not said yet that this database is no old copy: what starts at most once may have.
+        self.maybe_old = False
+        # Rows without a position that wait for that.
+        self.held_direct: list[Activation] = []
 
     def __getitem__(self, id: int) -> Source:
         return self._sources[id]
@@ -172,7 +176,7 @@ class Partitions:
     def may_start(self, row: Activation) -> bool:
         """Whether nobody else runs a row, as far as it must be known."""
         if row.source == NO_SOURCE:
-            return True
+            return not (row.at_most_once and self.maybe_old)
         if row.at_most_once and self.unrecorded:
             return False
         source = self._sources[row.source]
@@ -183,7 +187,14 @@ class Partitions:
 
     def hold_start(self, row: Activation) -> None:
         """A row waits, outside the order, until it may start."""
-        self._sources[row.source].held_starts.append(row)
+        held = self.held_direct if row.source == NO_SOURCE else self._sources[row.source].held_starts
+        held.append(row)
+
+    def known_new(self) -> list[Activation]:
+        """This database is no old copy. Rows without a position that waited for that."""
+        self.maybe_old = False
+        starts, self.held_direct = self.held_direct, []
+        return starts
 
     def released(self, source: Source) -> list[Activation]:
         """Rows that waited and may start now."""
