@@ -60,6 +60,11 @@ IDLE = (
     "interpreter and libraries (gRPC and protobuf, Kafka's client, OpenSSL) are 71 MB of a broker that "
     "does nothing."
 )
+# A worker with typer 0.20, of the same run, had 52 MiB instead of 60.
+COMMAND_LINE = (
+    "interpreter and libraries; typer imports pydantic to read a command line, which is 8 MB: with typer 0.20,"
+    " which did not, it is 55 MB."
+)
 
 CLAIM = Claim(
     name="P9",
@@ -84,7 +89,7 @@ CLAIM = Claim(
     targets=(
         Target("MB at 100,000 pending of 1 KB", BROKER, "rss_mb", at_most=120, why=IDLE),
         Target("times as much at a million", LARGE, "rss_mb", at_most=2.0, of=BROKER),
-        Target("MB of a worker's parent", PARENT, "rss_mb", at_most=60, why=IDLE),
+        Target("MB of a worker's parent", PARENT, "rss_mb", at_most=60, why=COMMAND_LINE),
         Target("ms to import the client", IMPORT, "import_ms", at_most=100),
     ),
     pitfalls=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from functools import partial
 
 import pytest
 from confluent_kafka import Consumer, Producer
@@ -18,6 +19,8 @@ from tests.faults.network import proxy
 from tests.kafka_server import JavaKafka
 
 SESSION_SECONDS = 6.0
+# Of the load's workers: four children, tasks of 5 ms.
+RUNS_PER_SECOND_MAX = 4 / 0.005
 
 
 @pytest.mark.timeout(600)
@@ -50,7 +53,9 @@ def test_kafka_is_away_under_load(
     figure(
         f"{how} {len(times)} times, {longest:.1f} s at most (session {SESSION_SECONDS} s); {load.finish()}"
     )
-    assert load.twice <= len(times) * len(brokers) * 2 * HELD_MAX
+    # What is not covered when Kafka leaves is run on until that puts it in doubt: half a session.
+    uncovered = RUNS_PER_SECOND_MAX * SESSION_SECONDS / 2
+    assert load.twice <= len(times) * (len(brokers) * 2 * HELD_MAX + uncovered)
 
 
 @pytest.mark.timeout(300)
@@ -200,7 +205,11 @@ def test_a_broker_that_kafka_takes_for_another_joins_again(kafka_pool: Pool, fig
     assert load.twice <= 4 * HELD_MAX
 
 
-@pytest.mark.timeout(180)
+def _says_more(broker: Broker, what: str, before: int) -> bool:
+    return broker.text().count(what) > before
+
+
+@pytest.mark.timeout(300)
 def test_what_a_killed_broker_gave_up_is_read_again(
     own_kafka: JavaKafka, kafka_pool: Pool, figure: Figure
 ) -> None:
@@ -209,19 +218,26 @@ def test_what_a_killed_broker_gave_up_is_read_again(
     with proxy(own_kafka.behind_port, own_kafka.before_port) as to_kafka:
         address = f"127.0.0.1:{own_kafka.before_port}"
         killed = kafka_pool.broker("killed", LEASE_SECONDS="3", KAFKA_CLUSTER=address)
-        eventually("it reads all", lambda: _reads(killed) == 4)
-        to_kafka.delay_seconds = 0.5
-        other = kafka_pool.broker("other", LEASE_SECONDS="3")
-        eventually("it gives up", lambda: "partitions revoked" in killed.text())
-        killed.kill()
-        # What it has said since is not heard.
-        to_kafka.reset()
-        to_kafka.delay_seconds = 0
-        killed.start()
-        begun = time.monotonic()
-        load = Load(kafka_pool, [killed, other])
-        eventually("it reads the rest", lambda: _reads(killed) == 2)
+        other = kafka_pool.broker("other", start=False, LEASE_SECONDS="3")
+        for _ in range(3):
+            revoked = killed.text().count("partitions revoked")
+            eventually("it reads all", lambda: _reads(killed) == 4, seconds=60)
+            to_kafka.delay_seconds = 0.5
+            other.start()
+            eventually("it gives up", partial(_says_more, killed, "partitions revoked", revoked))
+            killed.kill()
+            # What it has said since is not heard.
+            to_kafka.reset()
+            to_kafka.delay_seconds = 0
+            killed.start()
+            begun = time.monotonic()
+            eventually("it reads the rest", lambda: _reads(killed) == 2)
+            if _reads(other) == 0:
+                break
+            # It had told so, half a second after all.
+            other.terminate()
         assert _reads(other) == 0, "there is nothing to mend"
+        load = Load(kafka_pool, [killed, other])
         eventually("all are read", lambda: _reads(killed) + _reads(other) == 4, seconds=60)
         took = time.monotonic() - begun
         assert "read by no broker" in killed.text() + other.text()
