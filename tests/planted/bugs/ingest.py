@@ -145,7 +145,7 @@ BUGS = (
         "a task that was adopted is run by one broker",
         "broker/ingest/ledger.py",
         old="range(LOOKS_FOR_THE_TOPIC)",
-        new="range(LOOKS_FOR_THE_TOPIC if self._is_new() else 1)",
+        new="range(LOOKS_FOR_THE_TOPIC if self.restores() else 1)",
         tests=(WRITES + "test_an_adopted_broker_does_not_begin_without_the_ledger",),
     ),
     Bug(
@@ -1038,7 +1038,7 @@ BUGS = (
         "a task that was adopted is run by one broker",
         "broker/ingest/ledger.py",
         old="what it has stored is run there, too.\n        if not self._is_empty():\n",
-        new="what it has stored is run there, too.\n        if not self._is_new():\n",
+        new="what it has stored is run there, too.\n        if not self.restores():\n",
         tests=(WRITES + "test_a_restore_does_not_go_on_after_somebody_else_has_taken_over",),
     ),
     Bug(
@@ -1046,7 +1046,7 @@ BUGS = (
         "a task is run by one broker",
         "broker/ingest/ledger.py",
         old="        elif not self._is_empty():\n",
-        new="        elif not self._is_new():\n",
+        new="        elif not self.restores():\n",
         tests=(WRITES + "test_a_restore_does_not_go_on_after_somebody_else_has_taken_over[True]",),
     ),
     Bug(

@@ -37,7 +37,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TRACEPARENT = "traceparent"
-UINT64_MAX = 2**64 - 1
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

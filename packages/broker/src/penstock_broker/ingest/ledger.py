@@ -157,7 +157,7 @@ class Ledger:
             refused = error
         account = await self.read(self.me.broker_id)
         self._check(account)
-        left = await find_left(self, account, self.me.broker_id) if self._is_new() else []
+        left = await find_left(self, account, self.me.broker_id) if self.restores() else []
         if refused is not None:
             patient = self.store.clock.mono_ms() < self._made_at_ms + PATIENCE_MS
             if account.head is not None or left or patient:
@@ -166,7 +166,7 @@ class Ledger:
             await self._go_without(f"Kafka takes no transactions: {refused.args[0].str()}")
             return True
         on_known()
-        if self._is_new():
+        if self.restores():
             await self._restore(account, left)
         self._begin(account)
         await self._write_once()
@@ -200,8 +200,8 @@ class Ledger:
         self._strange = len(strange)
         return read_account(records, self.settings.kafka_consumer_group, broker_id)
 
-    def _is_new(self) -> bool:
-        """Whether this store has not yet got what a lost one held."""
+    def restores(self) -> bool:
+        """Whether this store has not yet got what a lost one may have held."""
         return self._is_empty() or self.store.database.meta(RESTORE) == "begun"
 
     def _is_empty(self) -> bool:
@@ -263,18 +263,13 @@ class Ledger:
         self.off = True
         self._set_opened()
         self.store.hold_at_most_once(False)
-        if self._is_new():
+        if self.restores():
             await self.store.set_meta(RESTORE, "done")
         for waiter in self._taken_waiters():
             if not waiter.done():
                 waiter.set_result(None)
 
     # -- restoring
-
-    @property
-    def restores(self) -> bool:
-        """Whether a lost disk may have held what is not here yet."""
-        return self._is_new()
 
     async def _restore(self, account: Account, left: Sequence[Left]) -> None:
         head, had_another = account.head, bool(left) or account.head is not None

@@ -166,7 +166,7 @@ class Ingest:
 
     def restores(self) -> bool:
         """Whether a lost disk may have held tasks that are not here yet: a drain would not know of them."""
-        return self.ledger is not None and self.ledger.restores
+        return self.ledger is not None and self.ledger.restores()
 
     def drain_report(self) -> DrainReport | None:
         """How far a drain is; None when there is none, or it is still leaving its consumer group."""
