@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -44,12 +45,25 @@ def unused_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture
-def mock_kafka() -> Iterator[str]:
-    cluster = Producer({"bootstrap.servers": "unused", "test.mock.num.brokers": 1})
+@contextlib.contextmanager
+def mock_cluster(rtt_ms: int = 0) -> Iterator[str]:
+    settings = {"bootstrap.servers": "unused", "test.mock.num.brokers": 1, "test.mock.broker.rtt": rtt_ms}
+    cluster = Producer(settings)
     broker = next(iter(cluster.list_topics(timeout=10).brokers.values()))
     yield f"{broker.host}:{broker.port}"
     del cluster  # it lives as long as the producer
+
+
+@pytest.fixture
+def mock_kafka() -> Iterator[str]:
+    with mock_cluster() as address:
+        yield address
+
+
+@pytest.fixture
+def slow_kafka() -> Iterator[str]:
+    with mock_cluster(rtt_ms=400) as address:
+        yield address
 
 
 NOWHERE: dict[str, object] = {"bootstrap.servers": "127.0.0.1:1"}
@@ -134,11 +148,28 @@ def test_what_kafka_does_not_acknowledge_in_time_has_failed_though_it_is_connect
         app.close()
 
 
-def test_what_was_sent_is_flushed_when_its_app_is_closed(mock_kafka: str) -> None:
-    app = App("a", kafka=mock_kafka, linger_ms=5000, strict_kwargs="off")
-    sent = task_of(app).delay(1)
+def test_what_is_sent_alone_does_not_linger(mock_kafka: str) -> None:
+    app = App("a", kafka=mock_kafka, linger_ms=25_000, strict_kwargs="off")
+    task = task_of(app)
+    # Connected, for which what comes first waits in any case.
+    task.delay(0)
+    assert app.flush(10) == 0
+    for n in range(3):
+        assert wait([task.delay(n).future], timeout=10).done
     app.close()
-    assert sent.future.exception(0) is None
+
+
+def test_what_was_sent_is_flushed_when_its_app_is_closed(slow_kafka: str) -> None:
+    app = App("a", kafka=slow_kafka, linger_ms=25_000, strict_kwargs="off")
+    task = task_of(app)
+    task.delay(1)
+    assert app.flush(10) == 0
+    on_its_way = task.delay(2)
+    time.sleep(0.1)
+    lingers = task.delay(3)
+    assert not on_its_way.future.done()
+    app.close()
+    assert [ref.future.exception(0) for ref in (on_its_way, lingers)] == [None, None]
 
 
 # As librdkafka 2.16 tells of a client that knows no server of Kafka any more.
@@ -214,15 +245,10 @@ def test_a_flush_counts_what_moves_to_another_producer(monkeypatch: pytest.Monke
     transport.close()
 
 
-def test_what_is_sent_again_goes_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sent_again_goes_where_it_was(slow_kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be there already: of what has no key brokers know an id again within its partition only."""
-    cluster = Producer(
-        {"bootstrap.servers": "unused", "test.mock.num.brokers": 1, "test.mock.broker.rtt": 400}
-    )
-    broker = next(iter(cluster.list_topics(timeout=10).brokers.values()))
     configs = producers(monkeypatch)
-    address = f"{broker.host}:{broker.port}"
-    app = App("a", kafka=address, strict_kwargs="off", linger_ms=1)
+    app = App("a", kafka=slow_kafka, strict_kwargs="off", linger_ms=1)
     task = task_of(app)
     task.delay(0).wait(20)
     refs = []
@@ -232,7 +258,7 @@ def test_what_is_sent_again_goes_where_it_was(monkeypatch: pytest.MonkeyPatch) -
     configs[0]["error_cb"](KafkaError(KafkaError._FATAL, "out of order", fatal=True))
     done, _ = wait([ref.future for ref in refs], timeout=20)
     assert [future.exception() for future in done] == [None] * 20
-    consumer = Consumer({"bootstrap.servers": address, "group.id": "g"})
+    consumer = Consumer({"bootstrap.servers": slow_kafka, "group.id": "g"})
     consumer.assign([TopicPartition("taskworker", partition, 0) for partition in range(4)])
     found: dict[str, list[int | None]] = {}
     deadline = time.monotonic() + 10
@@ -244,7 +270,6 @@ def test_what_is_sent_again_goes_where_it_was(monkeypatch: pytest.MonkeyPatch) -
     assert any(len(partitions) == 2 for partitions in found.values()), "none was on its way"
     assert all(len(set(partitions)) == 1 for partitions in found.values())
     app.close()
-    del cluster
 
 
 def test_what_another_producer_refuses_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -520,6 +520,14 @@ BUGS = (
         tests=(CLIENT + "test_transports.py::test_what_was_sent_is_flushed_when_its_app_is_closed",),
     ),
     Bug(
+        "what is sent alone waits for others",
+        "sending is bounded",
+        "client/transports/kafka.py",
+        old="            self._sent.put(None)\n",
+        new="            pass\n",
+        tests=(CLIENT + "test_transports.py::test_what_is_sent_alone_does_not_linger",),
+    ),
+    Bug(
         "what another producer of the client refuses is told nobody",
         "nothing is discarded silently",
         "client/transports/kafka.py",

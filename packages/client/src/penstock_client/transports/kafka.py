@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import queue
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from penstock_client.transports import Outgoing
 log = logging.getLogger("penstock.client")
 
 POLL_SECONDS = 0.1
+# What is sent while nothing is on its way leaves at once, and what follows it for so long.
+HURRY_SECONDS = 0.001
 STATISTICS_MS = 2000
 # So many statistics in a row without a server: for a moment it can look so while one is tried.
 LOST_AFTER = 3
@@ -46,6 +49,10 @@ class KafkaTransport:
         self._again: deque[tuple[Outgoing, Future[None], int]] = deque()
         # Whoever sends does so with the one that is polled; a signal's handler may do so within.
         self._replacing = threading.RLock()
+        # Whether nothing is on its way, and who sends tells the poller; of queues, this kind may be used by a
+        # signal's handler in the middle of a use of it.
+        self._idle = False
+        self._sent: queue.SimpleQueue[None] = queue.SimpleQueue()
         try:
             self._producer = self._connect(settings)
         except KafkaException as error:
@@ -102,10 +109,25 @@ class KafkaTransport:
 
     def _poll(self) -> None:
         while not self._closing.is_set():
-            self._producer.poll(POLL_SECONDS)
+            if len(self._producer):
+                self._producer.poll(POLL_SECONDS)
+            else:
+                self._rest()
             if self._given_up == self._count:
                 self._replace()
             self._send_again()
+
+    def _rest(self) -> None:
+        """Until something is sent. It does not wait for others to share a request with: librdkafka would have
+        it linger though it is alone (docs/adr/0003)."""
+        self._idle = True
+        if not len(self._producer):
+            try:
+                self._sent.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                return
+        self._idle = False
+        self._producer.flush(HURRY_SECONDS)
 
     def _replace(self) -> None:
         """With a new producer, which sends again what the old one has no answer to: brokers know its ids."""
@@ -186,6 +208,9 @@ class KafkaTransport:
                 on_delivery=delivered,
                 headers=headers,
             )
+        if self._idle:
+            self._idle = False
+            self._sent.put(None)
 
     def _fail(self, future: Future[None], failure: SendError) -> None:
         """Whoever holds the future is told; if nobody does, the log has it."""
