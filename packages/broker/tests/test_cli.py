@@ -12,7 +12,7 @@ import pytest
 import typer.main
 import yaml
 
-from penstock_broker import cli, server
+from penstock_broker import __main__, cli, server
 from penstock_broker.config import Settings
 from penstock_broker.errors import FatalError
 
@@ -102,14 +102,33 @@ def test_every_setting_but_secrets_and_maps_is_an_option() -> None:
     assert Settings.model_fields.keys() - names == {"grpc_shared_secret", "kafka_clusters", "kafka_topics"}
 
 
-@pytest.fixture
-def arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["penstock-broker", "serve", "--db-path", str(tmp_path / "x"), "--insecure"]
+def test_where_there_is_no_option_nothing_is_imported_to_read_one(tmp_path: Path) -> None:
+    program = """
+import sys
+from penstock_broker import __main__, serving
+serving.serve = lambda loaded: print(loaded.settings.db_path, "typer" in sys.modules) or 0
+sys.argv = ["penstock-broker", "serve"]
+__main__.main()
+"""
+    environment = os.environ | {"TASKBROKER_DB_PATH": str(tmp_path / "x")}
+    served = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
     )
+    assert served.stdout == f"{tmp_path / 'x'} False\n"
 
 
-@pytest.mark.usefixtures("arguments")
+@pytest.fixture(params=["by its options", "by the environment"])
+def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A command line that starts a broker."""
+    options = ["--db-path", str(tmp_path / "x"), "--insecure"]
+    if request.param == "by the environment":
+        monkeypatch.setenv("TASKBROKER_DB_PATH", str(tmp_path / "x"))
+        monkeypatch.setenv("TASKBROKER_INSECURE", "true")
+        options = []
+    monkeypatch.setattr(sys, "argv", ["penstock-broker", "serve", *options])
+
+
+@pytest.mark.usefixtures("command")
 def test_serve_gets_the_settings_and_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Settings] = []
 
@@ -119,12 +138,12 @@ def test_serve_gets_the_settings_and_gives_the_exit_code(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(server, "serve", serve)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        __main__.main()
     assert ended.value.code == 7
     assert served[0].insecure
 
 
-@pytest.mark.usefixtures("arguments")
+@pytest.mark.usefixtures("command")
 def test_a_fatal_error_is_a_message_a_hint_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,7 +152,7 @@ def test_a_fatal_error_is_a_message_a_hint_and_an_exit_code(
 
     monkeypatch.setattr(server, "serve", serve)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        __main__.main()
     assert ended.value.code == 4
     assert capsys.readouterr().err == (
         "penstock-broker: the database\\x1b[31m is locked\n  stop the other broker\n"

@@ -18,6 +18,7 @@ from memory_broker import MemoryBroker
 from worker_runs import TESTS, appears, start
 
 from penstock_protocol.v1 import consumer_pb2 as pb
+from penstock_worker.settings import Settings
 
 
 async def outcome_of(*arguments: str) -> tuple[int | None, str]:
@@ -72,6 +73,20 @@ async def test_it_says_what_it_serves_and_warns_when_no_broker_answers(free_port
     assert await process.wait() == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+async def test_a_worker_keeps_nothing_of_its_command_line_and_shows_no_secret(free_port: int) -> None:
+    process = await start(
+        "run", "worker_tasks:app", "--rpc-host-list", f"127.0.0.1:{free_port}", "--log-format", "json",
+        TASKBROKER_GRPC_SHARED_SECRET="hidden",
+    )  # fmt: skip
+    await log_line(process, "application loaded")
+    about = Path(f"/proc/{process.pid}")
+    assert "pydantic" not in (about / "maps").read_text()
+    assert b"hidden" not in (about / "cmdline").read_bytes()
+    process.terminate()
+    await process.communicate()
+
+
 async def test_what_an_operator_waits_for_in_vain_is_said(free_port: int) -> None:
     process = await start(
         "run", "worker_tasks:app", "--rpc-host-list", f"127.0.0.1:{free_port}", "--log-format", "json",
@@ -106,17 +121,17 @@ async def test_sigterm_finishes_and_exits_with_0(broker: MemoryBroker, tmp_path:
 async def test_it_ends_though_a_child_cannot_be_killed(broker: MemoryBroker, tmp_path: Path) -> None:
     """Like one that hangs in the kernel, or has become another user's."""
     program = """
-import os, penstock_worker.children, penstock_worker.cli
+import os, sys, penstock_worker.children, penstock_worker.running
 def not_permitted(group, number):
     raise PermissionError
 os.killpg = not_permitted
 penstock_worker.children.EXIT_SECONDS_MAX = 0.2
-penstock_worker.cli.main()
+penstock_worker.running.run(sys.argv[1])
 """
     broker.put("block", str(tmp_path / "gate"))
-    arguments = ("run", "worker_tasks:app", "--rpc-host-list", broker.address, "--concurrency", "1")
+    settings = Settings("worker_tasks:app", (broker.address,), slots=1, grace_seconds=0)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", program, *arguments, "--grace-seconds", "0"),
+        *(sys.executable, "-c", program, settings.handed_over()),
         cwd=TESTS,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -12,7 +12,10 @@ def main() -> None:
     import structlog  # noqa: F401
 
     del sys.modules["rich"]
-    from penstock_broker.cli import main
+    if sys.argv[1:] == ["serve"]:
+        from penstock_broker.serving import main
+    else:
+        from penstock_broker.cli import main
 
     main()
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -15,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 import yaml
 
-from penstock_broker import __version__, logs
+from penstock_broker import __version__, logs, serving
 from penstock_broker.config import SECTIONS, Loaded, Settings, load
 from penstock_broker.config.expected import default_text, placeholder
 from penstock_broker.config.load import SECRET
@@ -129,13 +127,7 @@ def serve(
 
     TASKBROKER_GRPC_SHARED_SECRET=... penstock-broker serve -c broker.yaml --grpc-addr 0.0.0.0
     """
-    settings = loaded.settings
-    logs.configure(settings.log_level, settings.log_format, secrets=settings.secrets)
-    for warning in loaded.warnings:
-        structlog.get_logger().warning(warning)
-    from penstock_broker import server  # late: the other commands need neither Kafka nor gRPC nor SQLite
-
-    raise typer.Exit(server.serve(settings, reconcile))
+    raise typer.Exit(serving.serve(loaded, reconcile))
 
 
 @app.command()
@@ -352,13 +344,5 @@ def _warn(loaded: Loaded) -> None:
 
 def main() -> None:
     """Runs the command line; what an operator can correct ends in a message and an exit code."""
-    # gRPC's own lines on stderr say in other words what the errors below say.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    try:
+    with serving.messages():
         app()
-    except FatalError as error:
-        for line in error.message.splitlines():
-            print(f"penstock-broker: {logs.escaped(line)}", file=sys.stderr)
-        for line in error.hint.splitlines():
-            print(f"  {logs.escaped(line)}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from penstock_worker.settings import HANDED_OVER
+
 
 def main() -> None:
     # structlog imports rich where it finds it, and typer brings it: 6 MB and a tenth of a second in each
@@ -12,9 +14,14 @@ def main() -> None:
     import structlog  # noqa: F401
 
     del sys.modules["rich"]
-    from penstock_worker.cli import main
+    if sys.argv[1:2] == [HANDED_OVER]:
+        from penstock_worker.running import run
 
-    main()
+        run(sys.argv[2])
+    else:
+        from penstock_worker.cli import main
+
+        main()
 
 
 if __name__ == "__main__":

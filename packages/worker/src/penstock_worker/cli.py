@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
 import os
-import signal
 import sys
-from enum import StrEnum
-from typing import Annotated, NoReturn, TextIO, cast
+from typing import Annotated
 
-import structlog
 import typer
 
 from penstock_worker import __version__
+from penstock_worker.logs import LogFormat, LogLevel
 from penstock_worker.settings import (
     DEFAULT_BROKERS,
     DEFAULT_GRACE_SECONDS,
+    EXIT_USAGE,
+    HANDED_OVER,
     SLOTS_MAX,
     Settings,
     SettingsError,
@@ -26,24 +23,9 @@ from penstock_worker.settings import (
     split_app_path,
 )
 
-EXIT_APPLICATION = 1
-EXIT_USAGE = 2
-
 commands = typer.Typer(
     help="Runs the tasks of an application.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-
-
-class LogFormat(StrEnum):
-    CONSOLE = "console"
-    JSON = "json"
-
-
-class LogLevel(StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 def _version(wanted: bool) -> None:
@@ -101,83 +83,25 @@ def run(  # noqa: PLR0913 - options of a command line, named by whoever calls it
             secret=secret_from(os.environ),
             metrics_addr=metrics_addr,
             metrics_port=metrics_port,
+            log_level=log_level,
+            log_format=log_format,
         )
     except SettingsError as error:
-        _leave(str(error), EXIT_USAGE)
-    configure_logs(log_level, log_format)
-    _run(settings)
+        typer.echo(f"penstock-worker: {error}", err=True)
+        raise typer.Exit(EXIT_USAGE) from None
+    _become_a_worker(settings.handed_over())
 
 
-def _run(settings: Settings) -> None:
-    # Nothing is held yet: until the worker listens to signals itself, one of them just ends it.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
-    # Here, so that `--help` does not wait for gRPC.
-    from penstock_worker.children import ApplicationError
-    from penstock_worker.worker import Worker
-
-    async def work() -> None:
-        await Worker(settings).run()
-
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(work())
-    except ApplicationError as error:
-        _leave(str(error), EXIT_APPLICATION)
-    except OSError as error:
-        if settings.metrics_port is None:
-            raise
-        _leave(
-            f"Cannot serve metrics on {settings.metrics_addr}:{settings.metrics_port}: {error}. Choose"
-            " another --metrics-port.",
-            EXIT_USAGE,
-        )
-
-
-def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+def _become_a_worker(handed: str) -> None:
+    """In a process that has imported nothing yet: to read a command line typer imports pydantic, which would
+    stay as long as the worker runs, 11 MB of 62."""
     if sys.platform == "win32":
-        return None
-    import uvloop
+        # Nothing there becomes another program.
+        from penstock_worker.running import run
 
-    return uvloop.Loop
-
-
-def configure_logs(level: LogLevel, log_format: LogFormat) -> None:
-    """structlog to stderr, for people or as JSON lines."""
-    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
-    if log_format is LogFormat.CONSOLE:
-        renderer = structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Stream(sys.stderr))),
-        cache_logger_on_first_use=True,
-    )
-
-
-class _Stream:
-    """A text stream whose failures are nobody's trouble: its reader may be gone, its disk full."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    typer.echo(f"penstock-worker: {message}", err=True)
-    raise typer.Exit(code)
+        run(handed)
+    else:
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "penstock_worker", HANDED_OVER, handed])
 
 
 def main() -> None:

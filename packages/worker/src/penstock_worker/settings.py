@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from penstock_protocol.signature import secrets_in
 
 DEFAULT_BROKERS = "127.0.0.1:50051"
 DEFAULT_GRACE_SECONDS = 30.0
 SLOTS_MAX = 1024
+EXIT_USAGE = 2
+# What follows is what was read of a command line.
+HANDED_OVER = "--handed-over"
 SECRET_VARIABLES = ("TASKBROKER_GRPC_SHARED_SECRET", "PENSTOCK_GRPC_SHARED_SECRET")
 
 
@@ -30,6 +34,20 @@ class Settings:
     secret: str | None = field(default=None, repr=False)
     metrics_addr: str = "127.0.0.1"
     metrics_port: int | None = None
+    log_level: str = "info"
+    log_format: str = "console"
+
+    def handed_over(self) -> str:
+        """What `take_over` makes the same of. The secret is in the environment."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "secret"})
+
+
+def take_over(handed: str, environ: Mapping[str, str]) -> Settings:
+    """The settings that another process has read of its command line."""
+    values = json.loads(handed)
+    for name in ("brokers", "namespaces"):
+        values[name] = tuple(values[name])
+    return Settings(**values, secret=secret_from(environ))
 
 
 def split_app_path(path: str) -> tuple[str, str]:
