@@ -106,7 +106,7 @@ def test_where_there_is_no_option_nothing_is_imported_to_read_one(tmp_path: Path
     program = """
 import sys
 from penstock_broker import __main__, serving
-serving.serve = lambda loaded: print(loaded.settings.db_path, "typer" in sys.modules) or 0
+serving.serve = lambda loaded, *_: print(loaded.settings.db_path, "typer" in sys.modules) or 0
 sys.argv = ["penstock-broker", "serve"]
 __main__.main()
 """
