@@ -162,6 +162,8 @@ def measure(claim: Claim, bench: Bench) -> dict[str, Any]:
     for number in rounds:
         for case in cases:
             say(f"  {claim.name} {_round(number, repeat)}: {case.name} ...", end=" ")
+            # Else a broker's syncs wait for what the case before has written: 50 to 70 ms in idle latency.
+            os.sync()
             speeds.append(_fixed_work_ms())
             try:
                 figures = case.run(bench)

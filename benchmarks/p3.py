@@ -62,6 +62,10 @@ WHY = (
     "the two cores are busy, with what the table says a task takes of each process; a tenth to a fifth of"
     " it is Kafka's, and another fifth the producers'."
 )
+SPEED = (
+    "133 µs were set when a fixed piece of Python took 18 ms here; what it took meanwhile is said below the"
+    " table. With its neighbours quiet this machine has taken 112."
+)
 
 CLAIM = Claim(
     name="P3",
@@ -88,7 +92,7 @@ CLAIM = Claim(
         Target("times Celery", PENSTOCK, RATE, at_least=10, of=CELERY),
         Target("times Dramatiq", PENSTOCK, RATE, at_least=5, of=DRAMATIQ, why=WHY),
         Target("times Taskiq with acknowledgement", PENSTOCK, RATE, at_least=2, of=STREAM),
-        Target("µs of CPU a task, of all processes", PENSTOCK, "all_cpu_us", at_most=133),
+        Target("µs of CPU a task, of all processes", PENSTOCK, "all_cpu_us", at_most=133, why=SPEED),
     ),
     elsewhere=(Elsewhere("Rust taskbroker, Python worker", "", RATE, 1_505),),
     pitfalls=(

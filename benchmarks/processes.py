@@ -21,6 +21,7 @@ import psutil
 from confluent_kafka.admin import AdminClient, NewTopic
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from benchmarks.harness import ROOT, NotWithinError
 from tests.kafka_server import free_port
@@ -82,17 +83,22 @@ class Broker:
     metrics_port: int
     serving_seconds: float
 
-    def count(self, metric: str) -> float:
-        """The sum of a metric over all its labels."""
+    def _samples(self, metric: str) -> list[Sample]:
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
         with urllib.request.urlopen(url, timeout=30) as answer:
             text = answer.read().decode()
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == metric
-        )
+        families = text_string_to_metric_families(text)
+        return [sample for family in families for sample in family.samples if sample.name == metric]
+
+    def count(self, metric: str) -> float:
+        """The sum of a metric over all its labels."""
+        return sum(sample.value for sample in self._samples(metric))
+
+    def longest_tick_ms(self) -> float:
+        """None of its transactions has taken longer, as far as the histogram's buckets tell."""
+        buckets = self._samples("penstock_commit_seconds_bucket")
+        ticks = max(sample.value for sample in buckets)
+        return 1000 * min(float(sample.labels["le"]) for sample in buckets if sample.value == ticks)
 
 
 @contextlib.contextmanager

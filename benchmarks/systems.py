@@ -42,6 +42,8 @@ class Running:
     _producer: Callable[..., Script]
     # Tasks sent, and not acknowledged yet as executed.
     unacknowledged: Callable[[], float]
+    # Of Penstock's broker, since it was started.
+    longest_tick_ms: Callable[[], float] = lambda: 0.0
 
     # So many marks are there when everything that was sent has been executed.
     expected: int = 0
@@ -94,6 +96,7 @@ def penstock(bench: Bench, partitions: int = 4) -> Iterator[Running]:
             folder / "marks",
             lambda *arguments, module="benchmarks.send": Script(module, *arguments, environment=sending),
             lambda: server.count("penstock_tasks"),
+            server.longest_tick_ms,
         )
         _warm(system)
         system.parts = {
