@@ -120,6 +120,15 @@ class Target:
         )
 
 
+def in_a_quiet_hour(figures: str) -> str:
+    """Why a target is missed that was met when the same machine was free: its neighbours take half of it at
+    times, for hours."""
+    return (
+        f"the speed of the machine, of which the fixed piece of Python below the table tells: {figures} when"
+        " its neighbours were quiet (November 21 and 22, 2026)."
+    )
+
+
 @dataclass(frozen=True)
 class Elsewhere:
     """A figure that was measured by others or on another day: shown, labelled so, and never in a ratio."""

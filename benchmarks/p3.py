@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
-from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target
+from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target, in_a_quiet_hour
 from benchmarks.systems import (
     PRODUCERS,
     Running,
@@ -62,10 +62,7 @@ WHY = (
     "the two cores are busy, with what the table says a task takes of each process; a tenth to a fifth of"
     " it is Kafka's, and another fifth the producers'."
 )
-SPEED = (
-    "133 µs were set when a fixed piece of Python took 18 ms here; what it took meanwhile is said below the"
-    " table. With its neighbours quiet this machine has taken 112."
-)
+SPEED = in_a_quiet_hour("15,903 tasks/s at 112 µs of CPU a task")
 
 CLAIM = Claim(
     name="P3",
@@ -88,7 +85,7 @@ CLAIM = Claim(
     ),
     cases=cases,
     targets=(
-        Target("tasks/s", PENSTOCK, RATE, at_least=10_000),
+        Target("tasks/s", PENSTOCK, RATE, at_least=10_000, why=SPEED),
         Target("times Celery", PENSTOCK, RATE, at_least=10, of=CELERY),
         Target("times Dramatiq", PENSTOCK, RATE, at_least=5, of=DRAMATIQ, why=WHY),
         Target("times Taskiq with acknowledgement", PENSTOCK, RATE, at_least=2, of=STREAM),

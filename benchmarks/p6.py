@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import Bench, Case, Claim, Figure, Figures, Target, percentile
+from benchmarks.harness import Bench, Case, Claim, Figure, Figures, Target, in_a_quiet_hour, percentile
 from benchmarks.marks import milliseconds
 from benchmarks.systems import penstock
 
@@ -92,7 +92,7 @@ CLAIM = Claim(
     cases=cases,
     targets=(
         Target("started early", "Penstock", "early", at_most=0),
-        Target("p99 late, in ms", "Penstock", "p99_ms", at_most=20),
+        Target("p99 late, in ms", "Penstock", "p99_ms", at_most=20, why=in_a_quiet_hour("14.1 ms")),
     ),
     pitfalls=(
         (
