@@ -60,6 +60,7 @@ IDLE = (
     "interpreter and libraries (gRPC and protobuf, Kafka's client, OpenSSL) are 71 MB of a broker that "
     "does nothing."
 )
+
 CLAIM = Claim(
     name="P9",
     title="Memory, and the client's import",
