@@ -220,7 +220,7 @@ def sim(session: nox.Session) -> None:
     """Whole pools in simulation, each out of one seed; `-- --seeds N`, `--hours H`, `--seed S` to replay."""
     install_everything(session)
     if not session.posargs:
-        session.run("pytest", "tests/sim")
+        session.run("pytest", "--numprocesses=2", "--dist=worksteal", "tests/sim")
     session.run("python", "-m", "tests.sim", *session.posargs)
 
 
