@@ -82,8 +82,8 @@ def notes(bench: Bench) -> Sequence[str]:
 
 RATE = "tasks_per_second"
 WHY = (
-    '"gRPC alone" is what such a call costs without a broker. A transaction of its own costs 150 to 196 '
-    "µs of CPU and a sync of the disk (120 µs here), and is shared by those who report while the one "
+    '"gRPC alone" is what such a call costs without a broker. A transaction of its own takes 227 µs, '
+    "113 of them CPU (benchmarks.store_settings), and is shared by those who report while the one "
     "before it is written: by 1.6 of 4 workers, by 4 to 6 of 64 (docs/adr/0003). One that answers before "
     "it has written has none of it."
 )

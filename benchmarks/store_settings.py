@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.store_settings [--ticks N] [--repeat N]``. Each tick inserts, claims and completes
 256 rows of 300 bytes, over a backlog of 20,000. The settings run in turn, so that all see the same machine.
+Then ticks of one row, as of a broker that is idle: into a log that is laid out, and into one that grows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from penstock_broker.store.batch import Batch
 
 ROWS = 256
 BACKLOG = 20_000
+SMALL_TICKS = 500
 
 # name -> pragmas over those that are shipped, and when to check-point ("tick", or bytes of WAL)
 VARIANTS: dict[str, tuple[dict[str, object], int | str]] = {
@@ -83,6 +85,25 @@ def run(pragmas: dict[str, object], checkpoint: int | str, ticks: int) -> tuple[
         shutil.rmtree(folder)
 
 
+def small(laid_out: bool) -> tuple[float, float]:
+    """Of a tick of one row, the µs that it takes and the µs of CPU."""
+    folder = Path(tempfile.mkdtemp(prefix="penstock-bench-"))
+    try:
+        database = store.Database(folder / "store.sqlite", Limits(), 0)
+        if laid_out:
+            database.lay_out_log(store.CHECKPOINT_BYTES)
+        database.write(Batch(new_pairs=[(1, "bench", "bench")]))
+        batches = [Batch(rows=[row], stamp=1) for n in range(SMALL_TICKS) for row in rows(n + 1, 1)[:1]]
+        begun, cpu = time.perf_counter(), time.process_time()
+        for batch in batches:
+            database.write(batch)
+        took = time.perf_counter() - begun, time.process_time() - cpu
+        database.close()
+        return took[0] / SMALL_TICKS * 1e6, took[1] / SMALL_TICKS * 1e6
+    finally:
+        shutil.rmtree(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ticks", type=int, default=300)
@@ -94,6 +115,10 @@ def main() -> None:
         for name, (pragmas, checkpoint) in VARIANTS.items():
             rate, sizes[name] = run(pragmas, checkpoint, options.ticks)
             figures[name].append(rate)
+    one_row: dict[str, list[tuple[float, float]]] = {"log laid out": [], "log that grows": []}
+    for _ in range(options.repeat):
+        for name, measured in one_row.items():
+            measured.append(small(laid_out=name == "log laid out"))
     shipped = spread(figures["as shipped"])["median"]
     print(f"SQLite {apsw.sqlite_lib_version()}, {ROWS} rows a tick")
     for name, rates in figures.items():
@@ -102,6 +127,12 @@ def main() -> None:
             f"{name:44} {s['median']:10,.0f} rows/s ({s['min']:,.0f} to {s['max']:,.0f})"
             f"  {s['median'] / shipped:5.2f} x  WAL file {sizes[name]:5.1f} MiB"
         )
+    for name, measured in one_row.items():
+        took, cpu = (spread(values) for values in zip(*measured, strict=True))
+        print(
+            f"one row a tick, {name:25}{took['median']:8,.0f} µs ({took['min']:,.0f} to {took['max']:,.0f})"
+            f", CPU {cpu['median']:,.0f} µs ({cpu['min']:,.0f} to {cpu['max']:,.0f})"
+        )
     save(
         "store-settings",
         "full",
@@ -109,6 +140,7 @@ def main() -> None:
             "machine": machine(),
             "rows_per_second": {name: spread(r) for name, r in figures.items()},
             "wal_mib": sizes,
+            "one_row_us": {n: [spread(v) for v in zip(*m, strict=True)] for n, m in one_row.items()},
         },
     )
 

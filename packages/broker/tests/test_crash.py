@@ -23,6 +23,8 @@ async def run_workload(path: Path, seed: int, disk: CrashDisk) -> None:
     clock = ManualClock()
     with disk.mounted():
         store = open_store(path, clock, LIMITS)
+        if seed % 2:
+            store.database.lay_out_log(CHECKPOINT_BYTES)
     store.database.checkpoint_bytes = CHECKPOINT_BYTES
     await Workload(store, clock, disk, random.Random(seed)).run(STEPS)
     disk.kill()

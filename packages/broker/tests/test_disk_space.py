@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import apsw
 import pytest
+from crash_disk import CrashDisk, Failing, abandon
 from store_helpers import ManualClock, activation, check_store, open_store, settle_down, token_of
 
 from penstock_broker.domain.activation import Route
 from penstock_broker.domain.lifecycle import Event
+from penstock_broker.errors import FatalError
 from penstock_broker.store.batch import Answer
+from penstock_broker.store.database import CHECKPOINT_BYTES, REWRITE_BYTES
 from penstock_broker.store.inflight import Inflight
 from penstock_broker.store.space import Space
 
@@ -142,6 +146,77 @@ async def test_a_start_on_a_full_disk_uses_the_reserve_that_was_left(small_disk:
     second = open_store(path, clock)
     assert second.epoch == first.epoch + 1
     second.database.close()
+
+
+async def test_the_log_has_its_length_from_the_start(tmp_path: Path) -> None:
+    """A sync that lengthens a file takes the file system half as long again."""
+    clock, path = ManualClock(), tmp_path / "store.sqlite"
+    log_file = path.with_name("store.sqlite-wal")
+    store = open_store(path, clock)
+    store.database.watch_space(Space(path))
+    length = log_file.stat().st_size
+    assert length == CHECKPOINT_BYTES
+    for n in range(20):
+        store.insert([activation(f"t{n}", clock)])
+        await settle_down(store)
+    assert log_file.stat().st_size == length
+    # Killed: what was written into it is what the next start finds.
+    store.database.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+    abandon(store.database)
+    assert log_file.stat().st_size == length
+    again = open_store(path, clock)
+    assert again.epoch == store.epoch + 1
+    assert again.memory.rows == 20
+    await settle_down(again)
+    check_store(again)
+    again.database.close()
+
+
+def test_on_a_small_disk_the_log_is_laid_out_in_proportion(small_disk: Path) -> None:
+    path = small_disk / "store.sqlite"
+    store = open_store(path, ManualClock())
+    space = Space(path)
+    store.database.watch_space(space)
+    assert path.with_name("store.sqlite-wal").stat().st_size == space.reserve_bytes // 6
+    store.database.close()
+
+
+def test_on_a_disk_that_is_nearly_full_the_log_is_not_laid_out(small_disk: Path) -> None:
+    path = small_disk / "store.sqlite"
+    store = open_store(path, ManualClock())
+    before = path.with_name("store.sqlite-wal").stat().st_size
+    theirs = fill(small_disk)
+    os.truncate(theirs, theirs.stat().st_size - SIZE // 4)
+    store.database.watch_space(Space(path))
+    assert path.with_name("store.sqlite-wal").stat().st_size == before
+    store.database.close()
+
+
+async def test_a_log_for_which_there_is_no_room_is_as_it_was(tmp_path: Path) -> None:
+    clock, path, disk = ManualClock(), tmp_path / "store.sqlite", CrashDisk()
+    with disk.mounted():
+        store = open_store(path, clock)
+        size = disk.contents.size()
+        disk.capacity = size + REWRITE_BYTES + 1
+        store.database.lay_out_log(CHECKPOINT_BYTES)
+    assert disk.contents.size() == size
+    store.insert([activation("a", clock)])
+    await settle_down(store)
+    check_store(store)
+    disk.kill()
+    abandon(store.database)
+
+
+@pytest.mark.parametrize("kind", ["write", "sync"])
+def test_a_disk_that_fails_while_the_log_is_laid_out_ends_the_start(tmp_path: Path, kind: str) -> None:
+    path, disk = tmp_path / "store.sqlite", CrashDisk()
+    with disk.mounted():
+        store = open_store(path, ManualClock())
+        disk.before = Failing([kind], 0)
+        with pytest.raises(FatalError, match="cannot open the database"):
+            store.database.lay_out_log(CHECKPOINT_BYTES)
+    disk.kill()
+    abandon(store.database)
 
 
 def test_while_the_reserve_is_not_held_space_is_low(tmp_path: Path) -> None:

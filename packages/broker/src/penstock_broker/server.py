@@ -157,7 +157,7 @@ class Broker:
         self._writer_thread = WriterThread()
         self.store = open_store(settings, clock, limits, self._handoff)
         self.database = self.store.database
-        self.database.space = Space(self.database.path)
+        self.database.watch_space(Space(self.database.path))
         self.waiting = Waiting(self.store, RESPONSE_BYTES_MAX)
         self.metrics = Metrics()
         self.observer = Observer(self.metrics, self.store, self.waiting)

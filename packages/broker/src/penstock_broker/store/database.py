@@ -156,7 +156,7 @@ class Database:
         self._was_ours = lock_of(self.path).exists()
         self._lock = take(self.path)
         self.checkpoint_bytes = CHECKPOINT_BYTES
-        # Watched after each tick, if somebody sets it.
+        # Watched after each tick; None: not watched.
         self.space: Space | None = None
         self._wal_bytes = 0
         # Set by SQLite once a transaction is in the WAL.
@@ -341,6 +341,31 @@ class Database:
             last = max(int(seq or 0) for (seq,) in spilled)
             if self._wal_bytes > self.checkpoint_bytes:
                 self._checkpoint()
+
+    def watch_space(self, space: Space) -> None:
+        """Before the first tick: watch the free space from now on, and lay out the log if there is enough; on
+        a small disk, a sixth of the reserve."""
+        self.space = space
+        if not space.watch():
+            self.lay_out_log(min(self.checkpoint_bytes, space.reserve_bytes // 6))
+
+    def lay_out_log(self, length: int) -> None:
+        """Give the WAL so many bytes, in zeros, which SQLite takes for no part of it: a sync that lengthens a
+        file has the file system write a transaction of its own (docs/adr/0002)."""
+        log_file = apsw.VFSFile(VFS, f"{self.path}-wal", [_OPEN_LOG, 0])
+        size = log_file.xFileSize()
+        try:
+            for at in range(size, length, REWRITE_BYTES):
+                log_file.xWrite(bytes(min(REWRITE_BYTES, length - at)), at)
+            log_file.xSync(apsw.SQLITE_SYNC_FULL)
+        except apsw.FullError:
+            # There is room for what is written, then.
+            log_file.xTruncate(size)
+        except apsw.IOError as error:
+            self._explain(error)
+            raise
+        finally:
+            log_file.xClose()
 
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
