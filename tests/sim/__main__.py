@@ -63,7 +63,8 @@ def _seeds(options: argparse.Namespace) -> Iterator[int]:
 def _run(options: argparse.Namespace) -> int:
     begun = told = time.monotonic()
     total = _Total()
-    with multiprocessing.Pool(options.jobs) as pool:
+    # The disks of a history are in memory, and some of them outlive it.
+    with multiprocessing.Pool(options.jobs, maxtasksperchild=20) as pool:
         # Bounded by hand: the pool takes all that an iterator gives.
         for result in pool.imap_unordered(_run_seed, _paced(_seeds(options), total, 8 * options.jobs)):
             total.add(result)

@@ -16,7 +16,8 @@ from crash_disk import HOWS, Call, CrashDisk, io_error
 from penstock_broker.store.space import reserve_of
 from tests.sim.hub import Hub
 
-SIZE_BYTES = 1 << 30
+# Small: the log, laid out in proportion, is copied again and again.
+SIZE_BYTES = 1 << 25
 BLOCK_BYTES = 4096
 
 

@@ -17,7 +17,6 @@ from store_helpers import ManualClock, activation, check_store, open_store, sett
 
 from penstock_broker.domain.activation import Route
 from penstock_broker.domain.lifecycle import Event
-from penstock_broker.errors import FatalError
 from penstock_broker.store.batch import Answer
 from penstock_broker.store.database import CHECKPOINT_BYTES, REWRITE_BYTES
 from penstock_broker.store.inflight import Inflight
@@ -207,14 +206,22 @@ async def test_a_log_for_which_there_is_no_room_is_as_it_was(tmp_path: Path) -> 
     abandon(store.database)
 
 
-@pytest.mark.parametrize("kind", ["write", "sync"])
-def test_a_disk_that_fails_while_the_log_is_laid_out_ends_the_start(tmp_path: Path, kind: str) -> None:
-    path, disk = tmp_path / "store.sqlite", CrashDisk()
+@pytest.mark.parametrize("kind", ["open", "size", "write", "sync"])
+async def test_a_disk_that_fails_while_the_log_is_laid_out_ends_no_start(tmp_path: Path, kind: str) -> None:
+    clock, path, disk = ManualClock(), tmp_path / "store.sqlite", CrashDisk()
     with disk.mounted():
-        store = open_store(path, ManualClock())
-        disk.before = Failing([kind], 0)
-        with pytest.raises(FatalError, match="cannot open the database"):
+        store = open_store(path, clock)
+        size = disk.contents.size()
+        disk.before, ended_by = Failing([kind], 0), None
+        try:
             store.database.lay_out_log(CHECKPOINT_BYTES)
+        except apsw.Error as error:
+            ended_by = error
+    assert ended_by is None
+    assert disk.contents.size() == size
+    store.insert([activation("a", clock)])
+    await settle_down(store)
+    check_store(store)
     disk.kill()
     abandon(store.database)
 

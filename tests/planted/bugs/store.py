@@ -1149,8 +1149,8 @@ BUGS = (
         "the log is laid out from its beginning",
         "what was acknowledged is there after a crash",
         "broker/store/database.py",
-        old="            for at in range(size, length, REWRITE_BYTES):\n",
-        new="            for at in range(0, length, REWRITE_BYTES):\n",
+        old="        for at in range(size, length, REWRITE_BYTES):\n",
+        new="        for at in range(0, length, REWRITE_BYTES):\n",
         tests=(BROKER + "test_disk_space.py::test_the_log_has_its_length_from_the_start",),
     ),
     Bug(
@@ -1165,9 +1165,19 @@ BUGS = (
         "a log for which there is no room keeps what it got",
         "what is in flight has the space that is left",
         "broker/store/database.py",
-        old="            # There is room for what is written, then.\n            log_file.xTruncate(size)\n",
-        new="            pass\n",
+        old="        file.xTruncate(size)\n        raise\n",
+        new="        raise\n",
         tests=(BROKER + "test_disk_space.py::test_a_log_for_which_there_is_no_room_is_as_it_was",),
+    ),
+    Bug(
+        "a disk that fails while the log is laid out ends the start",
+        "everything but a fail-stop recovers by itself",
+        "broker/store/database.py",
+        old="        except (apsw.CantOpenError, apsw.FullError, apsw.IOError) as error:\n            # No promise",
+        new="        except apsw.FullError as error:\n            # No promise",
+        tests=(
+            BROKER + "test_disk_space.py::test_a_disk_that_fails_while_the_log_is_laid_out_ends_no_start",
+        ),
     ),
     Bug(
         "ticks lengthen the log",

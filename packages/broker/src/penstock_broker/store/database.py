@@ -352,20 +352,15 @@ class Database:
     def lay_out_log(self, length: int) -> None:
         """Give the WAL so many bytes, in zeros, which SQLite takes for no part of it: a sync that lengthens a
         file has the file system write a transaction of its own (docs/adr/0002)."""
-        log_file = apsw.VFSFile(VFS, f"{self.path}-wal", [_OPEN_LOG, 0])
-        size = log_file.xFileSize()
         try:
-            for at in range(size, length, REWRITE_BYTES):
-                log_file.xWrite(bytes(min(REWRITE_BYTES, length - at)), at)
-            log_file.xSync(apsw.SQLITE_SYNC_FULL)
-        except apsw.FullError:
-            # There is room for what is written, then.
-            log_file.xTruncate(size)
-        except apsw.IOError as error:
-            self._explain(error)
-            raise
-        finally:
-            log_file.xClose()
+            log_file = apsw.VFSFile(VFS, f"{self.path}-wal", [_OPEN_LOG, 0])
+            try:
+                _lengthen(log_file, length)
+            finally:
+                log_file.xClose()
+        except (apsw.CantOpenError, apsw.FullError, apsw.IOError) as error:
+            # No promise depends on it; what does tells whether the disk can be used.
+            log.warning("the write-ahead log is not laid out: it grows with each tick", error=str(error))
 
     def close(self) -> None:
         """Copy the WAL back and let go of the file."""
@@ -932,6 +927,18 @@ class Database:
         c = self.connection
         c.execute("DELETE FROM dead_letter WHERE seq IN carray(?)", (apsw.carray(array("q", seqs)),))
         return int(c.changes())
+
+
+def _lengthen(file: apsw.VFSFile, length: int) -> None:
+    """By zeros; not at all where that fails, so that what is to be written has the space."""
+    size = file.xFileSize()
+    try:
+        for at in range(size, length, REWRITE_BYTES):
+            file.xWrite(bytes(min(REWRITE_BYTES, length - at)), at)
+        file.xSync(apsw.SQLITE_SYNC_FULL)
+    except apsw.Error:
+        file.xTruncate(size)
+        raise
 
 
 def _rows_of(n: int, width: int) -> str:
