@@ -153,8 +153,9 @@ CLAIM = Claim(
     pitfalls=(
         (
             f"{WORKERS} workers claim {BATCH} tasks at a time: as many as a worker of ours with two"
-            " children asks for when its tasks take no time. With 64 there are four times as many calls: in the"
-            " runs of three days that was 0.71 to 1.01 of River's rate in the same run, and with 256 1.00 to 1.36."
+            " children asks for when its tasks take no time. With 64 there are four times as many calls:"
+            " in the runs of three days that was 0.71 to 1.01 times River's rate in the same run, with 256"
+            " it was 1.00 to 1.36 times."
         ),
         (
             f'"{BARE}" is a broker of the same libraries that promises nothing: no claims, leases, retries,'
