@@ -8,7 +8,17 @@ from functools import partial
 
 from benchmarks import golang
 from benchmarks.fill import fill
-from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target, percentile
+from benchmarks.harness import (
+    Bench,
+    Case,
+    Claim,
+    Elsewhere,
+    Figure,
+    Figures,
+    Target,
+    in_a_quiet_hour,
+    percentile,
+)
 from benchmarks.processes import Meter, Program, Script, broker, kafka_settings, new_topic, standing_still
 from tests.kafka_server import free_port
 
@@ -85,8 +95,8 @@ WHY = (
     '"gRPC alone" is what such a call costs without a broker. A transaction of its own takes 227 µs, '
     "113 of them CPU (benchmarks.store_settings), and is shared by those who report while the one "
     "before it is written: by 1.6 of 4 workers, by 4 to 6 of 64 (docs/adr/0003). One that answers before "
-    "it has written has none of it. When the machine's neighbours were quiet: 1,766 tasks/s with 4 workers, "
-    "3,087 with 16, 2,962 with 64."
+    "it has written has none of it. And "
+    + in_a_quiet_hour("1,766 tasks/s with 4 workers, 3,087 with 16 and 2,962 with 64,")
 )
 RUST_DEFAULTS = {4: 2467, 16: 2665, 64: 2275, 128: 2206}
 

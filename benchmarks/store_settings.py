@@ -43,9 +43,9 @@ VARIANTS: dict[str, tuple[dict[str, object], int | str]] = {
 }
 
 
-def rows(first: int, pair: int) -> list[Activation]:
+def rows(first: int, pair: int, count: int = ROWS) -> list[Activation]:
     made = []
-    for seq in range(first, first + ROWS):
+    for seq in range(first, first + count):
         id = uuid.uuid4().hex
         row = Activation(id, "bench", "bench", "noop", bytes(300), 1, 1, None, 30_000, size=300)
         row.seq, row.pair, row.id_hash = seq, pair, hash_id(id)
@@ -87,21 +87,18 @@ def run(pragmas: dict[str, object], checkpoint: int | str, ticks: int) -> tuple[
 
 def small(laid_out: bool) -> tuple[float, float]:
     """Of a tick of one row, the µs that it takes and the µs of CPU."""
-    folder = Path(tempfile.mkdtemp(prefix="penstock-bench-"))
-    try:
-        database = store.Database(folder / "store.sqlite", Limits(), 0)
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+        database = store.Database(Path(folder) / "store.sqlite", Limits(), 0)
         if laid_out:
             database.lay_out_log(store.CHECKPOINT_BYTES)
         database.write(Batch(new_pairs=[(1, "bench", "bench")]))
-        batches = [Batch(rows=[row], stamp=1) for n in range(SMALL_TICKS) for row in rows(n + 1, 1)[:1]]
+        batches = [Batch(rows=[row], stamp=1) for row in rows(1, 1, SMALL_TICKS)]
         begun, cpu = time.perf_counter(), time.process_time()
         for batch in batches:
             database.write(batch)
         took = time.perf_counter() - begun, time.process_time() - cpu
         database.close()
-        return took[0] / SMALL_TICKS * 1e6, took[1] / SMALL_TICKS * 1e6
-    finally:
-        shutil.rmtree(folder)
+    return took[0] / SMALL_TICKS * 1e6, took[1] / SMALL_TICKS * 1e6
 
 
 def main() -> None:

@@ -191,6 +191,15 @@ def test_on_a_disk_that_is_nearly_full_the_log_is_not_laid_out(small_disk: Path)
     store.database.close()
 
 
+async def goes_on(store: Inflight, clock: ManualClock, disk: CrashDisk) -> None:
+    """It takes in what comes; then it is gone."""
+    store.insert([activation("a", clock)])
+    await settle_down(store)
+    check_store(store)
+    disk.kill()
+    abandon(store.database)
+
+
 async def test_a_log_for_which_there_is_no_room_is_as_it_was(tmp_path: Path) -> None:
     clock, path, disk = ManualClock(), tmp_path / "store.sqlite", CrashDisk()
     with disk.mounted():
@@ -199,11 +208,7 @@ async def test_a_log_for_which_there_is_no_room_is_as_it_was(tmp_path: Path) -> 
         disk.capacity = size + REWRITE_BYTES + 1
         store.database.lay_out_log(CHECKPOINT_BYTES)
     assert disk.contents.size() == size
-    store.insert([activation("a", clock)])
-    await settle_down(store)
-    check_store(store)
-    disk.kill()
-    abandon(store.database)
+    await goes_on(store, clock, disk)
 
 
 @pytest.mark.parametrize("kind", ["open", "size", "write", "sync"])
@@ -219,11 +224,7 @@ async def test_a_disk_that_fails_while_the_log_is_laid_out_ends_no_start(tmp_pat
             ended_by = error
     assert ended_by is None
     assert disk.contents.size() == size
-    store.insert([activation("a", clock)])
-    await settle_down(store)
-    check_store(store)
-    disk.kill()
-    abandon(store.database)
+    await goes_on(store, clock, disk)
 
 
 def test_while_the_reserve_is_not_held_space_is_low(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def reserve_of(database: Path) -> Path:
 
 
 class Space:
-    """Used on the writer's thread."""
+    """Used on the writer's thread, and before its first tick."""
 
     def __init__(self, database: Path) -> None:
         self.path = reserve_of(database)
