@@ -11,7 +11,17 @@ from functools import partial
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 
-from benchmarks.harness import Bench, Case, Claim, Elsewhere, Figure, Figures, Target, percentile
+from benchmarks.harness import (
+    Bench,
+    Case,
+    Claim,
+    Elsewhere,
+    Figure,
+    Figures,
+    Target,
+    in_a_quiet_hour,
+    percentile,
+)
 from benchmarks.marks import milliseconds
 from benchmarks.processes import new_topic
 from benchmarks.systems import penstock
@@ -104,10 +114,12 @@ def _percentiles(latencies: Sequence[float]) -> Figures:
 
 
 WHY = (
-    f'"{ALONE}" takes the most of it. The rest, in a copy that says when each stage is reached: 0.5 ms '
+    f'"{ALONE}" is the largest part of it. The rest, in a copy that says when each stage is reached: 0.5 ms '
     "from the consumer's poll to the transaction, 0.7 for that (durable before it is handed out), 0.24 "
-    "until it is claimed, 0.8 for the answer over gRPC, 0.5 through the pipe to the child."
+    "until it is claimed, 0.8 for the answer over gRPC, 0.5 through the pipe to the child. And "
+    + in_a_quiet_hour("4.7 ms, and Kafka alone 1.4 ms,")
 )
+WHY_LONGEST = in_a_quiet_hour("13.4 ms, and Kafka alone 5.5 ms,")
 
 CLAIM = Claim(
     name="P5",
@@ -133,7 +145,7 @@ CLAIM = Claim(
     ],
     targets=(
         Target("p50 in ms", "Penstock", "p50_ms", at_most=5, why=WHY),
-        Target("p99 in ms", "Penstock", "p99_ms", at_most=20),
+        Target("p99 in ms", "Penstock", "p99_ms", at_most=20, why=WHY_LONGEST),
     ),
     elsewhere=(
         Elsewhere("Rust taskbroker, until claimable", "", "p50_ms", 750),

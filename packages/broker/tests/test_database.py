@@ -12,6 +12,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from penstock_broker.domain.activation import OnExceeded, Status
 from penstock_broker.domain.lifecycle import Limits
 from penstock_broker.errors import FatalError
 from penstock_broker.store.database import Database
@@ -55,6 +56,31 @@ def test_a_large_payload_is_freed_without_being_read(tmp_path: Path) -> None:
     read, _ = again.connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS)
     assert read < 20, "of 245 pages"
     again.close()
+
+
+def test_a_row_is_read_as_its_columns_say(tmp_path: Path) -> None:
+    """Each has a value that no other has."""
+    columns = {
+        "seq": 101, "status": 4, "pair": 102, "ready_at": 103, "claim": 104, "claim_epoch": 105,
+        "attempts": 106, "lost": 107, "last_outcome": 108, "given_back_at": 109, "reason": "r", "error": "e",
+        "source": 110, "log_offset": 111, "received_at": 112, "expires_at": 113, "deadline_ms": 114,
+        "max_attempts": 115, "retry_delay_ms": 116, "on_exceeded": 2, "at_most_once": 1, "id": "i",
+        "taskname": "t", "content": 117, "checksum": 118, "size": 3, "body": b"bod",
+    }  # fmt: skip
+    database = open_database(tmp_path / "store.sqlite")
+    database.connection.execute("INSERT INTO pair VALUES (102, 'a', 'n', NULL)")
+    names, places = ", ".join(columns), ", ".join("?" * len(columns))
+    values = tuple(columns.values())
+    database.connection.execute(f"INSERT INTO activation ({names}) VALUES ({places})", values)
+    row = database.get(101)
+    assert row is not None
+    expected = {**columns, "offset": columns["log_offset"], "application": "a", "namespace": "n"}
+    del expected["log_offset"], expected["checksum"]
+    assert {name: getattr(row, name) for name in expected} == expected
+    assert row.at_most_once is True
+    assert row.status is Status.FORWARDING
+    assert row.on_exceeded is OnExceeded.DEADLETTER
+    database.close()
 
 
 def _open_elsewhere(path: Path, said: multiprocessing.Queue[str]) -> None:

@@ -738,9 +738,17 @@ BUGS = (
         "a restart adds an attempt",
         "max_attempts counts starts, over restarts too",
         "broker/store/database.py",
-        old="        max_attempts=max_attempts, on_exceeded=OnExceeded(on_exceeded)",
-        new="        max_attempts=max_attempts + 1, on_exceeded=OnExceeded(on_exceeded)",
+        old="        max_attempts, OnExceeded(on_exceeded)",
+        new="        max_attempts + 1, OnExceeded(on_exceeded)",
         tests=(RULES + "test_a_budget_of_attempts_holds_over_restarts",),
+    ),
+    Bug(
+        "a row is read with two columns in each other's place",
+        "a row is what the file says",
+        "broker/store/database.py",
+        old="claim, claim_epoch, attempts, lost, last_outcome, given_back_at, reason, error,\n        content",
+        new="claim, claim_epoch, lost, attempts, last_outcome, given_back_at, reason, error,\n        content",
+        tests=(DATABASE + "test_a_row_is_read_as_its_columns_say",),
     ),
     # -- time
     Bug(
