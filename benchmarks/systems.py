@@ -16,6 +16,7 @@ import redis
 from benchmarks import marks
 from benchmarks.harness import ROOT, Bench
 from benchmarks.processes import (
+    STALL_SECONDS_MAX,
     Meter,
     Script,
     broker,
@@ -30,7 +31,6 @@ from tests.kafka_server import free_port
 CHILDREN = 2
 PRODUCERS = 2
 WARM_UP_TASKS = 400
-RUN_SECONDS_MAX = 180.0
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Running:
     def meter(self) -> Meter:
         return Meter(**self.parts)
 
-    def wait_for_marks(self, seconds: float = RUN_SECONDS_MAX) -> None:
+    def wait_for_marks(self, seconds: float = STALL_SECONDS_MAX) -> None:
         wait_until(
             f"{self.expected} tasks have run", lambda: marks.count(self.marks) >= self.expected, seconds
         )
