@@ -202,10 +202,11 @@ def build(session: nox.Session) -> None:
 def e2e(session: nox.Session) -> None:
     """Brokers, workers and a real Kafka as processes, killed and restarted."""
     install_everything(session)
-    tests = ["tests/e2e", *([] if session.posargs else QUICK_FAULTS)]
-    session.run(
-        "pytest", *tests, *session.posargs, env={"PENSTOCK_FOREIGN_PYTHON": apart(session, "foreign")}
-    )
+    # Two at a time, each with a Kafka of its own: half of their time they wait.
+    spread = ["--numprocesses=2", "--dist=loadfile"]
+    tests = session.posargs or [*spread, *QUICK_FAULTS]
+    foreign = {"PENSTOCK_FOREIGN_PYTHON": apart(session, "foreign")}
+    session.run("pytest", "tests/e2e", *tests, env=foreign)
 
 
 @nox.session(default=False)

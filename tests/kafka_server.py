@@ -279,10 +279,13 @@ def free_port() -> int:
     """A port that nobody listens on, different at each call.
 
     Below those that the system gives to outgoing connections, so that what listens here can be stopped
-    and finds its port free when it starts again.
+    and finds its port free when it starts again. Of several processes that run tests each has its own:
+    between this call and the start of what will listen are seconds.
     """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.randrange(15_000, 32_000)
+        port = random.randrange(15_000 + own, 32_000, processes)
         with contextlib.suppress(OSError), socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", port))

@@ -81,7 +81,7 @@ def metrics_text(port: int) -> str:
         return str(answer.read().decode())
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_no_secret_and_no_payload_is_ever_shown(direct_pool: Pool) -> None:
     secrets = json.dumps([SECRET, OLD_SECRET])
     broker = direct_pool.broker(

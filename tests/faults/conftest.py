@@ -9,9 +9,9 @@ from tests.e2e.conftest import direct_pool, kafka, kafka_pool, own_kafka, pytest
 
 __all__ = ["direct_pool", "kafka", "kafka_pool", "own_kafka", "pytest_runtest_makereport"]
 
-_figures = pytest.StashKey[list[str]]()
-
 Figure = Callable[[str], None]
+# A property of a test's report, which comes home from whichever process ran the test.
+_FIGURE = "figure"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,22 +20,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seed", type=int, help="repeat the faults of a run that printed this seed")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_figures] = []
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash[_figures]:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for how in ("passed", "failed") for report in terminalreporter.getreports(how)]
+    found = [(report.nodeid, *one) for report in reports for one in report.user_properties]
+    lines = [f"{test.partition('::')[2]}: {text}" for test, name, text in found if name == _FIGURE]
+    if lines:
         terminalreporter.section("figures")
-        for line in config.stash[_figures]:
+        for line in lines:
             terminalreporter.write_line(line)
 
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Figure:
     """Prints a figure at the end of the run; none of them decides whether a test passes."""
-    figures = request.config.stash[_figures]
-    return lambda text: figures.append(f"{request.node.name}: {text}")
+    return lambda text: request.node.user_properties.append((_FIGURE, text))
 
 
 @pytest.fixture
