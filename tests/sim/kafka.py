@@ -53,7 +53,7 @@ class Cluster:
         self.consumers: list[Consumer] = []
         self.producers: list[Producer] = []
         # Of transactional ids: how often it was opened, by whom last, and when the last transaction began
-        # that the broker of its name has committed.
+        # in which the broker of its name told of its own store.
         self.epochs: dict[str, int] = {}
         self.openers: dict[str, str] = {}
         self.recorded_at: dict[str, float] = {}

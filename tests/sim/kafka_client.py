@@ -603,7 +603,7 @@ class TransactionalProducer(Client):
                 return
             fenced = cluster.epochs[self._id] != epoch
             if not fenced:
-                if self._id.endswith(f"/{self.process.name}"):
+                if self._id.endswith(f"/{self.process.name}") and not _names_successor(messages[0][2]):
                     cluster.recorded_at[self._id] = begun_at
                 for topic, key, value in messages:
                     partition = sum(key) % len(cluster.topics[topic])
@@ -619,6 +619,11 @@ class TransactionalProducer(Client):
             raise _error(KafkaError._TIMED_OUT)
         if done[0]:
             raise _error(KafkaError._FENCED)
+
+
+def _names_successor(head: bytes | None) -> bool:
+    """It says who takes over from a store, and nothing of what that one has finished."""
+    return head is not None and json.loads(head)["successor"] is not None
 
 
 class Reader(Client):

@@ -239,7 +239,7 @@ async def test_why_a_delayed_task_waits_and_until_when(desk: Desk) -> None:
     assert [finding.code for finding in failed.findings] == ["back_off", "run_now"]
     assert "it never works" in failed.findings[0].text
     assert "start 2 of at most 3" in failed.findings[0].text
-    assert failed.runs_at == desk.clock.wall + 30_000
+    assert failed.runs_at == desk.clock.wall + 1 + 30_000
     await desk.insert(activation("unknown", desk.clock))
     (row,) = await desk.claim()
     await desk.settle(row, Event.UNKNOWN_TASK)

@@ -13,10 +13,18 @@ HOUR = 3600 * SECOND
 
 
 class Machine:
-    def __init__(self) -> None:
+    def __init__(self, pause: int = 0) -> None:
         self.system = 1_800_000_000 * SECOND
         self.elapsed = 77 * SECOND
-        self.clock = SystemClock(lambda: self.system, lambda: self.elapsed)
+        # What passes after the next time that either of them is read.
+        self.pause = pause
+        self.clock = SystemClock(lambda: self._read(self.system), lambda: self._read(self.elapsed))
+
+    def _read(self, now: int) -> int:
+        pause, self.pause = self.pause, 0
+        self.system += pause
+        self.elapsed += pause
+        return now
 
     def passes(self, ns: int, drift: int = 0) -> int:
         """Milliseconds by which the wall clock went on."""
@@ -49,6 +57,18 @@ def test_a_clock_that_runs_wrong_is_followed() -> None:
     for _ in range(100):
         machine.passes(SECOND, drift=SECOND // 2000)
     assert machine.clock.wall_ms() == machine.system // 1_000_000
+
+
+def test_a_pause_while_it_is_read_puts_it_ahead_of_no_clock() -> None:
+    machine = Machine(pause=5_000_000)
+    assert machine.clock.wall_ms() <= machine.system // 1_000_000
+    for _ in range(10):
+        machine.passes(10 * SECOND)
+        machine.elapsed += 10 * SECOND
+        machine.system += 10 * SECOND
+        machine.pause = 5_000_000
+        machine.clock.wall_ms()
+        assert machine.clock.wall_ms() <= machine.system // 1_000_000
 
 
 def test_it_never_goes_back() -> None:

@@ -97,12 +97,15 @@ def test_a_delay_counts_from_when_it_was_sent(delay: int, status: Status, ready_
     assert (row.status, row.ready_at) == (status, ready_at)
 
 
-def test_a_delay_counts_from_the_millisecond_it_was_sent() -> None:
-    for sent_at in (NOW - 1, NOW - 999, NOW - 1_001):
-        message = task(delay=3, expires=5)
-        message.received_at.FromMilliseconds(sent_at)
-        row = admit(message)
-        assert (row.received_at, row.ready_at, row.expires_at) == (sent_at, sent_at + 3_000, sent_at + 5_000)
+@pytest.mark.parametrize("sent_at", [NOW - 1, NOW - 999, NOW - 1_001])
+@pytest.mark.parametrize(("beyond_ns", "later"), [(0, 0), (1, 1), (999_999, 1)])
+def test_a_delay_counts_from_the_millisecond_it_was_sent(sent_at: int, beyond_ns: int, later: int) -> None:
+    """From its end, if it was sent within one; an expiry from its beginning."""
+    message = task(delay=3, expires=5)
+    message.received_at.FromNanoseconds(sent_at * 1_000_000 + beyond_ns)
+    row = admit(message)
+    assert (row.received_at, row.ready_at) == (sent_at, sent_at + 3_000 + later)
+    assert row.expires_at == sent_at + 5_000
 
 
 def test_expiry_in_the_same_second_is_kept_and_left_to_the_store() -> None:

@@ -71,7 +71,7 @@ async def test_outcomes(tmp_path: Path, event: Event, at_most_once: bool, restar
     state = known.get(place(source, one.offset))
     if event is Event.RETRY and not at_most_once:
         assert state is not None
-        assert (state.attempts, state.due_at) == (1, clock.wall + 500)
+        assert (state.attempts, state.due_at) == (1, clock.wall + 1 + 500)
         clock.advance(1000)
         await settle_down(store)
         check_store(store)
@@ -236,7 +236,7 @@ async def test_a_retry_that_was_to_leave_is_not_due_earlier_when_it_is_restored(
     again = activation("t0", clock)
     become(again, state, clock.wall, limits.lifecycle)
     assert (again.status, again.reason, again.attempts) == (Status.FORWARDING, Reason.RETRIED, 1)
-    assert again.ready_at == clock.wall + 5_000
+    assert again.ready_at == clock.wall + 1 + 5_000
     store.database.close()
 
 

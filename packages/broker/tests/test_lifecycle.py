@@ -138,9 +138,10 @@ def test_a_lost_at_most_once_task_is_a_dead_letter_at_once() -> None:
 
 
 def test_backoff_of_the_report_comes_before_that_of_the_message() -> None:
+    """It counts from the end of the millisecond in which the report came."""
     activation = row(retry_delay_ms=5_000)
-    assert decide(activation, Event.RETRY, NOW, LIMITS).ready_at == NOW + 5_000
-    assert decide(activation, Event.RETRY, NOW, LIMITS, 700).ready_at == NOW + 700
+    assert decide(activation, Event.RETRY, NOW, LIMITS).ready_at == NOW + 1 + 5_000
+    assert decide(activation, Event.RETRY, NOW, LIMITS, 700).ready_at == NOW + 1 + 700
     assert decide(activation, Event.RETRY, NOW, LIMITS, 0).status is Status.PENDING
 
 

@@ -194,7 +194,7 @@ async def test_retries_wait_in_the_store_and_then_carry_their_attempts(
 ) -> None:
     await insert(store, activation("a", clock, max_attempts=3))
     assert await settled(store, token_of(store, claim_one(store)), Event.RETRY, 2_000) is Answer.APPLIED
-    clock.advance(1_999)
+    clock.advance(2_000)
     await settle_down(store)
     assert store.claim(None, (), 1, BYTES) == []
     clock.advance(1)

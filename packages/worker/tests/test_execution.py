@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import worker_tasks
 
-from penstock_client import App, Exponential, Retry, RetryRequested, SendError, TaskContext
+from penstock_client import App, Exponential, Fixed, Retry, RetryRequested, SendError, TaskContext
 from penstock_client.durations import Duration
 from penstock_protocol.v1 import consumer_pb2 as pb
 from penstock_protocol.v1.activation_pb2 import TaskActivation
@@ -114,6 +114,12 @@ def test_a_retry_waits_as_long_as_its_attempt_asks_for() -> None:
     for error in (ConnectionError(), RetryRequested(None)):
         delays = [classify(task, error, attempt).retry_delay_ms for attempt in (1, 2, 3)]
         assert delays == [1000, 3000, 9000]
+
+
+def test_a_retry_waits_no_fraction_of_a_millisecond_less() -> None:
+    policy = Retry(max_attempts=9, backoff=Fixed(0.0501))
+    task = App("worker-tests", strict_kwargs="off").namespace("tests").task(name="t", retry=policy)(print)
+    assert classify(task, ConnectionError(), 1).retry_delay_ms == 51
 
 
 def test_a_task_asks_for_its_own_retry() -> None:

@@ -188,6 +188,14 @@ BUGS = (
         tests=(EXECUTION + "test_the_retry_policy_decides_what_an_exception_means",),
     ),
     Bug(
+        "a retry waits a fraction of a millisecond less",
+        "a retry waits as its policy says",
+        "worker/execution.py",
+        old="math.ceil(min(max(seconds, 0.0), RETRY_DELAY_SECONDS_MAX) * 1000)",
+        new="int(min(max(seconds, 0.0), RETRY_DELAY_SECONDS_MAX) * 1000)",
+        tests=(EXECUTION + "test_a_retry_waits_no_fraction_of_a_millisecond_less",),
+    ),
+    Bug(
         "a retry waits as after the first attempt",
         "a retry waits as its policy says",
         "worker/execution.py",

@@ -44,18 +44,19 @@ class SystemClock:
     ) -> None:
         self._system_ns = system_ns
         self._elapsed_ns = elapsed_ns
-        self._at = elapsed_ns()
         self._wall = system_ns()
+        self._at = elapsed_ns()
         self._jumped = False
         # The loop asks, and the threads of the Kafka clients.
         self._lock = threading.Lock()
 
     def wall_ms(self) -> int:
         with self._lock:
-            now = self._elapsed_ns()
+            # In this order a pause between the two makes nothing early.
+            system, now = self._system_ns(), self._elapsed_ns()
             passed, self._at = now - self._at, now
             wall = self._wall + passed
-            ahead = self._system_ns() - wall
+            ahead = system - wall
             most = passed // SLEW
             self._wall = wall + max(-most, min(ahead, most))
             if (abs(ahead) > JUMP_NS) != self._jumped:

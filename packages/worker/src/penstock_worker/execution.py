@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import math
 import os
 from collections.abc import Awaitable
 from concurrent.futures import Future
@@ -165,5 +166,5 @@ def _failure(error: BaseException) -> Outcome:
 def _retry(error: BaseException, seconds: float | None) -> Outcome:
     delay_ms = None
     if seconds is not None:
-        delay_ms = int(min(max(seconds, 0.0), RETRY_DELAY_SECONDS_MAX) * 1000)
+        delay_ms = math.ceil(min(max(seconds, 0.0), RETRY_DELAY_SECONDS_MAX) * 1000)
     return Outcome(pb.TASK_OUTCOME_STATUS_RETRY, error=summarize(error), retry_delay_ms=delay_ms)

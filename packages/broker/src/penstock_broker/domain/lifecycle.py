@@ -250,6 +250,8 @@ def _retry(row: Activation, event: Event, now: int, limits: Limits, delay: int |
     if row.at_most_once or attempts >= row.max_attempts:
         return _give_up(row, Reason.ATTEMPTS_EXHAUSTED, now, attempts=attempts)
     delay = row.retry_delay_ms if delay is None else delay
+    if delay:
+        delay += 1  # `now` is cut to the millisecond
     if limits.retry_topic:
         return _leave(row, now + delay, Reason.RETRIED, row.claim + 1, attempts)
     # Whoever gave it back before: there is a worker that can run it.

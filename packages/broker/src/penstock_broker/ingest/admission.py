@@ -156,7 +156,8 @@ class Admission:
         received_at = self._received_at(message, now)
         ready_at, status = received_at, Status.PENDING
         if message.delay:
-            ready_at += _ms(message.delay)
+            # `received_at` is cut to the millisecond: what was cut off counts here.
+            ready_at += _ms(message.delay) + (message.received_at.nanos % 1_000_000 > 0)
             if ready_at > now:
                 status = Status.DELAYED
         expires_at = received_at + _ms(message.expires) if message.HasField("expires") else None
