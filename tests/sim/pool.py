@@ -143,8 +143,11 @@ class Pool:
             # Whoever watches over it starts it again.
             seconds = self.hub.between(0.5, 3.0)
             if isinstance(error, Replaced):
-                # Its database is set aside.
+                # Its database is set aside; if it is an old copy, the right one is not there any more.
+                was_old = machine.old_copy
                 machine.renew()
+                if was_old:
+                    self.oracle.on_disk_lost(machine)
             elif isinstance(error, OldDatabase):
                 # Its operator says how it goes on.
                 machine.refused = True
@@ -156,7 +159,8 @@ class Pool:
         if not isinstance(error, FatalError):
             return False
         if isinstance(error, Replaced):
-            return machine.fenced
+            # An old copy learns it where a new database has taken over, and has not recorded anything yet.
+            return machine.fenced or machine.old_copy
         if isinstance(error, OldDatabase):
             return machine.old_copy
         if ADOPTION_BEGUN in str(error) and machine.adopted:

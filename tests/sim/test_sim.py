@@ -195,7 +195,7 @@ PLANTED = (
 # What shows one of them, where it is rare among all kinds of faults.
 SHOWN_BY: dict[Plant, tuple[str, ...]] = {
     answer_before_cover: ("broker cut off Kafka", "broker stopped"),
-    claim_not_durable: ("broker crash", "disk slow"),
+    claim_not_durable: ("power cut in a write", "disk slow"),
     tails_not_read: ("broker stopped", "broker restart"),
     unread_partitions_left: ("broker crash in a rebalance",),
 }

@@ -435,30 +435,73 @@ async def test_a_report_on_what_left_is_no_repetition_of_one_on_what_came_back(
     store.database.close()
 
 
-@pytest.mark.parametrize(
-    ("waited", "later_ms", "gathers"), [((3, 2), 0, True), ((2, 2), 0, False), ((3, 2), 2, False)]
-)
-async def test_a_busy_store_gathers_before_it_writes_and_an_idle_one_does_not(
-    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch,
-    waited: tuple[int, int], later_ms: int, gathers: bool,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(writer, "GATHER_SECONDS", 0.2)
-    running = asyncio.create_task(store.writer.run())
+async def answered(store: Inflight, clock: ManualClock, number: int) -> list[int]:
+    """So many wait for one tick; what is returned grows with each of those after it."""
+    store.insert([activation("first", clock)])
+    await asyncio.gather(*(store.committed() for _ in range(number)))
+    await steps()
     ticks: list[int] = []
     store.writer.on_committed.append(lambda: ticks.append(store.memory.rows))
-    for number, waiting in enumerate(waited):
-        store.insert([activation(f"first {number}", clock)])
-        await asyncio.gather(*(store.committed() for _ in range(waiting)))
-    await steps()
+    return ticks
+
+
+@pytest.mark.parametrize(("number", "later_ms", "waits"), [(2, 0, True), (1, 0, False), (2, 2, False)])
+async def test_a_tick_waits_for_those_who_were_answered_just_now(
+    store: Inflight, clock: ManualClock, monkeypatch: pytest.MonkeyPatch,
+    number: int, later_ms: int, waits: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(writer, "GATHER_SECONDS", 1.0)
+    running = asyncio.create_task(store.writer.run())
+    ticks = await answered(store, clock, number)
     clock.advance(later_ms)
-    ticks.clear()
     store.insert([activation("second", clock)])
+    one = store.committed()
     await steps()
-    assert bool(ticks) is not gathers
+    assert (one.done(), bool(ticks)) == (not waits, not waits)
     store.insert([activation("third", clock)])
-    await store.committed()
-    assert ticks[-1] == 4
-    assert len(ticks) == (1 if gathers else 2)
+    await asyncio.wait_for(asyncio.gather(one, store.committed()), 5)
+    assert ticks == ([3] if waits else [2, 3])
+    store.writer.stop()
+    await running
+
+
+async def test_a_tick_waits_for_those_who_came_while_the_one_before_it_was_written(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "GATHER_SECONDS", 1.0)
+    disk = asyncio.Event()
+
+    async def slow(write: Callable[[Batch], Written], batch: Batch) -> Written:
+        await disk.wait()
+        return write(batch)
+
+    limits = StoreLimits()
+    store = Inflight(Database(tmp_path / "store.sqlite", limits.lifecycle, 0), clock, limits, slow)
+    running = asyncio.create_task(store.writer.run())
+    store.insert([activation("first", clock)])
+    first = asyncio.ensure_future(store.committed())
+    await steps()
+    store.insert([activation("second", clock)])
+    second = asyncio.ensure_future(store.committed())
+    disk.set()
+    await asyncio.wait_for(first, 5)
+    await steps()
+    assert not second.done(), "who was answered first may be back at once"
+    store.insert([activation("third", clock)])
+    await asyncio.wait_for(asyncio.gather(second, store.committed()), 5)
+    store.writer.stop()
+    await running
+    store.database.close()
+
+
+async def test_those_who_do_not_come_back_hold_a_tick_up_for_a_moment(
+    store: Inflight, clock: ManualClock
+) -> None:
+    running = asyncio.create_task(store.writer.run())
+    await answered(store, clock, 2)
+    store.insert([activation("second", clock)])
+    done, _ = await asyncio.wait([store.committed()], timeout=5)
+    assert done
     store.writer.stop()
     await running
 

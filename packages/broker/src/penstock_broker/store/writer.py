@@ -41,8 +41,8 @@ RETRY_SECONDS_MIN = 0.05
 RETRY_SECONDS_MAX = 1.0
 # No disk that works takes so long for a tick.
 TICK_MS_MAX = 10_000
-# After two ticks for which together so many waited, the next one gathers for so long.
-GATHER_FOR, GATHER_SECONDS = 5, 0.001
+# A tick waits at most so long for those who are expected to take part in it.
+GATHER_SECONDS = 0.001
 
 T = TypeVar("T")
 
@@ -78,6 +78,11 @@ class Arrival:
             self.taken = {**self.taken, source: end}
 
 
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 class Writer:
     """Gathers, writes, releases."""
 
@@ -100,8 +105,10 @@ class Writer:
         self._waking = False
         # When the tick that is being written began (monotonic ms); None: there is none.
         self._began_at: int | None = None
-        # How many waited for each of the last two ticks, and when the last one ended (monotonic ms).
-        self._told, self._told_at = (0, 0), 0
+        # How many were answered by the last tick or waited for the next one when it ended (monotonic ms).
+        self._expected, self._ended_at = 0, 0
+        # Resolves when so many wait for the next one.
+        self._complete: asyncio.Future[None] | None = None
         # Called after each commit.
         self.on_committed: list[Callable[[], None]] = []
 
@@ -119,17 +126,27 @@ class Writer:
     async def catch_up(self) -> None:
         """Write ticks until nothing waits for one."""
         while self.work_waits():
-            await asyncio.sleep(GATHER_SECONDS if self._is_busy() else 0)
+            await self._wait_for_others()
             await self.tick()
 
-    def _is_busy(self) -> bool:
-        """Whether several were answered just now: others like them are on their way, and to share a
-        transaction is worth waiting for (docs/adr/0003).
+    async def _wait_for_others(self) -> None:
+        """Those who were answered just now are on their way back, and to share a transaction is worth
+        waiting for (docs/adr/0003): until as many wait as are expected, or for a millisecond.
 
-        Where not, what the loop is about to do still takes part in the tick, and after that the writer's
-        thread gets the GIL at once.
+        Where none is expected, what the loop is about to do still takes part in the tick, and after that the
+        writer's thread gets the GIL at once.
         """
-        return sum(self._told) >= GATHER_FOR and self._memory.clock.mono_ms() - self._told_at <= 1
+        if len(self._gathered) >= self._expected or self._memory.clock.mono_ms() - self._ended_at > 1:
+            await asyncio.sleep(0)
+            return
+        loop = asyncio.get_running_loop()
+        self._complete = complete = loop.create_future()
+        timer = loop.call_later(GATHER_SECONDS, _resolve, complete)
+        try:
+            await complete
+        finally:
+            timer.cancel()
+            self._complete = None
 
     def stop(self) -> None:
         """Write what is gathered, then return from ``run``."""
@@ -167,6 +184,8 @@ class Writer:
         if self._memory.batch or self.arrivals:
             self._gathered.append(future)
             self._memory.work.set()
+            if self._complete is not None and len(self._gathered) >= self._expected:
+                _resolve(self._complete)
         elif self._writing is not None:
             self._writing.append(future)
         else:
@@ -223,9 +242,9 @@ class Writer:
             raise
         self._writing = self._began_at = None
         for future in (*(arrival.stored for arrival in arrivals), *waiting):
-            if not future.done():
-                future.set_result(None)
-        self._told, self._told_at = (self._told[1], len(waiting)), self._memory.clock.mono_ms()
+            _resolve(future)
+        self._expected = len(waiting) + len(self._gathered)
+        self._ended_at = self._memory.clock.mono_ms()
         for callback in self.on_committed:
             callback()
 
