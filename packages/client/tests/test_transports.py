@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -115,6 +116,36 @@ def test_through_kafka(mock_kafka: str) -> None:
     assert sorted(ids) == sorted([keyed.id, *(ref.id for ref in refs)])
     (with_key,) = [message for message in messages if message.key()]
     assert (with_key.key(), with_key.headers()) == (b"mine", [("traceparent", b"00-a-b-01")])
+    app.close()
+
+
+def test_who_sends_much_does_not_wait_for_callbacks_that_wait_for_it(slow_kafka: str) -> None:
+    app = App(
+        "a", kafka=slow_kafka, strict_kwargs="off", buffer_messages_max=2000, send_timeout_seconds=0.2,
+        delivery_timeout_seconds=5,
+    )  # fmt: skip
+    task = task_of(app)
+    task.delay(0).wait(20)
+    held = threading.Lock()
+
+    def acknowledged(_: Future[None]) -> None:
+        with held:
+            pass
+
+    def send_until_full() -> None:
+        with held, contextlib.suppress(BufferFull):
+            while True:
+                task.delay(1)
+                time.sleep(0.0002)
+
+    app.answered = acknowledged
+    sender = threading.Thread(target=send_until_full, daemon=True)
+    sender.start()
+    sender.join(6)
+    if hangs := sender.is_alive():
+        held.release()
+    assert not hangs
+    assert app.flush(20) == 0
     app.close()
 
 

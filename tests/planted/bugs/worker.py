@@ -9,6 +9,7 @@ EXECUTION = WORKER + "test_execution.py::"
 PAYLOAD = PROTOCOL + "test_payload.py::"
 REPLAY = PROTOCOL + "test_replay.py::"
 LETTERS = CLIENT + "test_letters.py::"
+MUCH = CLIENT + "test_transports.py::test_who_sends_much_does_not_wait_for_callbacks_that_wait_for_it"
 
 BUGS = (
     Bug(
@@ -586,6 +587,22 @@ BUGS = (
         old="(len(old) if old is not None else 0) + ",
         new="",
         tests=(CLIENT + "test_transports.py::test_a_flush_counts_what_moves_to_another_producer",),
+    ),
+    Bug(
+        "who sends gives way for ever",
+        "sending is bounded",
+        "client/transports/kafka.py",
+        old="while self._collecting and time.monotonic() < until:",
+        new="while self._collecting:",
+        tests=(MUCH,),
+    ),
+    Bug(
+        "who sends to a full buffer collects, and waits for itself",
+        "sending is bounded",
+        "client/transports/kafka.py",
+        old="from None\n                time.sleep(PAUSE_SECONDS)",
+        new="from None\n                self._producer.poll(0.01)",
+        tests=(MUCH,),
     ),
     Bug(
         "what is sent again goes anywhere",

@@ -23,6 +23,13 @@ log = logging.getLogger("penstock.client")
 POLL_SECONDS = 0.1
 # What is sent while nothing is on its way leaves at once, and what follows it for so long.
 HURRY_SECONDS = 0.001
+# Where more wait than there may be threads that each wait for one, acknowledgements gather for so long before
+# they are collected. Who sends gives way to that, for so long at most: a future's callback may take its time,
+# or wait for who sends.
+MANY = 500
+GATHER_SECONDS = 0.002
+GIVE_WAY_SECONDS_MAX = 0.02
+PAUSE_SECONDS = 0.0002
 STATISTICS_MS = 2000
 # So many statistics in a row without a server: for a moment it can look so while one is tried.
 LOST_AFTER = 3
@@ -53,6 +60,9 @@ class KafkaTransport:
         # signal's handler in the middle of a use of it.
         self._idle = False
         self._sent: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Whether something was sent since the poller has looked, and whether it collects what has gathered.
+        self._sending = False
+        self._collecting = False
         try:
             self._producer = self._connect(settings)
         except KafkaException as error:
@@ -109,13 +119,31 @@ class KafkaTransport:
 
     def _poll(self) -> None:
         while not self._closing.is_set():
-            if len(self._producer):
+            waiting = len(self._producer)
+            if waiting >= MANY and self._sending:
+                self._collect()
+            elif waiting:
                 self._producer.poll(POLL_SECONDS)
             else:
                 self._rest()
             if self._given_up == self._count:
                 self._replace()
             self._send_again()
+
+    def _collect(self) -> None:
+        """Many acknowledgements at once, while who sends gives way: the binding takes the GIL anew for each,
+        and beside a thread that sends all the time may wait for it each time (docs/adr/0003)."""
+        self._sending = False
+        time.sleep(GATHER_SECONDS)
+        self._collecting = True
+        self._producer.poll(0)
+        self._collecting = False
+
+    def _give_way(self) -> None:
+        until = time.monotonic() + GIVE_WAY_SECONDS_MAX
+        while self._collecting and time.monotonic() < until:
+            time.sleep(PAUSE_SECONDS)
+        self._collecting = False
 
     def _rest(self) -> None:
         """Until something is sent. It does not wait for others to share a request with: librdkafka would have
@@ -164,6 +192,9 @@ class KafkaTransport:
     def send(self, message: Outgoing, future: Future[None]) -> None:
         if self._closing.is_set():
             raise self._closed(message)
+        if self._collecting:
+            self._give_way()
+        self._sending = True
         deadline = 0.0
         while True:
             try:
@@ -174,7 +205,7 @@ class KafkaTransport:
                 deadline = deadline or now + self._settings.send_timeout_seconds
                 if now >= deadline:
                     raise self._full(message) from None
-                self._producer.poll(0.01)
+                time.sleep(PAUSE_SECONDS)
             except KafkaException as error:
                 raise self._refused(message, error) from None
 
