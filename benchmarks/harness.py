@@ -125,7 +125,7 @@ def in_a_quiet_hour(figures: str) -> str:
     times, for hours."""
     return (
         f"the speed of the machine, of which the fixed piece of Python below the table tells: {figures} when"
-        " its neighbours were quiet (November 21 to 23, 2026)."
+        " its neighbours were quiet (November 23, 2026)."
     )
 
 

@@ -117,9 +117,9 @@ WHY = (
     f'"{ALONE}" is the largest part of it. The rest, in a copy that says when each stage is reached: 0.5 ms '
     "from the consumer's poll to the transaction, 0.7 for that (durable before it is handed out), 0.24 "
     "until it is claimed, 0.8 for the answer over gRPC, 0.5 through the pipe to the child. And "
-    + in_a_quiet_hour("4.7 ms, and Kafka alone 1.4 ms,")
+    + in_a_quiet_hour("3.0 ms, and Kafka alone 0.8 ms,")
 )
-WHY_LONGEST = in_a_quiet_hour("13.4 ms, and Kafka alone 5.5 ms,")
+WHY_LONGEST = in_a_quiet_hour("6.9 ms, and Kafka alone 1.3 ms,")
 
 CLAIM = Claim(
     name="P5",

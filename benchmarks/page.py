@@ -22,6 +22,7 @@ from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 NAMES = tuple(f"P{n}" for n in range(1, 13))
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = ROOT / "docs" / "performance"
+ELSEWHERE = " (elsewhere)"
 # What is shown beside the systems to say where the time goes: "gRPC alone".
 NO_SYSTEM = " alone"
 
@@ -197,7 +198,8 @@ def _speed(result: Result) -> str:
 
 
 def plot(claim: Claim, result: Result) -> None:
-    """Bars of the medians, side by side in their groups; the whiskers reach from the least to the most."""
+    """Bars of the medians, side by side in their groups; the whiskers reach from the least to the most. What
+    was measured elsewhere is hatched."""
     shown = [
         figure
         for figure in claim.figures
@@ -208,6 +210,9 @@ def plot(claim: Claim, result: Result) -> None:
     )
     for axis, figure in zip(axes[0], shown, strict=True):
         _bars(axis, claim, result, figure)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    if len(names) > 1:
+        canvas.legend(handles, names, loc="outside lower center", ncols=4, fontsize=7)
     canvas.suptitle(f"{claim.name}. {claim.title}", fontsize=11)
     canvas.savefig(PLOTS / f"{claim.name.lower()}.svg", metadata={"Date": None})
     plt.close(canvas)
@@ -215,6 +220,15 @@ def plot(claim: Claim, result: Result) -> None:
 
 def _bars(axis: Any, claim: Claim, result: Result, figure: Figure) -> None:
     cases = [case for case in result["cases"].values() if figure.name in case["figures"]]
+    cases += [
+        {
+            "series": f"{other.series}{ELSEWHERE}",
+            "group": other.group,
+            "figures": {figure.name: dict.fromkeys(("median", "min", "max"), other.value)},
+        }
+        for other in claim.elsewhere
+        if other.figure == figure.name
+    ]
     groups = list(dict.fromkeys(case["group"] for case in cases))
     series = list(dict.fromkeys(case["series"] for case in cases))
     if len(groups) == 1:
@@ -225,27 +239,22 @@ def _bars(axis: Any, claim: Claim, result: Result, figure: Figure) -> None:
         places = {(case["series"], case["group"]): case for case in cases}
     width = 0.8 / len(series)
     for index, one in enumerate(series):
-        here = [(x, places[one, group]["figures"][figure.name]) for x, group in enumerate(groups)
-                if (one, group) in places]  # fmt: skip
-        medians = [values["median"] for _, values in here]
-        below = [values["median"] - values["min"] for _, values in here]
-        above = [values["max"] - values["median"] for _, values in here]
+        here = [(x, group) for x, group in enumerate(groups) if (one, group) in places]
+        values = [places[one, group]["figures"][figure.name] for _, group in here]
+        medians = [value["median"] for value in values]
+        below = [value["median"] - value["min"] for value in values]
+        above = [value["max"] - value["median"] for value in values]
         at = [x + (index - (len(series) - 1) / 2) * width for x, _ in here]
-        axis.bar(at, medians, width * 0.92, yerr=[below, above], capsize=3, label=one or None)
-    for other in claim.elsewhere:
-        if other.figure == figure.name:
-            label = f"{other.series} {other.group} (elsewhere)"
-            axis.axhline(other.value, linestyle=":", linewidth=1, color="grey")
-            axis.annotate(
-                label, (0.01, other.value), xycoords=("axes fraction", "data"), fontsize=6, va="bottom"
-            )
-    axis.set_xticks(range(len(groups)), groups, fontsize=7, rotation=15 if len(groups) > 3 else 0)
+        bars = axis.bar(at, medians, width * 0.92, yerr=[below, above], capsize=3, label=one or None)
+        for bar, (_, group) in zip(bars, here, strict=True):
+            if ELSEWHERE in one + group:
+                bar.set(facecolor="none", edgecolor="grey", hatch="//")
+    slanted = {"rotation": 15, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 3 else {}
+    axis.set_xticks(range(len(groups)), groups, fontsize=7, **slanted)
     axis.set_title(figure.title, fontsize=9)
     axis.tick_params(axis="y", labelsize=8)
     if claim.logarithmic:
         axis.set_yscale("log")
-    if len(series) > 1 and axis.get_subplotspec().is_first_col():
-        axis.legend(fontsize=7)
 
 
 def write() -> Path:
