@@ -286,14 +286,14 @@ async def test_what_a_row_says_of_its_size_while_a_broker_runs_is_not_believed(
     store.database.close()
 
 
-async def test_a_page_is_bounded_in_bytes_also_where_a_row_is_damaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", ["taskname = CAST(x'ff' AS TEXT)", "on_exceeded = 7"])
+async def test_a_page_is_bounded_in_bytes_also_where_a_row_is_damaged(tmp_path: Path, wrong: str) -> None:
     clock, limits = ManualClock(), dataclasses.replace(LIMITS, window_bytes_max=40_000)
     store = open_store(tmp_path / "store.sqlite", clock, limits)
     await insert(store, [activation(f"t{i}", clock, body=os.urandom(10_000)) for i in range(20)])
     store.database.close()
     store = open_store(tmp_path / "store.sqlite", clock, limits)
-    not_text = "UPDATE activation SET taskname = CAST(x'ff' AS TEXT) WHERE id = 't0'"
-    store.database.connection.execute(not_text)
+    store.database.connection.execute(f"UPDATE activation SET {wrong} WHERE id = 't0'")
     await settle_down(store)
     assert store.memory.quarantined == 1
     assert store.memory.index.bytes <= 40_000

@@ -82,17 +82,26 @@ _MOVE_WIDTH = len(Move._fields)
 # And their text stays below what apsw caches, 16,384 characters.
 _CHUNKS = (256, 64, 8, 1)
 
-_LOAD_COLUMNS = (
-    "a.seq, a.status, a.pair, p.application, p.namespace, a.ready_at, a.claim, a.claim_epoch, a.attempts,"
-    " a.lost, a.last_outcome, a.given_back_at, a.reason, a.error, a.source, a.log_offset, a.received_at,"
-    " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms, a.id,"
-    " a.taskname, a.content, a.size, a.checksum"
-)
 _LETTER_COLUMNS = "seq, at, pair, id, taskname, reason, story, length(body)"
-_CHECKSUM_AT = _LOAD_COLUMNS.count(",")
 _FIXED = struct.Struct(">10q")
-_BODY = ", coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))"
 _FROM = " FROM activation a JOIN pair p ON p.pair = a.pair"
+
+
+def _select(body: str) -> str:
+    """As an Activation has its fields, from the first to the size; then the checksum."""
+    return (
+        f"SELECT a.id, p.application, p.namespace, a.taskname, {body}, a.received_at, a.ready_at,"
+        " a.expires_at, a.deadline_ms, a.max_attempts, a.on_exceeded, a.at_most_once, a.retry_delay_ms,"
+        " a.source, a.log_offset, a.status, a.claim, a.claim_epoch, a.attempts, a.lost, a.last_outcome,"
+        f" a.given_back_at, a.reason, a.error, a.content, a.seq, a.pair, 0, a.size, a.checksum{_FROM}"
+    )
+
+
+_WITH_BODY = _select("coalesce(a.body, (SELECT body FROM payload WHERE payload.seq = a.seq))")
+_WITHOUT_BODY = _select("NULL")
+# To look one up in its class costs ten times as much.
+_STATUSES = {int(status): status for status in Status}
+_ON_EXCEEDED = {int(kind): kind for kind in OnExceeded}
 
 
 class RestingLetter(NamedTuple):
@@ -668,11 +677,9 @@ class Database:
         damaged: list[int] = []
         size = 0
         try:
-            for record in self.connection.execute(
-                f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE {where}", values
-            ):
+            for record in self.connection.execute(f"{_WITH_BODY} WHERE {where}", values):
                 row = _load(record)
-                if checksum(row) == record[_CHECKSUM_AT]:
+                if checksum(row) == record[-1]:
                     rows.append(row)
                 else:
                     damaged.append(row.seq)
@@ -747,9 +754,9 @@ class Database:
 
     def load_claimed(self, seqs: Sequence[int]) -> list[Activation]:
         """Rows that are handed out once more, with their bodies; not those that are damaged."""
-        sql = f"SELECT {_LOAD_COLUMNS}{_BODY}{_FROM} WHERE a.seq IN carray(?)"
+        sql = f"{_WITH_BODY} WHERE a.seq IN carray(?)"
         records = self.connection.execute(sql, (apsw.carray(array("q", seqs)),)) if seqs else ()
-        return [row for record in records if checksum(row := _load(record)) == record[_CHECKSUM_AT]]
+        return [row for record in records if checksum(row := _load(record)) == record[-1]]
 
     def quarantined(self) -> int:
         return int(self.connection.execute("SELECT count(*) FROM quarantine").get)
@@ -758,13 +765,12 @@ class Database:
         """Rows in the order of ``seq``."""
         if not seqs:
             return []
-        body = _BODY if bodies else ", NULL"
-        sql = f"SELECT {_LOAD_COLUMNS}{body}{_FROM} WHERE a.seq IN carray(?) ORDER BY a.seq"
+        sql = f"{_WITH_BODY if bodies else _WITHOUT_BODY} WHERE a.seq IN carray(?) ORDER BY a.seq"
         return [_load(r) for r in self.connection.execute(sql, (apsw.carray(array("q", seqs)),))]
 
     def processing(self) -> Iterator[Activation]:
         """Claimed rows, without their bodies."""
-        sql = f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.status = 3"
+        sql = f"{_WITHOUT_BODY} WHERE a.status = 3"
         return (_load(r) for r in self.connection.execute(sql))
 
     def pairs(self) -> list[tuple[int, str, str, int | None]]:
@@ -799,7 +805,7 @@ class Database:
     def with_state(self) -> Iterator[Activation]:
         """Rows from the log that differ from their messages, without bodies."""
         sql = (
-            f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.source != 0 AND (a.status IN (2, 4)"
+            f"{_WITHOUT_BODY} WHERE a.source != 0 AND (a.status IN (2, 4)"
             " OR a.attempts > 0 OR a.lost > 0 OR a.given_back_at IS NOT NULL"
             " OR a.status = 3 AND a.at_most_once = 1)"
         )
@@ -862,7 +868,7 @@ class Database:
         if not scanned:
             return [], None
         records = c.execute(
-            f"SELECT {_LOAD_COLUMNS}, NULL{_FROM} WHERE a.seq > ?1 AND a.seq <= ?2"
+            f"{_WITHOUT_BODY} WHERE a.seq > ?1 AND a.seq <= ?2"
             " AND (?3 = 0 OR a.status = ?3) AND (?4 IS NULL OR a.taskname = ?4)"
             " AND (?5 OR a.pair IN carray(?6)) ORDER BY a.seq LIMIT ?7",
             (after, last, status, taskname, pairs is None, apsw.carray(array("q", pairs or (0,))), limit),
@@ -958,15 +964,14 @@ _MOVE_SQL = {
 
 
 def _load(record: Sequence[Any]) -> Activation:
-    (
-        seq, status, pair, application, namespace, ready_at, claim, claim_epoch, attempts, lost,
-        last_outcome, given_back_at, reason, error, source, offset, received_at, expires_at, deadline_ms,
-        max_attempts, on_exceeded, at_most_once, retry_delay_ms, id, taskname, content, size, _checksum, body,
-    ) = record  # fmt: skip
-    # In the order of its fields: by name, half as much time again goes into it (docs/adr/0001).
-    return Activation(
-        id, application, namespace, taskname, body, received_at, ready_at, expires_at, deadline_ms,
-        max_attempts, OnExceeded(on_exceeded), bool(at_most_once), retry_delay_ms, source, offset,
-        Status(status), claim, claim_epoch, attempts, lost, last_outcome, given_back_at, reason, error,
-        content, seq, pair, size=size if body is None else len(body),
-    )  # fmt: skip
+    """The row that ``_select`` has read. Raises ValueError for a number that means nothing."""
+    # By the order of the fields: by name, half as much time again goes into it (docs/adr/0001).
+    row = Activation(*record[:-1])
+    if row.body is not None:
+        row.size = len(row.body)
+    try:
+        row.status, row.on_exceeded = _STATUSES[row.status], _ON_EXCEEDED[row.on_exceeded]
+    except KeyError as unknown:
+        raise ValueError(f"{unknown} is no status and no policy of task {row.id}") from None
+    row.at_most_once = bool(row.at_most_once)
+    return row
