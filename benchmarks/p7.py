@@ -46,7 +46,8 @@ RATE = "tasks_per_second"
 
 WHY = (
     "each task is handed out behind so many others that it is read from the disk again: an index entry, a"
-    " row, its checksum and an object, 4 to 6 of 30 µs on this machine at its full speed (docs/adr/0001)."
+    " row, its checksum and an object, 4 to 6 of 30 µs on this machine at its full speed (docs/adr/0001);"
+    " in the runs of two days the ratio was 0.84 to 0.92."
 )
 
 CLAIM = Claim(
