@@ -86,6 +86,8 @@ class Oracle:
         self.lag = Lag(pool)
         # broker -> store and sequence of its last record in the ledger.
         self.heads: dict[str, tuple[str, int]] = {}
+        # Adoptions that are not done: broker -> who has begun.
+        self.adopting: dict[str, str] = {}
 
     def fail(self, promise: str, text: str) -> None:
         """The first is told; what follows from it would only confuse."""
@@ -527,9 +529,11 @@ class Oracle:
         # What was on its way when the right one ended arrives all the same.
         if successor is None and machine.old_copy and by is not None and by.alive:
             self.fail("an old copy is refused", f"{name} goes on with one")
+        self.adopting.pop(name, None)
         if successor is None or successor[0] == name:
             machine.fenced = machine.adopted = False
         elif not head["handed"]:
+            self.adopting[name] = successor[0]
             self._on_adopted(machine)
 
     def _on_adopted(self, machine: BrokerMachine) -> None:
@@ -545,7 +549,11 @@ class Oracle:
         """Claims of a broker whose store is gone; of their outcomes, those it acknowledged too late may run
         again."""
         recorded_at = (self.pool.recorded_at(machine) or 0.0) - LEDGER_SLACK_SECONDS
+        # What it had not adopted to the end is adopted again, and nobody knows what it has finished of it:
+        # docs/faults.md, below A6.
+        begun = [self.pool.brokers[name] for name, by in self.adopting.items() if by == machine.name]
         for task in self.tasks.values():
+            task.doubled |= any(task.id in other.lost for other in begun)
             if task.sent_to == machine.name and task.id in machine.lost and not task.passed_on:
                 task.promised = False
                 self.counts["lost with a disk: sent over gRPC"] += 1
