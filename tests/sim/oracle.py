@@ -554,7 +554,9 @@ class Oracle:
         begun = [self.pool.brokers[name] for name, by in self.adopting.items() if by == machine.name]
         for task in self.tasks.values():
             task.doubled |= any(task.id in other.lost for other in begun)
-            if task.sent_to == machine.name and task.id in machine.lost and not task.passed_on:
+            # An outcome that was not answered any more may have taken it off the disk before that was lost.
+            reported = any(c.broker == machine.name and c.reported for c in task.claims.values())
+            if task.sent_to == machine.name and not task.passed_on and (reported or task.id in machine.lost):
                 task.promised = False
                 self.counts["lost with a disk: sent over gRPC"] += 1
             task.retry_at = {token: due for token, due in task.retry_at.items() if due[0] != machine.name}
